@@ -1,0 +1,1 @@
+"""Accelerated operators. They import jax only."""

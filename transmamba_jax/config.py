@@ -1,0 +1,442 @@
+"""Configuration: frozen dataclasses, checked once, read from YAML and overridden from the command line.
+
+Nothing outside this module reads YAML, guesses a default or knows how an option is spelt.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import math
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from transmamba_jax import schedule
+
+DTypeName = Literal["float32", "bfloat16"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _at_least(section: str, config: Any, minimum: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= minimum, f"{section}.{name} must be >= {minimum}, found {value}")
+
+
+def _suggestion(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; the names are {', '.join(names)}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. Every schedule has the same parameters, so `transpoints` may change after training."""
+
+    vocab_size: int = 256
+    """Number of token ids (V)."""
+    num_layers: int = 8
+    """Blocks of one mixer and one gated MLP (L)."""
+    d_model: int = 256
+    """Width of the residual stream (D)."""
+    num_heads: int = 4
+    """Value heads (H)."""
+    num_groups: int = 4
+    """Query/key groups (G), divides num_heads."""
+    head_dim: int = 64
+    """Channels of one value head (P)."""
+    state_dim: int = 64
+    """Channels of one query/key head, which is the SSM state size (N)."""
+    mlp_dim: int = 704
+    """Hidden width of the gated MLP; 0: no MLP."""
+    conv_width: int = 4
+    """Taps of the causal depthwise convolution, the current token included."""
+    chunk_size: int = 64
+    """Tokens of one chunk of the SSD operator."""
+    transpoints: tuple[int, ...] = (0, 8, 16, 32, 64, 128, 256, 512)
+    """TransPoint of each layer in tokens from the start of the row, repeated over the layers."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary position embedding."""
+    rotary: Literal["attention", "both"] = "attention"
+    """Rotate q and k for attention only, or also C and B of the SSM and of the Memory Converter."""
+    attention_norm: bool = True
+    """RMSNorm on the attention branch, with the weight of the SSM branch's gated norm."""
+    skip: bool = True
+    """The D skip connection of the SSM branch."""
+    dtype: DTypeName = "bfloat16"
+    """Compute dtype. A, Δ, decay sums, states, softmax and loss are float32 whatever it is."""
+    param_dtype: DTypeName = "float32"
+    """Dtype that parameters are stored in."""
+    tie_embeddings: bool = True
+    """Logits reuse the embedding matrix."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """Recompute in the backward pass: nothing, all but matrix products, or whole layers."""
+    kernel: str | None = None
+    """Name of an SSD implementation; None chooses by device."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges and the rules between fields."""
+        _at_least("model", self, 1, "vocab_size", "num_layers", "d_model", "num_heads", "num_groups")
+        _at_least("model", self, 1, "head_dim", "state_dim", "conv_width", "chunk_size")
+        _at_least("model", self, 0, "mlp_dim")
+        _require(
+            self.num_heads % self.num_groups == 0,
+            f"model.num_groups must divide model.num_heads, found num_groups={self.num_groups}, "
+            f"num_heads={self.num_heads}; use one of {_divisors(self.num_heads)}",
+        )
+        _require(
+            self.state_dim % 2 == 0,
+            f"model.state_dim must be even (rotary embedding turns pairs of channels), found {self.state_dim}",
+        )
+        _require(self.rope_theta > 0, f"model.rope_theta must be positive, found {self.rope_theta}")
+        _require(self.norm_eps > 0, f"model.norm_eps must be positive, found {self.norm_eps}")
+        try:
+            schedule.expand(self.transpoints, self.num_layers)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
+
+    @property
+    def d_inner(self) -> int:
+        """Width of the mixer's value path, H·P."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def d_key(self) -> int:
+        """Width of the mixer's query and key paths, G·N."""
+        return self.num_groups * self.state_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, how it becomes tokens, and how tokens become rows."""
+
+    source: str = "stdlib"
+    """`stdlib`, `text:<glob>`, `tfds:<name>[/config][:version]` or `array_record:<glob>`."""
+    cache_dir: str | None = None
+    """Where prepared data sets live; None: ~/.cache/transmamba_jax (a tfds: source: TFDS's own default)."""
+    text_field: str = "text"
+    """Name of the text feature of a tfds: source."""
+    train_split: str = "train"
+    """Split that is trained on."""
+    eval_split: str = "validation"
+    """Split of the held-out loss."""
+    tokenizer: str = "bytes"
+    """`bytes`, or the path of a tokenizer.json."""
+    seq_len: int = 512
+    """Tokens of one row that the model reads (T)."""
+    batch_size: int = 8
+    """Rows of one optimizer step, over all processes and microbatches."""
+    packing: Literal["concat", "first_fit"] = "concat"
+    """Concatenate documents and cut rows, or place whole documents first-fit with segment ids."""
+    shuffle: bool = True
+    """Shuffle documents of the training split, anew each epoch."""
+    seed: int = 0
+    """Seed of the shuffling."""
+    num_workers: int = 0
+    """Worker processes that read ahead; 0: the training process reads."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _at_least("data", self, 1, "seq_len", "batch_size")
+        _at_least("data", self, 0, "num_workers", "seed")
+        kind = self.source.partition(":")[0]
+        kinds = ("stdlib", "text", "tfds", "array_record")
+        _require(
+            self.source == "stdlib" or (kind in kinds[1:] and self.source.partition(":")[2] != ""),
+            f"data.source must be 'stdlib', 'text:<glob>', 'tfds:<name>[/config][:version]' or 'array_record:<glob>', "
+            f"found {self.source!r}{_suggestion(kind, kinds)}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule and its learning-rate schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """Update rule; muon treats the layers' matrices and leaves the rest to AdamW."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    final_learning_rate: float = 3e-5
+    """Learning rate at the last step."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of the matrices that muon treats; follows the same schedule."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: cosine decay, or stable and then linear decay over decay_fraction of the steps."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0."""
+    decay_fraction: float = 0.2
+    """Share of the steps that the wsd schedule decays over."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; never on A_log, D, the Δ bias, convolution biases or norms."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("learning_rate", "muon_learning_rate", "eps"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, f"optimizer.{name} must be positive, found {value}")
+        for name in ("final_learning_rate", "weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, f"optimizer.{name} must be >= 0, found {value}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name} must be in [0, 1), found {value}")
+        _require(
+            0 < self.decay_fraction <= 1, f"optimizer.decay_fraction must be in (0, 1], found {self.decay_fraction}"
+        )
+        _at_least("optimizer", self, 0, "warmup_steps")
+        _require(
+            self.final_learning_rate <= self.learning_rate,
+            f"optimizer.final_learning_rate={self.final_learning_rate} must not exceed "
+            f"optimizer.learning_rate={self.learning_rate}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run, resumed or not."""
+    seed: int = 0
+    """Seed of the parameters and of the sample."""
+    accumulation: int = 1
+    """Microbatches of one step; the gradient equals that of the whole batch."""
+    loss_chunk: int = 8192
+    """Tokens whose logits exist at one time in the loss."""
+    log_every: int = 10
+    """Steps between training lines in metrics.jsonl."""
+    max_bad_steps: int = 10
+    """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    sample_tokens: int = 256
+    """Tokens of the sample written at the end; 0: none."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _at_least("train", self, 1, "steps", "accumulation", "loss_chunk", "log_every", "max_bad_steps")
+        _at_least("train", self, 0, "seed", "sample_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis of the mesh has; -1 (at most once) takes what is left."""
+
+    data: int = -1
+    """Copies of the parameters; rows are split over them."""
+    fsdp: int = 1
+    """Parts that parameters and optimizer state are cut into; rows are split over them too."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, size in sizes.items():
+            _require(size == -1 or size >= 1, f"mesh.{name} must be >= 1, or -1 for what is left, found {size}")
+        _require(list(sizes.values()).count(-1) <= 1, f"at most one axis of mesh may be -1, found {sizes}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved and what is kept."""
+
+    every: int = 500
+    """Steps between checkpoints; 0: only at the end."""
+    keep_latest: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Checkpoints with the lowest held-out loss that are kept besides; 0: none."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _at_least("checkpoint", self, 0, "every", "keep_best")
+        _at_least("checkpoint", self, 1, "keep_latest")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss during training."""
+
+    every: int = 500
+    """Steps between evaluations; 0: never, not even at the end."""
+    windows: int = 128
+    """Rows that the held-out loss is measured over, evenly spread over the split; 0: all."""
+    batch_size: int = 8
+    """Rows of one evaluation batch."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _at_least("eval", self, 0, "every", "windows")
+        _at_least("eval", self, 1, "batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    workdir: str = "runs/default"
+    """Where the resolved config, metrics, checkpoints and the report go; an earlier run there is resumed."""
+
+    def __post_init__(self) -> None:
+        """Check the rules between sections."""
+        _require(
+            self.data.batch_size % self.train.accumulation == 0,
+            f"train.accumulation={self.train.accumulation} must divide data.batch_size={self.data.batch_size}; "
+            f"use one of {_divisors(self.data.batch_size)}",
+        )
+        _require(
+            self.optimizer.warmup_steps <= self.train.steps,
+            f"optimizer.warmup_steps={self.optimizer.warmup_steps} must not exceed train.steps={self.train.steps}",
+        )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read an experiment from a YAML file and apply command-line overrides.
+
+    `overrides` are spelt as on the command line: `["--train.steps", "100", "--model.d-model", "256"]`.
+    `workdir` defaults to `runs/<file name>`.
+
+    Raises:
+        ValueError: the file cannot be read, an unknown key, a wrong type, or values that break a rule; the message
+            names the key, what was found, and the nearest valid name or the rule.
+    """
+    return _override(_read(Path(path)), list(overrides))
+
+
+def parse_command_line(config: Config, arguments: Sequence[str], prog: str) -> Config:
+    """Apply command-line arguments to `config` as a program does: print help or errors and exit."""
+    return tyro.cli(Config, default=config, args=list(arguments), prog=prog, config=(tyro.conf.FlagConversionOff,))
+
+
+def read_config_file(path: str | Path) -> Config:
+    """Read an experiment from a YAML file; see `load_config`."""
+    return _read(Path(path))
+
+
+def to_yaml(config: Config) -> str:
+    """Write a resolved config as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Name every field that differs, as `section.key: old -> new`."""
+    before, after = _flatten(_plain(old)), _flatten(_plain(new))
+    return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in after if before[key] != after[key]]
+
+
+def _override(config: Config, arguments: list[str]) -> Config:
+    if not arguments:
+        return config
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            return parse_command_line(config, arguments, prog="overrides")
+    except SystemExit:
+        message = re.sub(r"[╭╮╰╯│─]+|-{3,}", " ", output.getvalue())
+        raise ValueError(f"bad overrides {arguments}: {' '.join(message.split())}") from None
+
+
+def _read(path: Path) -> Config:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        near = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ValueError(f"cannot read the config {str(path)!r}: {error.strerror}; found there: {near}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not plain YAML: {error}") from None
+    tree = {} if tree is None else tree
+    if isinstance(tree, dict):
+        tree = {"workdir": f"runs/{path.stem}", **tree}
+    try:
+        return typing.cast(Config, _build(Config, tree, ""))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    """Make dataclass `cls` from a mapping; every key and type is checked, nothing is cast but int to float."""
+    where = prefix or "the config"
+    _require(isinstance(tree, dict), f"{where} must be a mapping of options, found {tree!r}")
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    values = {}
+    for key, value in tree.items():
+        name = str(key)
+        _require(name in names, f"unknown option {_join(prefix, name)!r}{_suggestion(name, names)}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(typing.cast(type, hint), value, _join(prefix, name))
+        else:
+            values[name] = _typed(hint, value, _join(prefix, name))
+    return cls(**values)
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """Return `value` as the annotated type or raise a ValueError that names the option."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        _require(value in arguments, f"{where} must be one of {', '.join(map(repr, arguments))}, found {value!r}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _typed(inner, value, where)
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), f"{where} must be a list, found {value!r}")
+        return tuple(_typed(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 3e-4 (no dot) as a string; the option's type says what was meant.
+        with contextlib.suppress(ValueError):
+            return float(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    _require(matches, f"{where} must be of type {hint.__name__}, found {value!r} of type {type(value).__name__}")
+    return value
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _plain(config: Any) -> Any:
+    if dataclasses.is_dataclass(config):
+        return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    return list(config) if isinstance(config, tuple) else config
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = _join(prefix, key)
+        flat.update(_flatten(value, name) if isinstance(value, dict) else {name: value})
+    return flat

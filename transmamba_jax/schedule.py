@@ -1,0 +1,176 @@
+"""TransPoint schedules: where each layer switches from attention to the state space model.
+
+A schedule is a tuple of non-negative ints, one TransPoint per layer, repeated over the layers when it is shorter than
+the stack. Token t (0-based) of a layer with TransPoint P goes through attention when t < P, through the SSM when
+t >= P. Source: arXiv 2503.24067, Table 6 (V1-V9, published for sequences of 8192 tokens) and §3.3.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+Schedule = tuple[int, ...]
+
+_PAPER_LENGTH = 8192
+
+
+def _scaled(seq_len: int, points: Sequence[int]) -> Schedule:
+    """Scale TransPoints published for 8192 tokens to `seq_len` (integer division, so 8192 is exact)."""
+    _check_length(seq_len)
+    return tuple(point * seq_len // _PAPER_LENGTH for point in points)
+
+
+def _check_length(seq_len: int) -> None:
+    if seq_len < 1:
+        raise ValueError(f"seq_len must be at least 1, found {seq_len}")
+
+
+def transformer(seq_len: int) -> Schedule:
+    """Attention everywhere: one TransPoint at the end of the sequence."""
+    _check_length(seq_len)
+    return (seq_len,)
+
+
+def mamba2() -> Schedule:
+    """State space model everywhere."""
+    return (0,)
+
+
+def hybrid(seq_len: int, every: int = 8) -> Schedule:
+    """Layer-level hybrid: of each `every` layers the last one is attention over the whole sequence."""
+    _check_length(seq_len)
+    if every < 1:
+        raise ValueError(f"every must be at least 1, found {every}")
+    return (0,) * (every - 1) + (seq_len,)
+
+
+def log_spaced(seq_len: int, period: int = 8) -> Schedule:
+    """Scale-free form of V9: P_0 = 0 and P_i = T·2^(i - period + 1) for i = 1 .. period - 1."""
+    _check_length(seq_len)
+    if period < 2:
+        raise ValueError(f"period must be at least 2 (all-SSM and all-attention ends), found {period}")
+    return (0, *(seq_len >> (period - 1 - i) for i in range(1, period)))
+
+
+def v1(seq_len: int) -> Schedule:
+    """Table 6, V1: one TransPoint at a quarter."""
+    return _scaled(seq_len, (2048,))
+
+
+def v2(seq_len: int) -> Schedule:
+    """Table 6, V2: one TransPoint at a half."""
+    return _scaled(seq_len, (4096,))
+
+
+def v3(seq_len: int) -> Schedule:
+    """Table 6, V3: one TransPoint at three quarters."""
+    return _scaled(seq_len, (6144,))
+
+
+def v4(seq_len: int) -> Schedule:
+    """Table 6, V4: three TransPoints around a half."""
+    return _scaled(seq_len, (3072, 4096, 5120))
+
+
+def v5(seq_len: int) -> Schedule:
+    """Table 6, V5: three TransPoints around three eighths."""
+    return _scaled(seq_len, (2048, 3072, 4096))
+
+
+def v6(seq_len: int) -> Schedule:
+    """Table 6, V6: three early TransPoints."""
+    return _scaled(seq_len, (512, 1024, 2048))
+
+
+def v7(seq_len: int) -> Schedule:
+    """Table 6, V7: three TransPoints over a broad range."""
+    return _scaled(seq_len, (2048, 4096, 6144))
+
+
+def v8(seq_len: int) -> Schedule:
+    """Table 6, V8: five TransPoints with both ends."""
+    return _scaled(seq_len, (0, 1024, 2048, 6144, 8192))
+
+
+def v9(seq_len: int) -> Schedule:
+    """Table 6, V9, the paper's final schedule: (0, 128, 256, 512, 1024, 2048, 4096, 8192) at 8192 tokens."""
+    return _scaled(seq_len, (0, 128, 256, 512, 1024, 2048, 4096, 8192))
+
+
+def validate(transpoints: Sequence[int]) -> Schedule:
+    """Return `transpoints` as a schedule.
+
+    Raises:
+        ValueError: it is empty, or an entry is negative or not an int.
+    """
+    if isinstance(transpoints, str | bytes) or not isinstance(transpoints, Sequence):
+        raise ValueError(f"transpoints must be a sequence of ints, found {transpoints!r}")
+    if len(transpoints) == 0:
+        raise ValueError("transpoints must name at least one TransPoint, found an empty sequence")
+    for index, point in enumerate(transpoints):
+        if isinstance(point, bool) or not isinstance(point, int):
+            raise ValueError(f"transpoints[{index}] must be an int, found {point!r} of type {type(point).__name__}")
+        if point < 0:
+            raise ValueError(f"transpoints[{index}] must be >= 0 (a number of tokens), found {point}")
+    return tuple(transpoints)
+
+
+def expand(transpoints: Sequence[int], num_layers: int) -> Schedule:
+    """Repeat a schedule over `num_layers` layers.
+
+    Raises:
+        ValueError: the schedule is invalid or longer than the stack, so that its tail would never be used.
+    """
+    points = validate(transpoints)
+    if len(points) > num_layers:
+        raise ValueError(
+            f"transpoints has {len(points)} entries but the model has num_layers={num_layers}: "
+            f"the last {len(points) - num_layers} would never be used; shorten the schedule or add layers"
+        )
+    return tuple(points[layer % len(points)] for layer in range(num_layers))
+
+
+def smallest_period(points: Sequence[int]) -> int:
+    """Smallest p that divides len(points) with points[i] == points[i % p] for every i."""
+    length = len(points)
+    for period in range(1, length + 1):
+        if length % period == 0 and all(points[i] == points[i % period] for i in range(length)):
+            return period
+    raise ValueError("points must not be empty")
+
+
+def table(transpoints: Sequence[int], num_layers: int, seq_len: int) -> str:
+    """Draw a schedule: for each span between TransPoints, the layers that attend and how many they are.
+
+    One line a span of positions, one column a layer: `A` attention, `s` state space model.
+    """
+    _check_length(seq_len)
+    points = expand(transpoints, num_layers)
+    edges = sorted({0, seq_len, *(point for point in points if point < seq_len)})
+    width = len(str(seq_len))
+    lines = [
+        f"{'tokens':>{2 * width + 3}}  layers 0..{num_layers - 1}{'':<{max(0, num_layers - 10)}}  attention layers"
+    ]
+    for start, stop in itertools.pairwise(edges):
+        kinds = "".join("A" if start < point else "s" for point in points)
+        lines.append(f"{start:>{width}} - {stop:>{width}}  {kinds:<{columns}}  {kinds.count('A')}")
+    return "\n".join(lines)
+
+
+NAMED = {
+    "transformer": transformer,
+    "mamba2": lambda _seq_len: mamba2(),
+    "hybrid": hybrid,
+    "log_spaced": log_spaced,
+    **{function.__name__: function for function in (v1, v2, v3, v4, v5, v6, v7, v8, v9)},
+}
+
+
+def named(name: str, seq_len: int) -> Schedule:
+    """Return the schedule called `name` for sequences of `seq_len` tokens.
+
+    Raises:
+        ValueError: no schedule has that name.
+    """
+    if name not in NAMED:
+        raise ValueError(f"unknown schedule {name!r}; the names are {', '.join(NAMED)}")
+    return NAMED[name](seq_len)

@@ -1,0 +1,24 @@
+"""The axis glossary: one letter an axis, the same letter everywhere.
+
+    B  batch (rows)                     P  channels of one value head (head_dim)
+    T  time (tokens of a row)           N  channels of one query/key head = state size (state_dim)
+    D  model width (d_model)            K  convolution width
+    H  value heads                      Q  tokens of one chunk
+    G  query/key groups (G divides H)   L  layers
+    V  vocabulary                       M  width of the gated MLP
+
+Head h reads the queries and keys of group h // (H / G). A local name may carry its axes as a suffix (`x_bthp`).
+"""
+
+from jaxtyping import Array, Float, Float32, Int, Shaped
+
+Tokens = Int[Array, "B T"]
+SegmentIds = Int[Array, "B T"]  # equal ids: one document; 0: padding; documents are contiguous
+Hidden = Float[Array, "B T D"]
+QueryKey = Float[Array, "B T G N"]
+Value = Float[Array, "B T H P"]
+Step = Float32[Array, "B T H"]  # Δ after softplus
+HeadScalar = Float32[Array, "H"]
+State = Float32[Array, "B H P N"]
+Logits = Float32[Array, "B T V"]
+TransPoint = int | Shaped[Array, ""] | Shaped[Array, "B"]
