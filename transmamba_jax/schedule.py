@@ -147,9 +147,9 @@ def table(transpoints: Sequence[int], num_layers: int, seq_len: int) -> str:
     points = expand(transpoints, num_layers)
     edges = sorted({0, seq_len, *(point for point in points if point < seq_len)})
     width = len(str(seq_len))
-    lines = [
-        f"{'tokens':>{2 * width + 3}}  layers 0..{num_layers - 1}{'':<{max(0, num_layers - 10)}}  attention layers"
-    ]
+    heading = f"layers 0..{num_layers - 1}"
+    columns = max(num_layers, len(heading))
+    lines = [f"{'tokens':>{2 * width + 3}}  {heading:<{columns}}  attention layers"]
     for start, stop in itertools.pairwise(edges):
         kinds = "".join("A" if start < point else "s" for point in points)
         lines.append(f"{start:>{width}} - {stop:>{width}}  {kinds:<{columns}}  {kinds.count('A')}")
