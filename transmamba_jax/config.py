@@ -341,6 +341,11 @@ def read_config_file(path: str | Path) -> Config:
     return _read(Path(path))
 
 
+def from_yaml(text: str) -> Config:
+    """Read a config that `to_yaml` wrote; see `load_config` for what is refused."""
+    return typing.cast(Config, _build(Config, yaml.safe_load(text), ""))
+
+
 def to_yaml(config: Config) -> str:
     """Write a resolved config as YAML that `load_config` reads back to an equal config."""
     return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
