@@ -302,8 +302,7 @@ def _everywhere() -> jax.sharding.Sharding:
 
 def _metadata(folder: Path) -> dict[str, Any]:
     """Read the shapes and dtypes of an item without its arrays."""
-    with ocp.StandardCheckpointer() as reader:
-        return reader.metadata(folder).item_metadata.tree
+    return ocp.StandardCheckpointHandler().metadata(folder).tree
 
 
 def _read_arrays(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
