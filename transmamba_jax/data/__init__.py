@@ -1,1 +1,45 @@
-"""Text sources, tokenizers and the pipeline that turns them into rows of tokens."""
+"""Data: sources of documents, tokenizers, and the pipeline that turns documents into batches of rows.
+
+Names are loaded on first use: a tokenizer needs neither Grain nor TFDS.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transmamba_jax.data.byte_models import baselines
+    from transmamba_jax.data.pipeline import BatchIterator, eval_batches, held_out_text, train_batches, training_text
+    from transmamba_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_from_json
+
+_MODULES = {
+    "baselines": "byte_models",
+    "BatchIterator": "pipeline",
+    "eval_batches": "pipeline",
+    "held_out_text": "pipeline",
+    "train_batches": "pipeline",
+    "training_text": "pipeline",
+    "Tokenizer": "tokenizers",
+    "check_vocabulary": "tokenizers",
+    "load_tokenizer": "tokenizers",
+    "tokenizer_from_json": "tokenizers",
+}
+
+__all__ = [
+    "BatchIterator",
+    "Tokenizer",
+    "baselines",
+    "check_vocabulary",
+    "eval_batches",
+    "held_out_text",
+    "load_tokenizer",
+    "tokenizer_from_json",
+    "train_batches",
+    "training_text",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that defines `name` when it is first asked for."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,255 @@
+"""From documents to batches: shuffling, packing, batching per process and exact resume, all of it Grain's.
+
+Training stream of one process: documents, shuffled anew each epoch -> this process's share -> tokens with an
+end-of-document id -> rows of seq_len + 1 tokens -> rows shuffled in windows -> batches. Epochs follow one another
+without a seam: a row may hold the end of one epoch and the start of the next.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from grain.experimental import (
+    ConcatThenSplitIterDataset,
+    FirstFitPackIterDataset,
+    FlatMapIterDataset,
+    FlatMapTransform,
+    WindowShuffleIterDataset,
+)
+
+from transmamba_jax.config import DataConfig
+from transmamba_jax.data.sources import Documents, open_documents
+from transmamba_jax.data.tokenizers import Tokenizer
+
+WINDOW_TOKENS = 2**20
+"""Tokens of the window that rows are shuffled in: bounds the memory, and the work of resuming."""
+
+BINS = 64
+"""Rows that first-fit packing fills at one time."""
+
+CHECKED_BYTES = 2**26
+"""Bytes of a split that are read and checked before training; what lies behind them is checked when it is read."""
+
+HELD_OUT_DOCUMENTS = 2**14
+"""Documents of the held-out stream; of a larger split it takes this many, evenly spread."""
+
+HELD_OUT_BYTES = 2**26
+"""Bytes after which the held-out stream ends."""
+
+_READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
+
+Batch = dict[str, np.ndarray]
+
+
+class BatchIterator(Iterator[Batch]):
+    """Endless batches of one process, whose position can be saved and restored bit for bit."""
+
+    def __init__(self, dataset: grain.IterDataset, settings: dict[str, Any]):
+        """Start at the beginning; `settings` are what a restored position must agree with."""
+        self._iterator = iter(dataset)
+        self._settings = settings
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position behind the last batch, as a tree that JSON keeps."""
+        return json.loads(json.dumps({"settings": self._settings, "iterator": self._iterator.get_state()}))
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from a position that `get_state` returned.
+
+        Raises:
+            ValueError: the position belongs to a stream with other settings.
+        """
+        saved = state["settings"]
+        differences = [
+            f"{name}: saved {saved.get(name)!r}, now {self._settings.get(name)!r}"
+            for name in sorted({*saved, *self._settings})
+            if saved.get(name) != self._settings.get(name)
+        ]
+        if differences:
+            raise ValueError(f"the saved data position belongs to another stream: {'; '.join(differences)}")
+        self._iterator.set_state(_with_tuples(state["iterator"]))
+
+    def close(self) -> None:
+        """End the worker processes and reading threads."""
+        self._iterator.close()
+
+
+def train_batches(
+    config: DataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
+) -> BatchIterator:
+    """Return the endless training batches of one process.
+
+    Each batch has `tokens` int32 [batch_size / process_count, seq_len + 1]; with first-fit packing also `segment_ids`
+    of the same shape: 1, 2, ... for the documents of a row in order, 0 for padding. Rows do not overlap. With `concat`
+    packing every token of every document is in exactly one row an epoch; with `first_fit` a document longer than a row
+    is cut into pieces, each a segment. In every epoch a document belongs to exactly one process.
+
+    Raises:
+        ValueError: the source cannot be read, is too short for one row, has fewer documents than processes, or
+            batch_size is not a multiple of process_count.
+    """
+    if config.batch_size % process_count:
+        raise ValueError(f"data.batch_size={config.batch_size} must be a multiple of the {process_count} processes")
+    documents = open_documents(config, config.train_split)
+    _check(documents, config, config.train_split, tokenizer, process_count)
+    rows = config.batch_size // process_count
+    dataset = _rows(config, documents, tokenizer, process_index, process_count)
+    dataset = dataset.batch(rows, drop_remainder=True)
+    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
+    settings = {
+        "documents": len(documents),
+        "rows": rows,
+        "process": [process_index, process_count],
+        **{name: getattr(config, name) for name in ("packing", "seq_len", "shuffle", "seed", "num_workers")},
+    }
+    return BatchIterator(dataset, settings)
+
+
+def _rows(
+    config: DataConfig, documents: Documents, tokenizer: Tokenizer, process_index: int, process_count: int
+) -> grain.IterDataset:
+    length = config.seq_len + 1
+    # Grain numbers the epochs upwards from the seed; hashing keeps neighbouring seeds from sharing their epochs.
+    seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0]) >> 1
+    source = grain.MapDataset.source(documents)
+    if config.shuffle:
+        source = source.shuffle(seed=seed)
+    source = source[process_index::process_count].repeat(None)
+    stream = source.map(functools.partial(_encode, tokenizer)).to_iter_dataset(_READ)
+    if config.packing == "concat":
+        rows = ConcatThenSplitIterDataset(stream, length_struct={"tokens": length}).map(_tokens_only)
+    else:
+        pieces = FlatMapIterDataset(stream, _Pieces(length))
+        rows = FirstFitPackIterDataset(
+            pieces, length_struct={"tokens": length}, num_packing_bins=BINS, shuffle_bins=False
+        ).map(_tokens_and_segments)
+    if config.shuffle:
+        rows = WindowShuffleIterDataset(rows, window_size=max(1, WINDOW_TOKENS // length), seed=seed)
+    return rows
+
+
+def _encode(tokenizer: Tokenizer, document: bytes) -> Batch:
+    return {"tokens": tokenizer.encode_document(document)}
+
+
+def _tokens_only(packed: Batch) -> Batch:
+    return {"tokens": packed["tokens"]}
+
+
+def _tokens_and_segments(packed: Batch) -> Batch:
+    return {"tokens": packed["tokens"], "segment_ids": packed["tokens_segment_ids"]}
+
+
+class _Pieces(FlatMapTransform):
+    """Cut a document into pieces of at most `length` tokens."""
+
+    def __init__(self, length: int):
+        self._length = length
+
+    def flat_map(self, element: Batch) -> list[Batch]:
+        tokens = element["tokens"]
+        return [{"tokens": tokens[start : start + self._length]} for start in range(0, len(tokens), self._length)]
+
+
+def _check(documents: Documents, config: DataConfig, split: str, tokenizer: Tokenizer, process_count: int) -> None:
+    """Refuse what would fail in the middle of a run: read documents until enough of them have been seen."""
+    if len(documents) < process_count:
+        raise ValueError(
+            f"split {split!r} of data.source {config.source!r} has {len(documents)} documents for {process_count} "
+            f"processes; each needs at least one"
+        )
+    seen_bytes = seen_tokens = 0
+    for index in range(len(documents)):
+        document = documents[index]
+        seen_bytes += len(document)
+        if seen_tokens <= config.seq_len:
+            seen_tokens += len(tokenizer.encode_document(document))
+        if seen_bytes > CHECKED_BYTES:
+            break
+    _require_row(seen_tokens, config, split)
+
+
+def _require_row(tokens: int, config: DataConfig, split: str) -> None:
+    if tokens <= config.seq_len:
+        raise ValueError(
+            f"split {split!r} of data.source {config.source!r} has {tokens} tokens, fewer than one row of "
+            f"data.seq_len + 1 = {config.seq_len + 1}; give more text or lower data.seq_len"
+        )
+
+
+def eval_batches(config: DataConfig, tokenizer: Tokenizer, windows: int, batch_size: int) -> list[Batch]:
+    """Return rows of the held-out stream as batches of one shape; the same every time.
+
+    The stream is every held-out document followed by its end-of-document id. Its windows start every seq_len tokens
+    and are seq_len + 1 long, so that each token is predicted once; `windows` of them are taken, evenly spread, or all
+    (0, or more than there are). Each batch has `tokens` int32 [batch_size, seq_len + 1], `weights` float32
+    [batch_size], 0 for the rows that fill up the last batch, and with first-fit packing `segment_ids` like the
+    training batches.
+
+    Raises:
+        ValueError: the source cannot be read or is too short for one window.
+    """
+    documents = [tokenizer.encode_document(document) for document in _held_out(config)]
+    stream = np.concatenate(documents)
+    _require_row(len(stream), config, config.eval_split)
+    count = (len(stream) - 1) // config.seq_len
+    taken = windows if 0 < windows < count else count
+    chosen = np.arange(taken) * count // taken
+    places = chosen[:, None] * config.seq_len + np.arange(config.seq_len + 1)
+    rows = {"tokens": stream[places], "weights": np.ones(len(chosen), np.float32)}
+    if config.packing == "first_fit":
+        numbers = np.repeat(np.arange(len(documents)), [len(document) for document in documents])[places]
+        rows["segment_ids"] = (numbers - numbers[:, :1] + 1).astype(np.int32)
+    padding = -len(chosen) % batch_size
+    full = {name: np.pad(value, [(0, padding)] + [(0, 0)] * (value.ndim - 1)) for name, value in rows.items()}
+    return [
+        {name: value[start : start + batch_size] for name, value in full.items()}
+        for start in range(0, len(chosen), batch_size)
+    ]
+
+
+def held_out_text(config: DataConfig) -> bytes:
+    """Return the held-out stream as bytes: every document, NUL as space, followed by one NUL."""
+    return _joined(_held_out(config))
+
+
+def training_text(config: DataConfig, max_bytes: int = 2**26) -> bytes:
+    """Return training documents in the same form, in order, up to `max_bytes`."""
+    return _joined(_take(open_documents(config, config.train_split), 1, max_bytes))
+
+
+def _held_out(config: DataConfig) -> Iterator[bytes]:
+    documents = open_documents(config, config.eval_split)
+    return _take(documents, -(-len(documents) // HELD_OUT_DOCUMENTS), HELD_OUT_BYTES)
+
+
+def _take(documents: Documents, stride: int, max_bytes: int) -> Iterator[bytes]:
+    taken = 0
+    for index in range(0, len(documents), stride):
+        document = documents[index][: max_bytes - taken]
+        taken += len(document)
+        yield document
+        if taken >= max_bytes:
+            return
+
+
+def _joined(documents: Iterator[bytes]) -> bytes:
+    return b"".join(document.replace(b"\0", b" ") + b"\0" for document in documents)
+
+
+def _with_tuples(state: Any) -> Any:
+    """Undo JSON: Grain tells "no remainder" by comparing a slice with a tuple, and a list never equals one."""
+    if isinstance(state, dict):
+        return {
+            key: {name: tuple(bounds) for name, bounds in value.items()}
+            if key == "remainder_slices"
+            else _with_tuples(value)
+            for key, value in state.items()
+        }
+    return [_with_tuples(value) for value in state] if isinstance(state, list) else state
