@@ -4,16 +4,20 @@ import zlib
 
 import numpy as np
 
-_BACKOFF = 4.0
-"""Weight of the shorter context's estimate, in counts."""
-
 
 def baselines(train: bytes, held_out: bytes) -> dict[str, float]:
     """Return bits per byte of `held_out` under an order-2 byte model of `train` and under gzip -9.
 
-    The order-2 model interpolates with the orders below it: p_n(c | ctx) = (count(ctx c) + a p_{n-1}(c)) /
-    (count(ctx) + a), a = 4, and p_{-1} uniform over 256 bytes. gzip sees `held_out` alone.
+    The order-2 model backs off by Witten and Bell's rule, in which d(ctx) counts the distinct bytes seen after ctx:
+    p_n(c | ctx) = (count(ctx c) + d(ctx) p_{n-1}(c)) / (count(ctx) + d(ctx)), p_{n-1} where ctx was never seen, p_{-1}
+    uniform over 256 bytes. gzip sees `held_out` alone.
+
+    Raises:
+        ValueError: either text has fewer than 3 bytes.
     """
+    for name, text in (("train", train), ("held_out", held_out)):
+        if len(text) < 3:
+            raise ValueError(f"{name} must have at least 3 bytes, found {len(text)}")
     return {
         "order2_bits_per_byte": _order2(np.frombuffer(train, np.uint8), np.frombuffer(held_out, np.uint8)),
         "gzip_bits_per_byte": 8 * len(zlib.compress(held_out, 9)) / len(held_out),
@@ -21,19 +25,21 @@ def baselines(train: bytes, held_out: bytes) -> dict[str, float]:
 
 
 def _order2(train: np.ndarray, held_out: np.ndarray) -> float:
-    probability: np.ndarray | float = 1 / 256
+    probability = np.full(len(held_out) + 1, 1 / 256)
     for order in range(3):
         counts = np.bincount(_contexts(train, order), minlength=256 ** (order + 1))
-        totals = counts.reshape(-1, 256).sum(axis=1)
+        table = counts.astype(np.int32).reshape(-1, 256)
+        totals, distinct = table.sum(axis=1), np.count_nonzero(table, axis=1)
         asked = _contexts(held_out, order)
-        if order:
-            probability = np.asarray(probability)[1:]  # the first byte has no context of this length
-        probability = (counts[asked] + _BACKOFF * probability) / (totals[asked // 256] + _BACKOFF)
+        contexts = asked // 256
+        seen, weight = totals[contexts], distinct[contexts]
+        lower = probability[1:]  # the first byte has no context of this length
+        probability = np.where(seen > 0, (counts[asked] + weight * lower) / np.maximum(seen + weight, 1), lower)
     return float(-np.log2(probability).mean())
 
 
 def _contexts(text: np.ndarray, order: int) -> np.ndarray:
-    """Return the number, base 256, of every run of `order` + 1 bytes."""
+    """Return every run of `order` + 1 bytes as a number in base 256."""
     runs = len(text) - order
     number = np.zeros(runs, np.int64)
     for offset in range(order + 1):

@@ -1,8 +1,8 @@
 """From documents to batches: shuffling, packing, batching per process and exact resume, all of it Grain's.
 
 Training stream of one process: documents, shuffled anew each epoch -> this process's share -> tokens with an
-end-of-document id -> rows of seq_len + 1 tokens -> rows shuffled in windows -> batches. Epochs follow one another
-without a seam: a row may hold the end of one epoch and the start of the next.
+end-of-document id -> windows of rows of seq_len + 1 tokens -> rows shuffled within their window -> batches. Epochs
+follow one another without a seam: a row may hold the end of one epoch and the start of the next.
 """
 
 import functools
@@ -17,7 +17,6 @@ from grain.experimental import (
     FirstFitPackIterDataset,
     FlatMapIterDataset,
     FlatMapTransform,
-    WindowShuffleIterDataset,
 )
 
 from transmamba_jax.config import DataConfig
@@ -99,8 +98,7 @@ def train_batches(
     documents = open_documents(config, config.train_split)
     _check(documents, config, config.train_split, tokenizer, process_count)
     rows = config.batch_size // process_count
-    dataset = _rows(config, documents, tokenizer, process_index, process_count)
-    dataset = dataset.batch(rows, drop_remainder=True)
+    dataset = _batches(config, documents, tokenizer, rows, process_index, process_count)
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
     settings = {
         "documents": len(documents),
@@ -111,8 +109,8 @@ def train_batches(
     return BatchIterator(dataset, settings)
 
 
-def _rows(
-    config: DataConfig, documents: Documents, tokenizer: Tokenizer, process_index: int, process_count: int
+def _batches(
+    config: DataConfig, documents: Documents, tokenizer: Tokenizer, rows: int, process_index: int, process_count: int
 ) -> grain.IterDataset:
     length = config.seq_len + 1
     # Grain numbers the epochs upwards from the seed; hashing keeps neighbouring seeds from sharing their epochs.
@@ -122,39 +120,48 @@ def _rows(
         source = source.shuffle(seed=seed)
     source = source[process_index::process_count].repeat(None)
     stream = source.map(functools.partial(_encode, tokenizer)).to_iter_dataset(_READ)
+    window = rows * max(1, WINDOW_TOKENS // (rows * length))
     if config.packing == "concat":
-        rows = ConcatThenSplitIterDataset(stream, length_struct={"tokens": length}).map(_tokens_only)
+        # Grain's packing costs Python time per row; one long row per window, cut afterwards, costs next to none.
+        windows = ConcatThenSplitIterDataset(stream, length_struct={"tokens": window * length})
+        windows = windows.map(functools.partial(_cut, length))
     else:
         pieces = FlatMapIterDataset(stream, _Pieces(length))
-        rows = FirstFitPackIterDataset(
+        windows = FirstFitPackIterDataset(
             pieces, length_struct={"tokens": length}, num_packing_bins=BINS, shuffle_bins=False
-        ).map(_tokens_and_segments)
+        )
+        windows = windows.map(_name_segments).batch(window)
     if config.shuffle:
-        rows = WindowShuffleIterDataset(rows, window_size=max(1, WINDOW_TOKENS // length), seed=seed)
-    return rows
+        windows = windows.random_map(_permute_rows, seed=seed)
+    return FlatMapIterDataset(windows, _Pieces(rows))
 
 
 def _encode(tokenizer: Tokenizer, document: bytes) -> Batch:
     return {"tokens": tokenizer.encode_document(document)}
 
 
-def _tokens_only(packed: Batch) -> Batch:
-    return {"tokens": packed["tokens"]}
+def _cut(length: int, packed: Batch) -> Batch:
+    return {"tokens": packed["tokens"].reshape(-1, length)}
 
 
-def _tokens_and_segments(packed: Batch) -> Batch:
+def _name_segments(packed: Batch) -> Batch:
     return {"tokens": packed["tokens"], "segment_ids": packed["tokens_segment_ids"]}
 
 
-class _Pieces(FlatMapTransform):
-    """Cut a document into pieces of at most `length` tokens."""
+def _permute_rows(window: Batch, generator: np.random.Generator) -> Batch:
+    order = generator.permutation(len(window["tokens"]))
+    return {name: value[order] for name, value in window.items()}
 
-    def __init__(self, length: int):
-        self._length = length
+
+class _Pieces(FlatMapTransform):
+    """Cut arrays along their first axis into pieces of `size`, the last one shorter."""
+
+    def __init__(self, size: int):
+        self._size = size
 
     def flat_map(self, element: Batch) -> list[Batch]:
-        tokens = element["tokens"]
-        return [{"tokens": tokens[start : start + self._length]} for start in range(0, len(tokens), self._length)]
+        starts = range(0, len(element["tokens"]), self._size)
+        return [{name: value[start : start + self._size] for name, value in element.items()} for start in starts]
 
 
 def _check(documents: Documents, config: DataConfig, split: str, tokenizer: Tokenizer, process_count: int) -> None:

@@ -1,0 +1,86 @@
+"""Train a byte-level BPE tokenizer on the configured source's training split.
+
+    python -m transmamba_jax.data.train_tokenizer --config configs/tiny.yaml --vocab-size 4096 --output tokenizer.json
+
+The same text and vocabulary size give the same file, byte for byte.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from transmamba_jax.config import DataConfig, load_config
+from transmamba_jax.data.tokenizers import END_OF_DOCUMENT, JsonTokenizer
+
+MIN_VOCABULARY = 257
+"""256 bytes and the end-of-document token."""
+
+
+def train(documents: Iterator[bytes], vocab_size: int) -> str:
+    """Return the tokenizer.json of a byte-level BPE with at most `vocab_size` ids; id 0 ends a document.
+
+    Raises:
+        ValueError: `vocab_size` has no room for the bytes and the end-of-document token.
+    """
+    if vocab_size < MIN_VOCABULARY:
+        raise ValueError(f"--vocab-size must be >= {MIN_VOCABULARY} (every byte and the end of document): {vocab_size}")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.decode("utf-8") for document in documents), trainer)
+    return tokenizer.to_str(pretty=True)
+
+
+def training_documents(config: DataConfig, max_bytes: int) -> Iterator[bytes]:
+    """Yield the training split's documents in order until `max_bytes` have been given (0: all of them).
+
+    Raises:
+        ValueError: the source cannot be read.
+    """
+    from transmamba_jax.data.sources import open_documents
+
+    given = 0
+    documents = open_documents(config, config.train_split)
+    for index in range(len(documents)):
+        document = documents[index]
+        given += len(document)
+        yield document
+        if 0 < max_bytes <= given:
+            return
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m transmamba_jax.data.train_tokenizer",
+        description="Train a byte-level BPE tokenizer on the training split of a config's data source. Further "
+        "arguments override the config, as for train.py: --data.source 'text:books/*.txt'.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML experiment; its data section is read")
+    parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="largest number of ids")
+    parser.add_argument("--output", default="tokenizer.json", metavar="FILE", help="file to write")
+    parser.add_argument("--max-bytes", type=int, default=10**9, metavar="N", help="bytes of text to read; 0: all")
+    options, overrides = parser.parse_known_args(arguments)
+    try:
+        config = load_config(options.config, overrides)
+        text = train(training_documents(config.data, options.max_bytes), options.vocab_size)
+        Path(options.output).write_text(text, encoding="utf-8")
+    except (ValueError, OSError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    size = JsonTokenizer(text, options.output).vocab_size
+    print(f"{options.output}: {size} ids. Use it with --data.tokenizer {options.output} --model.vocab-size {size}")
+
+
+if __name__ == "__main__":
+    main()
