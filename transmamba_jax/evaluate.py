@@ -9,11 +9,11 @@ Loss by position is the mean over the rows at the same distances from the start 
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,9 @@ class Evaluator:
         self._config = config
         self._tokenizer = tokenizer
         self._mesh = mesh
+        self._token_bytes = np.asarray(tokenizer.token_bytes, np.float64)
         self._nll = jax.jit(
-            partial(_nll_by_position, model, config.train.loss_chunk),
+            functools.partial(_nll_by_position, model, config.train.loss_chunk),
             out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
         )
 
@@ -83,37 +84,51 @@ class Evaluator:
         Raises:
             EvaluationStopped: `should_stop()` turned true between two batches.
         """
-        config = self._config
-        token_bytes = np.asarray(self._tokenizer.token_bytes, np.float64)
-        nll = np.zeros(config.data.seq_len, np.float64)  # [T]
-        rows = byte_count = 0.0
-        for batch in data.eval_batches(config.data, self._tokenizer, config.eval.windows, config.eval.batch_size):
+        nll, counts = np.zeros((2, self._config.data.seq_len), np.float64)  # [T]
+        byte_count = 0.0
+        for index, batch in enumerate(self._batches):
             if should_stop():
-                raise EvaluationStopped(f"evaluation stopped after {rows:.0f} windows")
-            tokens, weights = self._pad(batch["tokens"], batch["weights"])
-            nll += np.asarray(self._nll(params, self._place(tokens), self._place(weights[:, None])), np.float64)
-            rows += float(np.sum(weights, dtype=np.float64))
-            byte_count += float(np.sum(token_bytes[tokens[:, 1:]] * weights[:, None]))
-        if not (rows and byte_count):
-            raise ValueError(f"data.eval_split={config.data.eval_split!r} gave no window to evaluate on")
+                raise EvaluationStopped(f"evaluation stopped after {index} of {len(self._batches)} batches")
+            weights = _target_weights(batch)
+            inputs = {name: self._place(rows) for name, rows in batch.items() if name != "weights"}
+            nll += np.asarray(self._nll(params, inputs, self._place(weights)), np.float64)
+            counts += weights.sum(axis=0, dtype=np.float64)
+            byte_count += float(np.sum(self._token_bytes[batch["tokens"][:, 1:]] * weights))
         return EvalResult(
-            loss=float(nll.sum() / (rows * nll.size)),
+            loss=float(nll.sum() / counts.sum()),
             bits_per_byte=float(nll.sum() / (math.log(2) * byte_count)),
-            tokens=round(rows) * nll.size,
+            tokens=round(counts.sum()),
             by_position=tuple(
-                PositionLoss(start, stop, float(nll[start:stop].mean() / rows)) for start, stop in spans(nll.size)
+                PositionLoss(start, stop, float(nll[start:stop].sum() / counts[start:stop].sum()))
+                for start, stop in spans(nll.size)
+                if counts[start:stop].any()
             ),
         )
 
-    def _pad(self, tokens: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Fill a batch up to the one compiled shape with rows of weight 0."""
-        shards = 1 if self._mesh is None else sharding.row_shards(self._mesh)
-        missing = math.ceil(self._config.eval.batch_size / shards) * shards - len(tokens)
-        return np.pad(tokens, ((0, missing), (0, 0))), np.pad(weights, (0, missing))
+    @functools.cached_property
+    def _batches(self) -> list[dict[str, np.ndarray]]:
+        """The held-out windows, read once; rows of weight 0 fill a batch up to what divides over the devices."""
+        config = self._config
+        batches = data.eval_batches(config.data, self._tokenizer, config.eval.windows, config.eval.batch_size)
+        missing = -config.eval.batch_size % (1 if self._mesh is None else sharding.row_shards(self._mesh))
+        return [
+            {name: np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) for name, rows in batch.items()}
+            for batch in batches
+        ]
 
     def _place(self, rows: np.ndarray) -> Any:
         # Every process reads the same windows, so each hands over the same global array.
         return rows if self._mesh is None else jax.device_put(rows, sharding.activation("tokens", self._mesh))
+
+
+def _target_weights(batch: dict[str, np.ndarray]) -> np.ndarray:
+    """Weigh the targets of a batch, float32 [B, T]: 0 in rows that fill up, or where another document begins."""
+    tokens = batch["tokens"]
+    weights = np.broadcast_to(batch["weights"][:, None], (len(tokens), tokens.shape[1] - 1))
+    if "segment_ids" not in batch:
+        return weights
+    ids = batch["segment_ids"]
+    return weights * (ids[:, 1:] == ids[:, :-1])
 
 
 def spans(seq_len: int) -> list[tuple[int, int]]:
@@ -125,25 +140,30 @@ def spans(seq_len: int) -> list[tuple[int, int]]:
 
 
 def _nll_by_position(
-    model: TransMamba, chunk: int, params: Any, tokens: Int[Array, "B T+1"], weights: Float32[Array, "B 1"]
+    model: TransMamba,
+    chunk: int,
+    params: Any,
+    batch: dict[str, Int[Array, "B T+1"]],
+    weights: Float32[Array, "B T"],
 ) -> Float32[Array, "T"]:
     """Sum the weighted negative log-likelihoods of the rows at each position, in float32."""
-    hidden = model.apply({"params": params}, tokens[:, :-1], method="hidden")
-    batch, time = hidden.shape[:2]
-    width = min(max(chunk // batch, 1), time)
+    inputs = {name: rows[:, :-1] for name, rows in batch.items()}
+    hidden = model.apply({"params": params}, **inputs, method="hidden")
+    rows, time = weights.shape
+    width = min(max(chunk // rows, 1), time)
     count = math.ceil(time / width)
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, count * width - time)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, count, width, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(rows, count, width, *x.shape[2:]), 1, 0)
 
-    def summed(part: tuple[Array, Array]) -> Float32[Array, "Q"]:
-        hidden, targets = part
+    def summed(part: tuple[Array, Array, Array]) -> Float32[Array, "Q"]:
+        hidden, targets, weights = part
         logits = model.apply({"params": params}, hidden, method="logits")
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights, axis=0)
 
-    return jax.lax.map(summed, (cut(hidden), cut(tokens[:, 1:]))).reshape(-1)[:time]
+    return jax.lax.map(summed, (cut(hidden), cut(batch["tokens"][:, 1:]), cut(weights))).reshape(-1)[:time]
 
 
 def _configured(saved: config_lib.Config, options: argparse.Namespace) -> config_lib.Config:
@@ -207,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = _configured(saved.config, options)
         tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
         result = Evaluator(TransMamba(config.model), config, tokenizer)(saved.params)
+        peers = data.baselines(data.training_text(config.data), data.held_out_text(config.data))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -214,6 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"step {saved.step} of {options.checkpoint}, {config.data.source} {config.data.eval_split}")
     print(f"TransPoints {', '.join(map(str, points))} of {config.data.seq_len} tokens")
     print(f"{result.tokens:,} tokens: loss {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits per byte")
+    for name, value in peers.items():
+        print(f"{name.replace('_', ' ')}: {value:.4f}")
     print("\n".join(_table(result, points)))
     return 0
 

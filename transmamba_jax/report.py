@@ -250,7 +250,7 @@ def _figures(records: list[Record]) -> list[str]:
     if "eval/bits_per_byte" in last:
         rows.append(f"| **held-out bits per byte** | **{last['eval/bits_per_byte'][0]:.4f}** |")
     for name in sorted(name for name in last if name.startswith("baseline/")):
-        rows.append(f"| {name.removeprefix('baseline/').replace('_', ' ')}, bits per byte | {last[name][0]:.4f} |")
+        rows.append(f"| {name.removeprefix('baseline/').replace('_', ' ')} | {last[name][0]:.4f} |")
     return rows
 
 
