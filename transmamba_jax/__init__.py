@@ -1,1 +1,45 @@
 """TransMamba in JAX and Flax: attention and Mamba-2 with one set of weights, switched inside a sequence."""
+
+from typing import Any
+
+from transmamba_jax import schedule
+from transmamba_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    load_config,
+)
+from transmamba_jax.generate import generate
+from transmamba_jax.memory_converter import memory_converter
+from transmamba_jax.model import TransMamba
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+    "TransMamba",
+    "generate",
+    "load_config",
+    "memory_converter",
+    "restore",
+    "schedule",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # orbax takes seconds to import and the model does not need it.
+    if name == "restore":
+        from transmamba_jax.checkpoint import restore
+
+        return restore
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,43 @@
+# make train: environment, then the tiny experiment to the end.
+# make test:  environment with test tools, then the whole suite.
+# PYTHON=python3.12 make test picks the interpreter; uv is used where it is there.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+UV := $(shell command -v uv 2>/dev/null)
+INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+# Each environment remembers its interpreter: another PYTHON makes a new one.
+IDENTITY := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+
+.PHONY: train test lint notebooks clean
+
+train: $(VENV)/.installed-base
+	$(BIN)/python train.py --config configs/tiny.yaml
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.python-$(IDENTITY):
+	@test -n "$(IDENTITY)" || { echo "'$(PYTHON)' does not run; set PYTHON to a Python 3.11, 3.12 or 3.13" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "$(PYTHON) is Python $(IDENTITY); this project needs 3.11, 3.12 or 3.13: PYTHON=python3.12 make $(MAKECMDGOALS)" >&2; exit 1; }
+	rm -rf $(VENV)
+	$(if $(UV),$(UV) venv --quiet --python $(PYTHON) $(VENV),$(PYTHON) -m venv $(VENV))
+	@touch $@
+
+$(VENV)/.installed-base: pyproject.toml $(VENV)/.python-$(IDENTITY)
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.python-$(IDENTITY)
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.installed-base
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,0 +1,125 @@
+"""Configuration: what is accepted, what is refused, and what a refusal says."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import transmamba_jax as tm
+from transmamba_jax import config as config_module
+
+CONFIGS = sorted(Path(__file__).parents[1].glob("configs/**/*.yaml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_and_file_name(tmp_path: Path) -> None:
+    config = tm.load_config(write(tmp_path, ""))
+    assert config == tm.Config(workdir="runs/experiment")
+
+
+def test_file_then_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: {d_model: 128, transpoints: [0, 4]}\noptimizer: {learning_rate: 3e-4}\n")
+    config = tm.load_config(path, ["--train.steps", "500", "--model.d-model", "64", "--model.tie-embeddings", "False"])
+    assert config.model.d_model == 64
+    assert config.model.transpoints == (0, 4)
+    assert config.model.tie_embeddings is False
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.train.steps == 500
+    assert tm.load_config(path, ["--model.transpoints", "1", "2", "3"]).model.transpoints == (1, 2, 3)
+    assert tm.load_config(path, ["--model.kernel", "sequential"]).model.kernel == "sequential"
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    config = tm.load_config(write(tmp_path, "model: {kernel: reference}\ndata: {source: 'text:*.md'}\n"))
+    assert tm.load_config(write(tmp_path, config_module.to_yaml(config))) == config
+
+
+def test_differences_name_the_fields() -> None:
+    old = tm.Config()
+    new = dataclasses.replace(old, train=dataclasses.replace(old.train, steps=7), workdir="elsewhere")
+    assert config_module.differences(old, new) == ["train.steps: 1000 -> 7", "workdir: 'runs/default' -> 'elsewhere'"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: {}", "unknown option 'modle'; did you mean 'model'?"),
+        ("model: {num_head: 4}", "unknown option 'model.num_head'; did you mean 'num_heads'?"),
+        ("model: {d_model: '64'}", "model.d_model must be of type int, found '64' of type str"),
+        ("model: {d_model: 64.0}", "model.d_model must be of type int, found 64.0 of type float"),
+        ("model: {d_model: true}", "model.d_model must be of type int, found True of type bool"),
+        ("model: {skip: 1}", "model.skip must be of type bool, found 1 of type int"),
+        ("model: {remat: some}", "model.remat must be one of 'none', 'dots', 'full', found 'some'"),
+        ("model: 3", "model must be a mapping of options, found 3"),
+        ("model: {num_heads: 4, num_groups: 3}", r"num_groups must divide .* num_groups=3, num_heads=4; .*\[1, 2, 4\]"),
+        ("model: {transpoints: [0, -1]}", r"model.transpoints\[1\] must be >= 0 \(a number of tokens\), found -1"),
+        ("model: {transpoints: 8}", "model.transpoints must be a list, found 8"),
+        ("model: {num_layers: 2}", "8 entries but the model has num_layers=2"),
+        ("model: {state_dim: 7}", "model.state_dim must be even"),
+        ("model: {d_model: 0}", "model.d_model must be >= 1, found 0"),
+        ("data: {source: txt:a}", "data.source must be .* found 'txt:a'; did you mean 'text'?"),
+        ("data: {source: 'text:'}", "data.source must be"),
+        (
+            "data: {batch_size: 6}\ntrain: {accumulation: 4}",
+            r"train.accumulation=4 must divide data.batch_size=6; .*\[1, 2, 3, 6\]",
+        ),
+        ("train: {steps: 10}", "optimizer.warmup_steps=100 must not exceed train.steps=10"),
+        ("optimizer: {learning_rate: -1}", "optimizer.learning_rate must be positive, found -1"),
+        ("optimizer: {final_learning_rate: 1}", "final_learning_rate=1.0 must not exceed"),
+        ("optimizer: {beta1: 1}", r"optimizer.beta1 must be in \[0, 1\), found 1"),
+        ("mesh: {data: 0}", "mesh.data must be >= 1, or -1"),
+        ("mesh: {data: -1, fsdp: -1}", "at most one axis of mesh may be -1"),
+        ("checkpoint: {keep_latest: 0}", "checkpoint.keep_latest must be >= 1, found 0"),
+        ("eval: {every: -1}", "eval.every must be >= 0, found -1"),
+        ("model: !!python/object/apply:os.getcwd []", "is not plain YAML"),
+        ("model: [", "is not plain YAML"),
+        ("- 1", "the config must be a mapping of options"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        tm.load_config(write(tmp_path, text))
+    assert "experiment.yaml" in str(error.value)
+
+
+def test_missing_file_lists_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path, "")
+    with pytest.raises(ValueError, match=r"cannot read the config .*tiny.yaml.*No such file.*experiment.yaml"):
+        tm.load_config(tmp_path / "tiny.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--train.stepz", "5"], r"--train.stepz.*--train.steps"),
+        (["--train.steps", "five"], "--train.steps"),
+        (["--model.num-groups", "3"], "num_groups must divide"),
+        (["--train.steps"], "--train.steps"),
+        (["--model.remat", "some"], "'none', 'dots', 'full'"),
+    ],
+)
+def test_bad_overrides_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tm.load_config(write(tmp_path, ""), overrides)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_validate_and_have_shapes(path: Path) -> None:
+    config = tm.load_config(path)
+    tokens = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32)
+    model = tm.TransMamba(config.model)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    logits = jax.eval_shape(model.apply, params, tokens)
+    assert logits.shape == (1, config.data.seq_len, config.model.vocab_size)
+
+
+def test_there_are_shipped_configs() -> None:
+    assert "tiny" in [path.stem for path in CONFIGS]
+    assert len([path for path in CONFIGS if path.parent.name == "paper"]) == 8

@@ -1,0 +1,285 @@
+"""The model: one parameter tree under every schedule, and what packing and padding promise."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import transmamba_jax as tm
+from tests import oracle
+from transmamba_jax.config import ModelConfig
+
+SEQ_LEN = 24
+CONFIG = ModelConfig(
+    vocab_size=50,
+    num_layers=4,
+    d_model=16,
+    num_heads=2,
+    num_groups=1,
+    head_dim=6,
+    state_dim=4,
+    mlp_dim=20,
+    chunk_size=8,
+    transpoints=(0, 6, 12, 24),
+    dtype="float32",
+)
+SCHEDULES = {
+    "transmamba": (0, 6, 12, 24),
+    "transformer": tm.schedule.transformer(SEQ_LEN),
+    "mamba2": tm.schedule.mamba2(),
+    "hybrid": tm.schedule.hybrid(SEQ_LEN, every=2),
+    "period_two": (3, 20),
+}
+
+
+def tokens_of(length: int = SEQ_LEN, batch: int = 2) -> jax.Array:
+    return jax.random.randint(jax.random.key(7), (batch, length), 1, CONFIG.vocab_size)
+
+
+def make(config: ModelConfig = CONFIG) -> tuple[tm.TransMamba, Any]:
+    model = tm.TransMamba(config)
+    params = jax.jit(model.init)(jax.random.key(0), tokens_of())["params"]
+    # Larger embeddings than at the start of training, so that layers matter as much as they do later.
+    return model, {**params, "embedding": 20 * params["embedding"]}
+
+
+@partial(jax.jit, static_argnums=0)
+def oracle_in_double(config: ModelConfig, params: Any, tokens: Any, points: Any) -> jax.Array:
+    ids = jnp.ones(tokens.shape, jnp.int32)
+    norm = lambda x, scale: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + config.norm_eps) * scale
+    x = params["embedding"][tokens]
+    for layer in range(config.num_layers):
+        block = jax.tree.map(lambda leaf: leaf[layer], params["layers"])  # noqa: B023
+        x = x + oracle.mixer(block["mixer"], config, norm(x, block["mixer_norm"]["scale"]), points[layer], ids)
+        if config.mlp_dim:
+            y = norm(x, block["mlp_norm"]["scale"])
+            gate, up, down = (block["mlp"][name]["kernel"] for name in ("gate", "up", "down"))
+            x = x + (oracle.silu(y @ gate) * (y @ up)) @ down
+    head = params["embedding"].T if config.tie_embeddings else params["lm_head"]
+    return norm(x, params["final_norm"]["scale"]) @ head
+
+
+def oracle_logits(config: ModelConfig, params: Any, tokens: Any, points: Any) -> np.ndarray:
+    """The whole model in float64, layer by layer, from the equations; points [L, B]."""
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+        return np.asarray(oracle_in_double(config, double, np.asarray(tokens), np.asarray(points)))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("form", ["static", "traced_layer", "traced_row"])
+def test_every_schedule_equals_the_oracle(name: str, form: str) -> None:
+    model, params = make()
+    tokens = tokens_of()
+    points = np.array(tm.schedule.expand(SCHEDULES[name], CONFIG.num_layers), np.int32)
+    per_row = np.broadcast_to(points[:, None], (CONFIG.num_layers, tokens.shape[0]))
+    argument = {"static": SCHEDULES[name], "traced_layer": points, "traced_row": np.array(per_row)}[form]
+    apply = jax.jit(
+        lambda p, t, points: model.apply({"params": p}, t, points), static_argnums=2 if form == "static" else ()
+    )
+    logits = apply(params, tokens, argument)
+    assert logits.dtype == jnp.float32
+    assert oracle.relative_error(logits, oracle_logits(CONFIG, params, tokens, per_row)) < 5e-6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tie_embeddings": False}, {"mlp_dim": 0}, {"remat": "full"}, {"remat": "dots"}, {"num_groups": 2}],
+    ids=lambda change: "-".join(map(str, *change.items())),
+)
+def test_options_equal_the_oracle(change: dict[str, Any]) -> None:
+    config = dataclasses.replace(CONFIG, **change)
+    model, params = make(config)
+    tokens = tokens_of()
+    per_row = np.array(config.transpoints)[:, None] * np.ones((1, 2), np.int32)
+    logits = jax.jit(model.apply)({"params": params}, tokens)
+    assert oracle.relative_error(logits, oracle_logits(config, params, tokens, per_row)) < 5e-6
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("traced", [False, True])
+def test_rematerialisation_changes_memory_and_no_gradient(remat: str, traced: bool) -> None:
+    tokens = tokens_of()
+    points = np.array(CONFIG.transpoints, np.int32) if traced else CONFIG.transpoints
+
+    def gradient(config: ModelConfig) -> Any:
+        loss = lambda p: jnp.sum(jnp.sin(tm.TransMamba(config).apply({"params": p}, tokens, points)))
+        return jax.jit(jax.grad(loss)).lower(make(CONFIG)[1]).compile()
+
+    plain, recomputed = gradient(CONFIG), gradient(dataclasses.replace(CONFIG, remat=remat))
+    params = make(CONFIG)[1]
+    assert oracle.relative_error(recomputed(params), plain(params)) < 1e-5
+    assert recomputed.memory_analysis().temp_size_in_bytes < plain.memory_analysis().temp_size_in_bytes
+
+
+def test_parameter_tree_is_the_same_under_every_schedule() -> None:
+    shapes = {}
+    for name, points in SCHEDULES.items():
+        config = dataclasses.replace(CONFIG, transpoints=points)
+        params = jax.eval_shape(tm.TransMamba(config).init, jax.random.key(0), tokens_of())["params"]
+        shapes[name] = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
+    assert all(shape == shapes["transmamba"] for shape in shapes.values())
+    layers = jax.tree.leaves(
+        jax.eval_shape(tm.TransMamba(CONFIG).init, jax.random.key(0), tokens_of())["params"]["layers"]
+    )
+    assert {leaf.shape[0] for leaf in layers} == {CONFIG.num_layers}
+
+
+def test_layers_start_from_different_values() -> None:
+    _, params = make()
+    kernel = np.asarray(params["layers"]["mixer"]["q"]["kernel"])
+    assert len({row.tobytes() for row in kernel}) == CONFIG.num_layers
+    assert np.all(np.asarray(params["layers"]["mixer"]["skip"]) == 1)
+    dt = np.log1p(np.exp(np.asarray(params["layers"]["mixer"]["dt_bias"], np.float64)))
+    assert dt.min() >= 0.99e-3
+    assert dt.max() <= 1.01e-1
+    decay = np.exp(np.asarray(params["layers"]["mixer"]["a_log"]))
+    assert decay.min() >= 1
+    assert decay.max() <= 16
+
+
+def test_mamba2_schedule_equals_an_independent_mamba2() -> None:
+    """P = 0 everywhere: in_proj order z, x, B, C, dt in one matrix and one convolution, token by token in numpy."""
+    config = dataclasses.replace(CONFIG, num_layers=1, mlp_dim=0, transpoints=(0,))
+    model, params = make(config)
+    tokens = np.asarray(tokens_of(SEQ_LEN, 1))
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    layer = jax.tree.map(lambda leaf: leaf[0], p["layers"])
+    m = layer["mixer"]
+    heads, width, state = config.num_heads, config.head_dim, config.state_dim
+    in_proj = np.concatenate([m[name]["kernel"] for name in ("z", "v", "k", "q", "dt")], axis=1)
+    taps = np.concatenate([m[f"conv_{name}"]["kernel"] for name in "vkq"], axis=1)
+    bias = np.concatenate([m[f"conv_{name}"]["bias"] for name in "vkq"])
+    silu = lambda y: y / (1 + np.exp(-y))
+    norm = lambda y: y / np.sqrt(np.mean(y**2) + config.norm_eps)
+    window, h, expected = np.zeros((4, taps.shape[1])), np.zeros((heads, width, state)), []
+    for token in tokens[0]:
+        residual = p["embedding"][token]
+        z, xbc, dt = np.split(norm(residual) * layer["mixer_norm"]["scale"] @ in_proj, [heads * width, -heads])
+        window = np.concatenate([window[1:], xbc[None]])
+        x, b, c = np.split(silu((window * taps).sum(0) + bias), [heads * width, heads * width + state])
+        dt = np.log1p(np.exp(dt + m["dt_bias"]))
+        x = x.reshape(heads, width)
+        h = np.exp(-dt * np.exp(m["a_log"]))[:, None, None] * h + (dt[:, None] * x)[:, :, None] * b
+        y = (h @ c + m["skip"][:, None] * x).ravel() * silu(z)
+        out = (norm(y) * m["norm"]["scale"].ravel()) @ m["out"]["kernel"]
+        expected.append(norm(residual + out) * p["final_norm"]["scale"] @ p["embedding"].T)
+    logits = jax.jit(model.apply)({"params": params}, tokens)[0]
+    assert oracle.relative_error(logits, np.array(expected)) < 2e-6
+
+
+def test_transformer_schedule_equals_flax_attention() -> None:
+    """P = T: the mixer is plain multi-head attention, here by flax's own operator."""
+    config = dataclasses.replace(CONFIG, num_layers=1, num_groups=2, mlp_dim=0, transpoints=(SEQ_LEN,), head_dim=4)
+    model, params = make(config)
+    tokens = tokens_of()
+    layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
+    mixer = layer["mixer"]
+    norm = lambda y, scale: y / jnp.sqrt(jnp.mean(y**2, -1, keepdims=True) + config.norm_eps) * scale
+    x = params["embedding"][tokens]
+    y = norm(x, layer["mixer_norm"]["scale"])
+    ids = jnp.ones_like(tokens)
+    q, k, v = (
+        oracle.short_conv(mixer[f"conv_{name}"], y @ mixer[name]["kernel"], ids).reshape(*tokens.shape, 2, 4)
+        for name in "qkv"
+    )
+    rotate = lambda y: oracle.rotate(y, config.rope_theta).astype(jnp.float32)
+    attended = nn.dot_product_attention(rotate(q), rotate(k), v, mask=nn.make_causal_mask(tokens))
+    attended = norm(attended, mixer["norm"]["scale"]).reshape(*tokens.shape, -1)
+    expected = norm(x + attended @ mixer["out"]["kernel"], params["final_norm"]["scale"]) @ params["embedding"].T
+    assert oracle.relative_error(jax.jit(model.apply)({"params": params}, tokens), expected) < 5e-6
+
+
+@pytest.mark.parametrize("offset", [1, 5, 6, 13])
+def test_packed_document_equals_the_document_alone(offset: int) -> None:
+    """A document at offset s is the document alone under TransPoints max(P - s, 0)."""
+    model, params = make()
+    alone = tokens_of(SEQ_LEN - offset, 1)
+    packed = jnp.concatenate([tokens_of(offset, 1), alone], axis=1)
+    ids = jnp.where(jnp.arange(SEQ_LEN) < offset, 1, 2)[None]
+    shifted = tuple(max(point - offset, 0) for point in CONFIG.transpoints)
+    expected = model.apply({"params": params}, alone, shifted)
+    for points in (CONFIG.transpoints, np.array(CONFIG.transpoints)):
+        logits = model.apply({"params": params}, packed, points, ids)[:, offset:]
+        assert oracle.relative_error(logits, expected) < 5e-6
+
+
+@pytest.mark.parametrize("padding", [1, 4, 9])
+def test_left_padding_shifts_the_transpoints(padding: int) -> None:
+    """A row left-padded by s under P + s is the unpadded row under P."""
+    model, params = make()
+    alone = tokens_of(SEQ_LEN - padding)
+    padded = jnp.pad(alone, ((0, 0), (padding, 0)))
+    ids = jnp.pad(jnp.ones_like(alone), ((0, 0), (padding, 0)))
+    shifted = tuple(point + padding for point in CONFIG.transpoints)
+    expected = model.apply({"params": params}, alone)
+    for points in (shifted, np.array(shifted)):
+        logits = model.apply({"params": params}, padded, points, ids)[:, padding:]
+        assert oracle.relative_error(logits, expected) < 5e-6
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_right_padding_changes_nothing(with_ids: bool) -> None:
+    model, params = make()
+    alone = tokens_of(SEQ_LEN - 7)
+    padded = jnp.pad(alone, ((0, 0), (0, 7)))
+    ids = jnp.pad(jnp.ones_like(alone), ((0, 0), (0, 7))) if with_ids else None
+    logits = model.apply({"params": params}, padded, segment_ids=ids)
+    assert np.all(np.isfinite(logits))
+    assert oracle.relative_error(logits[:, :-7], model.apply({"params": params}, alone)) < 5e-6
+
+
+def test_gradient_at_padding_is_finite() -> None:
+    model, params = make()
+    ids = np.array([[0] * 5 + [1] * 9 + [2] * 10, [1] * 20 + [0] * 4], np.int32)
+    loss = lambda p: jnp.sum(model.apply({"params": p}, tokens_of(), segment_ids=ids) * (ids != 0)[..., None])
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(jax.grad(loss)(params)))
+
+
+def test_traced_schedules_share_one_compilation() -> None:
+    model, params = make()
+    traces = []
+
+    @jax.jit
+    def apply(points: jax.Array) -> jax.Array:
+        traces.append(1)
+        return model.apply({"params": params}, tokens_of(), points)
+
+    outputs = [apply(jnp.array(points)) for points in ((0, 6, 12, 24), (1, 2, 3, 4), (24, 24, 24, 24))]
+    assert len(traces) == 1
+    assert oracle.relative_error(outputs[0], outputs[1]) > 1e-3
+
+
+def test_depth_adds_no_code_when_the_schedule_repeats() -> None:
+    def size(num_layers: int) -> int:
+        model = tm.TransMamba(dataclasses.replace(CONFIG, num_layers=num_layers))
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens_of())
+        return len(jax.jit(model.apply).lower(params, tokens_of()).as_text().splitlines())
+
+    assert size(16) <= 1.02 * size(8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": jnp.zeros((2, 3))}, r"tokens must be integers \[B, T\], found shape \(2, 3\), dtype float32"),
+        ({"tokens": jnp.zeros((3,), jnp.int32)}, r"found shape \(3,\)"),
+        ({"tokens": jnp.zeros((2, 0), jnp.int32)}, "at least one token"),
+        ({"transpoints": (0, -1)}, r"transpoints\[1\] must be >= 0 .*found -1"),
+        ({"transpoints": ()}, "at least one TransPoint"),
+        ({"transpoints": (0, 1.5)}, r"transpoints\[1\] must be an int, found 1.5"),
+        ({"transpoints": (0,) * 5}, "5 entries but the model has num_layers=4"),
+        ({"transpoints": jnp.zeros((3,), jnp.int32)}, r"shape \(4,\) or \(4, 2\).*found shape \(3,\)"),
+        ({"transpoints": jnp.zeros((4,))}, "integer array.*float32"),
+        ({"segment_ids": jnp.ones((2, 3), jnp.int32)}, r"shape \(2, 24\), found shape \(2, 3\)"),
+    ],
+)
+def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:
+    model, params = make()
+    with pytest.raises(ValueError, match=message):
+        model.apply({"params": params}, **{"tokens": tokens_of(), **arguments})

@@ -1,0 +1,72 @@
+"""Schedules against the paper's table and their own rules."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transmamba_jax import schedule
+
+TABLE_6 = {
+    "v1": (2048,),
+    "v2": (4096,),
+    "v3": (6144,),
+    "v4": (3072, 4096, 5120),
+    "v5": (2048, 3072, 4096),
+    "v6": (512, 1024, 2048),
+    "v7": (2048, 4096, 6144),
+    "v8": (0, 1024, 2048, 6144, 8192),
+    "v9": (0, 128, 256, 512, 1024, 2048, 4096, 8192),
+    "transformer": (8192,),
+    "mamba2": (0,),
+    "hybrid": (0, 0, 0, 0, 0, 0, 0, 8192),
+    "log_spaced": (0, 128, 256, 512, 1024, 2048, 4096, 8192),
+}
+
+
+def test_named_schedules_at_the_papers_length() -> None:
+    assert {name: schedule.named(name, 8192) for name in schedule.NAMED} == TABLE_6
+
+
+def test_v9_scales_with_the_sequence() -> None:
+    assert schedule.v9(1024) == (0, 16, 32, 64, 128, 256, 512, 1024)
+    assert schedule.log_spaced(64, period=4) == (0, 16, 32, 64)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=24))
+def test_smallest_period_is_a_period_and_smallest(points: list[int]) -> None:
+    period = schedule.smallest_period(tuple(points))
+    periods = [
+        p for p in range(1, len(points) + 1) if len(points) % p == 0 and points == points[:p] * (len(points) // p)
+    ]
+    assert period == min(periods)
+
+
+def test_expand_repeats_over_the_layers() -> None:
+    assert schedule.expand((0, 4, 8), 7) == (0, 4, 8, 0, 4, 8, 0)
+
+
+def test_table_counts_attention_layers_along_the_sequence() -> None:
+    lines = schedule.table(schedule.v9(8192), 8, 8192).splitlines()
+    assert lines[1].split() == ["0", "-", "128", "sAAAAAAA", "7"]
+    assert [line.split()[-1] for line in lines[1:]] == ["7", "6", "5", "4", "3", "2", "1"]
+    assert schedule.table((0,), 2, 16).splitlines()[1].split() == ["0", "-", "16", "ss", "0"]
+    assert schedule.table((99,), 2, 16).splitlines()[1].split() == ["0", "-", "16", "AA", "2"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: schedule.named("v10", 8), "unknown schedule 'v10'; the names are transformer, mamba2"),
+        (lambda: schedule.transformer(0), "seq_len must be at least 1, found 0"),
+        (lambda: schedule.log_spaced(8, period=1), "period must be at least 2"),
+        (lambda: schedule.hybrid(8, every=0), "every must be at least 1, found 0"),
+        (lambda: schedule.validate([0, -3]), r"transpoints\[1\] must be >= 0 .*found -3"),
+        (lambda: schedule.validate([True]), r"transpoints\[0\] must be an int, found True"),
+        (lambda: schedule.validate("12"), "sequence of ints, found '12'"),
+        (lambda: schedule.validate(()), "at least one TransPoint"),
+        (lambda: schedule.expand((0, 1, 2), 2), "3 entries but the model has num_layers=2"),
+    ],
+)
+def test_bad_schedules_are_refused(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,184 @@
+"""The mixer: one set of weights, read as attention before the TransPoint and as Mamba-2 from it on.
+
+Q = C = δ(H W_q)   K = B = δ(H W_k)   V = X = δ(H W_v)      δ: linear, causal conv, SiLU
+t <  P:  y_t = RMSNorm(softmax(Q_t Kᵀ / √N) V)
+t >= P:  y_t = RMSNorm((C_t h_t + D x_t) ∘ SiLU(z_t)),      h_P from the Memory Converter
+output:  y W_o                                              arXiv 2503.24067 §3.1
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ssd import ssd
+from transmamba_jax.attention import causal_attention
+from transmamba_jax.config import ModelConfig
+from transmamba_jax.convolution import causal_conv
+from transmamba_jax.memory_converter import memory_converter
+from transmamba_jax.rotary import rotate
+from transmamba_jax.shapes import Array, Float, Hidden, QueryKey, SegmentIds, State, Step, TransPoint, Value
+
+# U(±1/√fan_in), as Mamba-2 and PyTorch's linear layers are initialised.
+fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def residual_uniform(num_layers: int) -> nn.initializers.Initializer:
+    """Scale a projection into the residual stream by 1/√(2·layers), so that depth does not grow its variance."""
+    return nn.initializers.variance_scaling(1 / (3 * 2 * num_layers), "fan_in", "uniform")
+
+
+def init_a_log(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Return log of A ~ U(1, 16), so that -exp(a_log) is the decay rate (Mamba-2)."""
+    return jnp.log(jax.random.uniform(key, shape, minval=1, maxval=16)).astype(dtype)
+
+
+def init_dt_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Return the inverse softplus of Δ, log-uniform between 1e-3 and 1e-1 (Mamba-2; its floor 1e-4 cannot bind)."""
+    dt = jnp.exp(jax.random.uniform(key, shape, minval=math.log(1e-3), maxval=math.log(1e-1)))
+    return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution over time, then SiLU."""
+
+    width: int
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T C"], segment_ids: SegmentIds | None) -> Float[Array, "B T C"]:
+        """Convolve each channel with its own taps; the last tap is the current token."""
+        bound = 1 / math.sqrt(self.width)
+
+        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        kernel = self.param("kernel", uniform, (self.width, x.shape[-1]), self.param_dtype)
+        bias = self.param("bias", uniform, (x.shape[-1],), self.param_dtype)
+        return nn.silu(causal_conv(x, kernel, bias, segment_ids))
+
+
+class Mixer(nn.Module):
+    """Own the shared weights and split the sequence at the TransPoint."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Declare the parameters, which are the same under every schedule."""
+        cfg = self.config
+        dense = lambda width, init=fan_in_uniform: nn.Dense(
+            width, use_bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype, kernel_init=init
+        )
+        self.q, self.k, self.v = dense(cfg.d_key), dense(cfg.d_key), dense(cfg.d_inner)
+        self.z, self.dt = dense(cfg.d_inner), dense(cfg.num_heads)
+        self.out = dense(cfg.d_model, residual_uniform(cfg.num_layers))
+        self.conv_q, self.conv_k, self.conv_v = (ShortConv(cfg.conv_width, cfg.param_dtype) for _ in range(3))
+        self.a_log = self.param("a_log", init_a_log, (cfg.num_heads,), cfg.param_dtype)
+        self.dt_bias = self.param("dt_bias", init_dt_bias, (cfg.num_heads,), cfg.param_dtype)
+        if cfg.skip:
+            self.skip = self.param("skip", nn.initializers.ones, (cfg.num_heads,), cfg.param_dtype)
+        # One weight for both branches; statistics over each group's d_inner / G channels, in float32.
+        self.norm = nn.RMSNorm(
+            epsilon=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype, reduction_axes=-1, feature_axes=(-2, -1)
+        )
+
+    def __call__(self, x: Hidden, transpoint: TransPoint, segment_ids: SegmentIds | None = None) -> Hidden:
+        """Mix along the sequence: attention for tokens t < transpoint, the SSM for t >= transpoint.
+
+        A Python int slices (no wasted work); a traced scalar or one value per row runs both branches over the whole
+        sequence and selects, which is the definition of the layer.
+        """
+        q, k, v = self._project(x, segment_ids)
+        if isinstance(transpoint, int):
+            return self.out(self._sliced(x, q, k, v, min(transpoint, x.shape[1]), segment_ids))
+        attended = self._attend(q, k, v, segment_ids)
+        scanned = self._scan(x, q, k, v, self._step(x), None, segment_ids)
+        before = jnp.arange(x.shape[1]) < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
+        return self.out(jnp.where(before[..., None], attended, scanned))
+
+    def _sliced(
+        self, x: Hidden, q: QueryKey, k: QueryKey, v: Value, point: int, segment_ids: SegmentIds | None
+    ) -> Float[Array, "B T HP"]:
+        if point == x.shape[1]:
+            return self._attend(q, k, v, segment_ids)
+        dt = self._step(x)
+        if point == 0:
+            return self._scan(x, q, k, v, dt, None, segment_ids)
+        before = None if segment_ids is None else segment_ids[:, :point]
+        after = None if segment_ids is None else segment_ids[:, point:]
+        attended = self._attend(q[:, :point], k[:, :point], v[:, :point], before)
+        state = memory_converter(
+            k[:, :point],
+            v[:, :point],
+            dt[:, :point],
+            self._decay(),
+            segment_ids=before,
+            chunk_size=self.config.chunk_size,
+            implementation=self.config.kernel,
+        )
+        if before is not None and after is not None:
+            state = jnp.where(_same_document(before, after)[:, None, None, None], state, 0)
+        scanned = self._scan(x[:, point:], q[:, point:], k[:, point:], v[:, point:], dt[:, point:], state, after)
+        return jnp.concatenate([attended, scanned], axis=1)
+
+    def _project(self, x: Hidden, segment_ids: SegmentIds | None) -> tuple[QueryKey, QueryKey, Value]:
+        """Project and convolve once over the whole row, so that the convolution never sees the TransPoint."""
+        cfg = self.config
+        heads = lambda y, count: y.reshape(*y.shape[:2], count, -1)
+        q = heads(self.conv_q(self.q(x), segment_ids), cfg.num_groups)
+        k = heads(self.conv_k(self.k(x), segment_ids), cfg.num_groups)
+        v = heads(self.conv_v(self.v(x), segment_ids), cfg.num_heads)
+        return (*self._rotate(q, k), v) if cfg.rotary == "both" else (q, k, v)
+
+    def _rotate(self, q: QueryKey, k: QueryKey) -> tuple[QueryKey, QueryKey]:
+        positions = jnp.arange(q.shape[1])
+        return rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta)
+
+    def _step(self, x: Hidden) -> Step:
+        return nn.softplus(self.dt(x).astype(jnp.float32) + self.dt_bias.astype(jnp.float32))
+
+    def _decay(self) -> Float[Array, "H"]:
+        return -jnp.exp(self.a_log.astype(jnp.float32))
+
+    def _attend(self, q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None) -> Float[Array, "B T HP"]:
+        if self.config.rotary == "attention":
+            q, k = self._rotate(q, k)
+        y = causal_attention(q, k, v, segment_ids)
+        y = y.reshape(*y.shape[:2], -1)
+        return self._normalise(y) if self.config.attention_norm else y
+
+    def _scan(
+        self,
+        x: Hidden,
+        q: QueryKey,
+        k: QueryKey,
+        v: Value,
+        dt: Step,
+        state: State | None,
+        segment_ids: SegmentIds | None,
+    ) -> Float[Array, "B T HP"]:
+        y, _ = ssd(
+            v,
+            dt,
+            self._decay(),
+            k,
+            q,
+            d=self.skip.astype(jnp.float32) if self.config.skip else None,
+            initial_state=state,
+            segment_ids=segment_ids,
+            chunk_size=self.config.chunk_size,
+            implementation=self.config.kernel,
+        )
+        return self._normalise(y.reshape(*y.shape[:2], -1) * nn.silu(self.z(x)))
+
+    def _normalise(self, y: Float[Array, "B T HP"]) -> Float[Array, "B T HP"]:
+        return self.norm(y.reshape(*y.shape[:2], self.config.num_groups, -1)).reshape(y.shape)
+
+
+def _same_document(before: SegmentIds, after: SegmentIds) -> Array:
+    """Tell per row whether the last token of `before` and the first of `after`, padding aside, share a document."""
+    last = jnp.max(jnp.where(before != 0, jnp.arange(before.shape[1]), -1), axis=1)
+    first = jnp.argmax(after != 0, axis=1)
+    row = jnp.arange(before.shape[0])
+    return (last >= 0) & (before[row, last] == after[row, first])

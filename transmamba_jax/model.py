@@ -1,0 +1,192 @@
+"""The language model: embedding, a stack of mixer and MLP blocks, logits.
+
+Every leaf of the layers' parameters is stacked on a leading axis [L, ...], whatever the schedule. The forward regroups
+them at trace time into L / p blocks of p unrolled layers, p the smallest period of the schedule, and scans over the
+blocks: compile time does not grow with depth and one checkpoint serves every schedule.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transmamba_jax import schedule
+from transmamba_jax.config import ModelConfig
+from transmamba_jax.mixer import Mixer, fan_in_uniform, residual_uniform
+from transmamba_jax.shapes import Array, Hidden, Int, Logits, SegmentIds, Tokens, TransPoint
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: (SiLU(x W_gate) ∘ x W_up) W_down, arXiv 2002.05202."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        """Apply the MLP to each token."""
+        cfg = self.config
+        dense = partial(nn.Dense, use_bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        gate = dense(cfg.mlp_dim, kernel_init=fan_in_uniform, name="gate")(x)
+        up = dense(cfg.mlp_dim, kernel_init=fan_in_uniform, name="up")(x)
+        return dense(cfg.d_model, kernel_init=residual_uniform(cfg.num_layers), name="down")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: x + Mixer(RMSNorm(x)), then x + MLP(RMSNorm(x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Hidden, transpoint: TransPoint, segment_ids: SegmentIds | None = None) -> Hidden:
+        """Apply the layer with its TransPoint."""
+        cfg = self.config
+        norm = partial(nn.RMSNorm, epsilon=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        x = x + Mixer(cfg, name="mixer")(norm(name="mixer_norm")(x), transpoint, segment_ids)
+        if cfg.mlp_dim == 0:
+            return x
+        return x + GatedMLP(cfg, name="mlp")(norm(name="mlp_norm")(x))
+
+
+class TransMamba(nn.Module):
+    """A causal language model whose layers switch from attention to Mamba-2 at their TransPoints.
+
+    The schedule decides what it is: a Transformer (every TransPoint >= T), Mamba-2 (every TransPoint 0), a layer
+    hybrid (0 or T per layer) or TransMamba. The parameters are the same for all of them.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """Declare the parameters."""
+        cfg = self.config
+        normal = nn.initializers.normal(0.02)
+        self.embedding = self.param("embedding", normal, (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
+        if not cfg.tie_embeddings:
+            self.lm_head = self.param("lm_head", normal, (cfg.d_model, cfg.vocab_size), cfg.param_dtype)
+        self.layers = self.param("layers", self._init_layers)
+        self.final_norm = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        transpoints: Sequence[int] | Int[Array, "L"] | Int[Array, "L B"] | None = None,
+        segment_ids: SegmentIds | None = None,
+    ) -> Logits:
+        """Return the logits of the token after each position.
+
+        Args:
+            tokens: int32 ids.
+            transpoints: None: the config's schedule; a tuple of ints: that schedule, repeated over the layers
+                (compiled for it); an int array [L] or [L, B]: one TransPoint per layer, or per layer and row, that may
+                be traced and changes without compiling again.
+            segment_ids: int32, equal ids are one document, 0 is padding. Attention never crosses a boundary;
+                convolution and SSM state restart at it. TransPoints count tokens from the start of the row.
+
+        Raises:
+            ValueError: a shape or dtype does not fit, or the schedule is invalid.
+        """
+        return self.logits(self.hidden(tokens, transpoints, segment_ids))
+
+    def hidden(
+        self,
+        tokens: Tokens,
+        transpoints: Sequence[int] | Int[Array, "L"] | Int[Array, "L B"] | None = None,
+        segment_ids: SegmentIds | None = None,
+    ) -> Hidden:
+        """Return the normalised output of the last layer; arguments as for the model itself."""
+        cfg = self.config
+        _check_tokens(tokens, segment_ids)
+        x = self.embedding.astype(cfg.dtype)[tokens]
+        if transpoints is None:
+            transpoints = cfg.transpoints
+        if isinstance(transpoints, jax.Array | np.ndarray):
+            x = self._traced_stack(x, _check_traced(transpoints, cfg.num_layers, tokens.shape[0]), segment_ids)
+        else:
+            x = self._static_stack(x, schedule.expand(transpoints, cfg.num_layers), segment_ids)
+        return self.final_norm(x)
+
+    def logits(self, hidden: Hidden) -> Logits:
+        """Project hidden states onto the vocabulary, accumulated and returned in float32."""
+        kernel = self.embedding.T if self.config.tie_embeddings else self.lm_head
+        return jnp.matmul(hidden, kernel.astype(self.config.dtype), preferred_element_type=jnp.float32)
+
+    def _init_layers(self, key: jax.Array) -> Any:
+        dummy = jnp.zeros((1, 1, self.config.d_model), self.config.dtype)
+        init = lambda layer_key: self._block().init(layer_key, dummy, 0)["params"]
+        return jax.vmap(init)(jax.random.split(key, self.config.num_layers))
+
+    def _block(self) -> Block:
+        # Detached from this module: its parameters are slices of the stack, handed over explicitly.
+        return Block(self.config, parent=None)
+
+    def _layer(self, segment_ids: SegmentIds | None) -> Callable[[Any, Hidden, TransPoint], Hidden]:
+        def apply(params: Any, x: Hidden, transpoint: TransPoint) -> Hidden:
+            return self._block().apply({"params": params}, x, transpoint, segment_ids)
+
+        if self.config.remat == "none":
+            return apply
+        policy = REMAT_POLICIES[self.config.remat]
+
+        def rematerialised(params: Any, x: Hidden, transpoint: TransPoint) -> Hidden:
+            # A Python int must stay one: it is bound outside the traced arguments of jax.checkpoint.
+            if isinstance(transpoint, int):
+                return jax.checkpoint(lambda p, y: apply(p, y, transpoint), policy=policy)(params, x)
+            return jax.checkpoint(apply, policy=policy)(params, x, transpoint)
+
+        return rematerialised
+
+    def _static_stack(self, x: Hidden, points: schedule.Schedule, segment_ids: SegmentIds | None) -> Hidden:
+        # A TransPoint beyond the row is attention everywhere; clamping first finds the shorter period.
+        points = tuple(min(point, x.shape[1]) for point in points)
+        period = schedule.smallest_period(points)
+        layer = self._layer(segment_ids)
+        regroup = lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:])
+
+        def block(x: Hidden, params: Any) -> tuple[Hidden, None]:
+            for index in range(period):
+                x = layer(jax.tree.map(lambda leaf: leaf[index], params), x, points[index])  # noqa: B023
+            return x, None
+
+        return jax.lax.scan(block, x, jax.tree.map(regroup, self.layers))[0]
+
+    def _traced_stack(self, x: Hidden, points: Array, segment_ids: SegmentIds | None) -> Hidden:
+        layer = self._layer(segment_ids)
+
+        def step(x: Hidden, xs: tuple[Any, Array]) -> tuple[Hidden, None]:
+            params, point = xs
+            return layer(params, x, point), None
+
+        return jax.lax.scan(step, x, (self.layers, points))[0]
+
+
+def _check_tokens(tokens: Tokens, segment_ids: SegmentIds | None) -> None:
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers [B, T], found shape {tokens.shape}, dtype {tokens.dtype}")
+    if tokens.shape[1] < 1:
+        raise ValueError(f"tokens must have at least one token a row, found shape {tokens.shape}")
+    if segment_ids is None:
+        return
+    if segment_ids.shape != tokens.shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"segment_ids must be integers of the tokens' shape {tokens.shape}, "
+            f"found shape {segment_ids.shape}, dtype {segment_ids.dtype}"
+        )
+
+
+def _check_traced(transpoints: Array | np.ndarray, num_layers: int, batch: int) -> Array:
+    shape, dtype = transpoints.shape, transpoints.dtype
+    if shape not in ((num_layers,), (num_layers, batch)) or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"transpoints must be a tuple of ints or an integer array of shape ({num_layers},) or "
+            f"({num_layers}, {batch}), one per layer or per layer and row, found shape {shape}, dtype {dtype}"
+        )
+    return jnp.asarray(transpoints)
