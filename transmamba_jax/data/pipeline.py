@@ -20,7 +20,7 @@ from grain.experimental import (
 )
 
 from transmamba_jax.config import DataConfig
-from transmamba_jax.data.sources import Documents, open_documents
+from transmamba_jax.data.sources import Documents, open_documents, take
 from transmamba_jax.data.tokenizers import Tokenizer
 
 WINDOW_TOKENS = 2**20
@@ -36,7 +36,7 @@ HELD_OUT_DOCUMENTS = 2**14
 """Documents of the held-out stream; of a larger split it takes this many, evenly spread."""
 
 HELD_OUT_BYTES = 2**26
-"""Bytes after which the held-out stream ends."""
+"""Bytes after which the held-out stream takes no further document."""
 
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
 
@@ -227,23 +227,13 @@ def held_out_text(config: DataConfig) -> bytes:
 
 
 def training_text(config: DataConfig, max_bytes: int = 2**26) -> bytes:
-    """Return training documents in the same form, in order, up to `max_bytes`."""
-    return _joined(_take(open_documents(config, config.train_split), 1, max_bytes))
+    """Return training documents in the same form, in order, until `max_bytes` are reached."""
+    return _joined(take(open_documents(config, config.train_split), max_bytes))
 
 
 def _held_out(config: DataConfig) -> Iterator[bytes]:
     documents = open_documents(config, config.eval_split)
-    return _take(documents, -(-len(documents) // HELD_OUT_DOCUMENTS), HELD_OUT_BYTES)
-
-
-def _take(documents: Documents, stride: int, max_bytes: int) -> Iterator[bytes]:
-    taken = 0
-    for index in range(0, len(documents), stride):
-        document = documents[index][: max_bytes - taken]
-        taken += len(document)
-        yield document
-        if taken >= max_bytes:
-            return
+    return take(documents, HELD_OUT_BYTES, stride=-(-len(documents) // HELD_OUT_DOCUMENTS))
 
 
 def _joined(documents: Iterator[bytes]) -> bytes:

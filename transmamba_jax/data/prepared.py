@@ -44,21 +44,19 @@ def find(spec: str, root: Path) -> PreparedSet:
     match = _SPEC.fullmatch(spec)
     if match is None:
         raise ValueError(f"data.source must be 'tfds:<name>[/config][:version]', found 'tfds:{spec}'")
-    there = prepared_sets(root)
     fits = [
         each
-        for each in there
-        if each.name == match["name"]
-        and match["config"] in (None, each.config)
-        and match["version"] in (None, each.version)
+        for each in prepared_sets(root, match["name"])
+        if match["config"] in (None, each.config) and match["version"] in (None, each.version)
     ]
     if not fits:
-        raise ValueError(_missing(spec, root, there))
+        raise ValueError(_missing(spec, root, prepared_sets(root)))
     configs = sorted({each.config or "" for each in fits})
     if len(configs) > 1:
         raise ValueError(f"'tfds:{spec}' has several prepared configs in {root}; name one of {', '.join(configs)}")
     newest = max(fits, key=lambda each: tuple(map(int, each.version.split("."))))
-    file_format = json.loads((newest.directory / "dataset_info.json").read_text(encoding="utf-8"))["fileFormat"]
+    info = json.loads((newest.directory / "dataset_info.json").read_text(encoding="utf-8"))
+    file_format = info.get("fileFormat", "tfrecord")  # TFDS left it out while it knew only one format
     if file_format != "array_record":
         raise ValueError(
             f"{newest.directory} is prepared in the format {file_format}, which cannot be read at random; array_record "
@@ -67,14 +65,14 @@ def find(spec: str, root: Path) -> PreparedSet:
     return newest
 
 
-def prepared_sets(root: Path) -> list[PreparedSet]:
-    """List what is prepared under `root`, in order of name, config and version."""
+def prepared_sets(root: Path, name: str = "*") -> list[PreparedSet]:
+    """List what is prepared under `root`, of all data sets or of one, in order of name, config and version."""
     found = []
-    for pattern in ("*/*/dataset_info.json", "*/*/*/dataset_info.json", "*/*/*/*/dataset_info.json"):
-        for path in root.glob(pattern):
-            name, *config, version = path.parent.relative_to(root).parts
+    for levels in ("*", "*/*", "*/*/*"):
+        for path in root.glob(f"{name}/{levels}/dataset_info.json"):
+            set_name, *config, version = path.parent.relative_to(root).parts
             if _VERSION.fullmatch(version):
-                found.append(PreparedSet(name, "/".join(config) or None, version, path.parent))
+                found.append(PreparedSet(set_name, "/".join(config) or None, version, path.parent))
     return sorted(found, key=str)
 
 
@@ -92,8 +90,9 @@ def is_complete(directory: Path) -> bool:
 
 
 def _missing(spec: str, root: Path, there: list[PreparedSet]) -> str:
-    names = [str(each) for each in there]
-    near = difflib.get_close_matches(spec, names, n=1) or [each for each in names if each.startswith(spec)]
+    names = {str(each): str(each).partition(":")[0] for each in there}
+    wanted = spec.partition(":")[0]
+    near = difflib.get_close_matches(wanted, names.values(), n=1) or [n for n in names.values() if n in wanted]
     found = f"prepared there: {', '.join(names)}" if names else "nothing is prepared there"
     if not root.is_dir():
         found = "that directory does not exist"

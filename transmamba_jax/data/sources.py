@@ -9,7 +9,7 @@ import difflib
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,17 @@ def open_documents(config: DataConfig, split: str) -> Documents:
     if len(documents) == 0:
         raise ValueError(f"split {split!r} of data.source {config.source!r} has no documents")
     return documents
+
+
+def take(documents: Documents, max_bytes: int, stride: int = 1) -> Iterator[bytes]:
+    """Yield every `stride`-th document in order, the last one being that which reaches `max_bytes`."""
+    taken = 0
+    for index in range(0, len(documents), stride):
+        document = documents[index]
+        taken += len(document)
+        yield document
+        if taken >= max_bytes:
+            return
 
 
 def _open_stdlib(config: DataConfig, _: str, split: str) -> Documents:

@@ -13,7 +13,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from transmamba_jax.config import DataConfig, load_config
+from transmamba_jax.config import load_config
+from transmamba_jax.data.sources import open_documents, take
 from transmamba_jax.data.tokenizers import END_OF_DOCUMENT, JsonTokenizer
 
 MIN_VOCABULARY = 257
@@ -41,24 +42,6 @@ def train(documents: Iterator[bytes], vocab_size: int) -> str:
     return tokenizer.to_str(pretty=True)
 
 
-def training_documents(config: DataConfig, max_bytes: int) -> Iterator[bytes]:
-    """Yield the training split's documents in order until `max_bytes` have been given (0: all of them).
-
-    Raises:
-        ValueError: the source cannot be read.
-    """
-    from transmamba_jax.data.sources import open_documents
-
-    given = 0
-    documents = open_documents(config, config.train_split)
-    for index in range(len(documents)):
-        document = documents[index]
-        given += len(document)
-        yield document
-        if 0 < max_bytes <= given:
-            return
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
@@ -70,11 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML experiment; its data section is read")
     parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="largest number of ids")
     parser.add_argument("--output", default="tokenizer.json", metavar="FILE", help="file to write")
-    parser.add_argument("--max-bytes", type=int, default=10**9, metavar="N", help="bytes of text to read; 0: all")
+    parser.add_argument("--max-bytes", type=int, default=10**9, metavar="N", help="bytes of text to read")
     options, overrides = parser.parse_known_args(arguments)
     try:
         config = load_config(options.config, overrides)
-        text = train(training_documents(config.data, options.max_bytes), options.vocab_size)
+        documents = take(open_documents(config.data, config.data.train_split), options.max_bytes)
+        text = train(documents, options.vocab_size)
         Path(options.output).write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
