@@ -62,15 +62,11 @@ def causal_attention(
     _check(q, k, v, segment_ids)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     name = _choose(q, v, segment_ids, implementation)
-    groups, heads = q.shape[2], v.shape[2]
-    grouped = v.reshape(*v.shape[:2], groups, heads // groups * v.shape[3])
-    if name == "blockwise":
-        out = _blockwise(q, k, grouped, segment_ids, scale)
-    elif name == "splash":
-        out = _splash(q, k, grouped, segment_ids, scale)
-    else:
+    if name == "cudnn":
         return _cudnn(q, k, v, scale)
-    return out.reshape(v.shape)
+    if name == "splash":
+        return _splash(q, k, v, segment_ids, scale)
+    return _blockwise(q, k, v, segment_ids, scale)
 
 
 def _check(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
@@ -129,7 +125,8 @@ def _refuse_splash(q: Array) -> str | None:
 
 
 def _blockwise(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: float) -> Array:
-    length = q.shape[1]
+    shape, length = v.shape, q.shape[1]
+    v = v.reshape(*q.shape[:3], -1)
     count = -(-length // _BLOCK)
     block = -(-length // (count * _BLOCK_MULTIPLE)) * _BLOCK_MULTIPLE if count > 1 else length
     # Keys that pad the last block lie in the future of every real query, and their ids need not differ from real ones.
@@ -138,7 +135,7 @@ def _blockwise(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: f
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, count * block - length)), mode="edge")
     # XLA's CPU products of bfloat16 take 1.5 times as long as a cast to float32 and its product.
     operand = jnp.promote_types(q.dtype, jnp.float32) if jax.default_backend() == "cpu" else q.dtype
-    return _attend(q, k, v, segment_ids, float(scale), block, jnp.dtype(operand))[:, :length]
+    return _attend(q, k, v, segment_ids, float(scale), block, jnp.dtype(operand))[:, :length].reshape(shape)
 
 
 def _split(x: Array, block: int) -> Array:
@@ -276,43 +273,58 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 # --- cuDNN and splash: the libraries' kernels ---------------------------------------------------------------------
 
-_CUDNN_HEAD_DIM = 128
+_CUDNN_HEAD_DIM = 128  # 256 on Hopper and later; 128 holds everywhere
+_SPLASH_VALUE_WIDTH = 512  # its accumulators and double-buffered blocks stay within the 16 MiB of VMEM
+_SPLASH_LANES = 128
+
+
+def _pack(q: Array, k: Array, v: Array, limit: int) -> tuple[Array, Array, Array]:
+    """Put as many values of a group side by side as `limit` channels hold, and repeat its q and k for the rest."""
+    batch, length, heads, width = v.shape
+    shared = heads // q.shape[2]
+    together = max(n for n in range(1, shared + 1) if shared % n == 0 and (n == 1 or n * width <= limit))
+    q, k = (jnp.repeat(x, shared // together, axis=2) for x in (q, k))
+    return q, k, v.reshape(batch, length, heads // together, together * width)
 
 
 def _cudnn(q: Array, k: Array, v: Array, scale: float) -> Array:
-    """Call the library's cuDNN flash attention, which wants one head dim, a multiple of 8, for q, k and v.
+    """Call the library's cuDNN flash attention.
 
-    As many heads of a group as fit into its largest head dim share their scores; beyond that, queries and keys repeat.
-    Not run on a GPU yet: what is verified is that it lowers for CUDA.
+    It takes one head dim, a multiple of 8, for q, k and v, and trains on even lengths only, so zeros fill up the
+    channels and one token may follow the last. Verified: it lowers for CUDA, values and gradients. Not verified: any
+    number, for it has not run on a GPU.
     """
-    batch, length, heads, width = v.shape
-    shared = heads // q.shape[2]
-    together = max(n for n in range(1, shared + 1) if shared % n == 0 and n * width <= _CUDNN_HEAD_DIM)
-    value = v.reshape(batch, length, heads // together, together * width)
-    q, k = (jnp.repeat(x, shared // together, axis=2) for x in (q, k))
-    dim = -(-max(q.shape[-1], value.shape[-1]) // 8) * 8
-    padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, dim - x.shape[-1]))) for x in (q, k, value)]
+    q, k, value = _pack(q, k, v, _CUDNN_HEAD_DIM)
+    length, width = v.shape[1], value.shape[-1]
+    dim = -(-max(q.shape[-1], width) // 8) * 8
+    padded = [jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, dim - x.shape[-1]))) for x in (q, k, value)]
     out = jax.nn.dot_product_attention(*padded, scale=scale, is_causal=True, implementation="cudnn")
-    return out[..., : value.shape[-1]].reshape(v.shape)
+    return out[:, :length, :, :width].reshape(v.shape)
 
 
 def _splash(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: float) -> Array:
-    """Call the TPU kernel of jax.experimental, one row at a time under vmap. Not run on a TPU yet."""
+    """Call the TPU kernel of jax.experimental, a row at a time under vmap.
+
+    It takes any head dims, of q and k and of v apart, and lengths that are multiples of its blocks, which are multiples
+    of 128. Verified: it lowers for TPU, and its numbers and gradients in interpret mode. Not verified: compilation and
+    speed on a TPU, and the choice of blocks.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    length, groups = q.shape[1:3]
+    q, k, value = _pack(q, k, v, _SPLASH_VALUE_WIDTH)
+    length = v.shape[1]
     count = -(-length // _BLOCK)
-    block = -(-length // (count * 128)) * 128
+    block = -(-length // (count * _SPLASH_LANES)) * _SPLASH_LANES
     padding = count * block - length
-    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
-    mask = splash.MultiHeadMask([splash.CausalMask((count * block,) * 2)] * groups)
+    q, k, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q * scale, k, value))
+    mask = splash.MultiHeadMask([splash.CausalMask((count * block,) * 2)] * q.shape[1])
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
     kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
     if segment_ids is None:
-        out = jax.vmap(kernel)(q * scale, k, v)
+        out = jax.vmap(kernel)(q, k, value)
     else:
-        ids = jnp.pad(segment_ids, ((0, 0), (0, padding)), mode="edge")
-        out = jax.vmap(kernel)(q * scale, k, v, splash.SegmentIds(ids, ids))
-    return out.swapaxes(1, 2)[:, :length]
+        ids = jnp.pad(segment_ids, ((0, 0), (0, padding)), mode="edge").astype(jnp.int32)
+        out = jax.vmap(kernel)(q, k, value, splash.SegmentIds(ids, ids))
+    return out.swapaxes(1, 2)[:, :length].reshape(v.shape)

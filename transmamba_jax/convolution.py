@@ -21,13 +21,13 @@ def causal_conv(
     The last tap meets the current token; inputs before the first token are zero, or `history`. K shifted
     multiply-adds: K is 4 here, and a general convolution is many times slower for one channel a group.
 
-    With `segment_ids` a tap is read only where its token has the id of the current one, so that it never crosses the
-    boundary of a document; padding (id 0) reads padding alone.
+    With `segment_ids` a tap is read only where its token is real (id not 0) and has the id of the current one: taps
+    never cross the boundary of a document, and the output at padding is the bias.
 
     Args:
         history: the J = K - 1 inputs before the first token, so that one pass over a sequence equals two passes over
             its halves, the second with the last K - 1 inputs of the first as history. It carries no ids: with
-            `segment_ids` it is taken to belong to the document of the row's first token.
+            `segment_ids` it is taken to belong to the document of the row's first token; zero what does not.
 
     Returns:
         [B, T, C] in the dtype of `x`; products and sums are float32.
@@ -44,13 +44,14 @@ def causal_conv(
         padded = jnp.concatenate([history.astype(x.dtype), x], axis=1)
     if segment_ids is not None:
         padded_ids = jnp.pad(segment_ids, ((0, 0), (taps - 1, 0)), mode="edge")
+        real = segment_ids != 0
     out = jnp.broadcast_to(bias.astype(wide), x.shape)
     for tap in range(taps):
         shifted = jax.lax.slice_in_dim(padded, tap, tap + length, axis=1).astype(wide)
         term = shifted * kernel[tap].astype(wide)
-        if segment_ids is not None and tap < taps - 1:
+        if segment_ids is not None:
             same = jax.lax.slice_in_dim(padded_ids, tap, tap + length, axis=1) == segment_ids
-            term = jnp.where(same[..., None], term, 0)
+            term = jnp.where((same & real)[..., None], term, 0)
         out = out + term
     return out.astype(x.dtype)
 

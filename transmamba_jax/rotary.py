@@ -1,6 +1,7 @@
 """Rotary position embedding."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from transmamba_jax.shapes import QueryKey
@@ -14,7 +15,7 @@ def rotate(x: QueryKey, positions: Int[Array, "T"] | Int[Array, "B T"], theta: f
 
     RoFormer, arXiv 2104.09864, equation 34, with channel i paired with channel i + N/2 (half-split, as in GPT-NeoX).
     The inner product of a rotated query and a rotated key depends on the difference of their positions only. Angles,
-    sines and the rotation itself are float32: bf16 cannot hold a position above 256 exactly.
+    sines and the rotation itself are float32 (float64 for float64 inputs): bf16 cannot hold every position above 256.
 
     Args:
         positions: position of each token, shared by the rows ([T]) or one set a row ([B, T]).
@@ -28,13 +29,14 @@ def rotate(x: QueryKey, positions: Int[Array, "T"] | Int[Array, "B T"], theta: f
     """
     _check(x, positions, theta)
     half = x.shape[-1] // 2
-    frequency = jnp.float32(theta) ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[..., None, None] * frequency
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    # The exponents are static: computed in float64, each frequency is the nearest float32.
+    frequency = jnp.asarray(float(theta) ** (-np.arange(half) / half), wide)
+    angle = positions.astype(wide)[..., None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if positions.ndim == 1:
         cos, sin = cos[None], sin[None]
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    first, second = wide[..., :half], wide[..., half:]
+    first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
     rotated = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
     return rotated.astype(x.dtype)
 
