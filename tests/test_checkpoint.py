@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -323,12 +325,51 @@ def test_shardings_asked_for_are_honoured_and_one_device_reads_what_eight_wrote(
         assert leaf.sharding.device_set == {jax.devices()[0]}
 
 
+TWO_PROCESSES = """
+import sys
+from tests.test_checkpoint import *
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+index = int(sys.argv[2])
+jax.distributed.initialize(f"localhost:{sys.argv[3]}", num_processes=2, process_id=index)
+mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Auto,))
+cut, everywhere = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
+make = lambda: State({"w": jnp.arange(6.0)}, (), jnp.int32(3), jax.random.key(0))
+shapes = jax.eval_shape(make)
+shardings = jax.tree.map(lambda _: everywhere, shapes).replace(params={"w": cut})
+state = jax.jit(make, out_shardings=shardings)()
+asked = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings)
+writer = checkpoint.Checkpointer(Path(sys.argv[1]), CheckpointConfig())
+writer.save(3, state, {"process": index, "of different length": "x" * index}, to_yaml(CONFIG), TOKENIZER)
+restored = writer.restore_newest(asked)
+writer.close()
+assert restored.data_state == {"process": index, "of different length": "x" * index}
+(shard,) = restored.state.params["w"].addressable_shards
+np.testing.assert_array_equal(shard.data, np.arange(6.0).reshape(2, 3)[index])
+"""
+
+
+def test_each_process_gets_its_own_data_state_back(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda index: run(TWO_PROCESSES, tmp_path, index, port), range(2)))
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    np.testing.assert_array_equal(checkpoint.restore(tmp_path).params["w"], np.arange(6.0))
+    reader = checkpoint.Checkpointer(tmp_path, CheckpointConfig())
+    with pytest.raises(ValueError, match="data positions of 2 processes, found 1 here"):
+        reader.restore_newest(State({"w": jnp.arange(6.0)}, (), jnp.int32(3), jax.random.key(0)))
+    reader.close()
+
+
 def test_restore_reads_the_newest_or_the_step_asked_for(saved):
     newest = checkpoint.restore(saved)
     assert (newest.step, newest.config, newest.tokenizer_json) == (8, CONFIG, TOKENIZER)
     assert newest["params"] is newest.params
     assert raw(newest.params) == raw(make_state(8).params)
-    assert newest.data_state == {"position": [8, {"a": None}]}
+    assert newest.data_states == [{"position": [8, {"a": None}]}]
     expected = make_state(8)
     adam = expected.opt_state[1][0]
     np.testing.assert_array_equal(newest.state["opt_state"]["1"]["0"]["mu"]["kernel"], adam.mu["kernel"])

@@ -4,7 +4,7 @@ One step is one folder, `<directory>/<step>/`, of orbax items:
 
     params      the parameters, a plain nested dict of arrays
     state       every other leaf of the training state under its own path (optimizer state, step, random key)
-    data        JSON: the state of the data iterator
+    data        JSON: {"processes": [the state of each process's data iterator]}
     config      JSON: {"yaml": the resolved config}
     tokenizer   JSON: {"json": the tokenizer}
     metrics     JSON: {"eval_loss": held-out loss or null}
@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from transmamba_jax import config as config_lib
 
@@ -40,6 +41,7 @@ class Restored:
     step: int
     state: Any
     data_state: dict[str, Any]
+    """Of this process."""
     config_yaml: str
     tokenizer_json: str
 
@@ -51,7 +53,8 @@ class Checkpoint:
     step: int
     params: dict[str, Any]
     state: dict[str, Any]
-    data_state: dict[str, Any]
+    data_states: list[dict[str, Any]]
+    """Of each process that saved."""
     config: config_lib.Config
     tokenizer_json: str
 
@@ -99,17 +102,14 @@ class Checkpointer:
         done = self.steps()
         if done and step <= done[-1]:
             raise ValueError(f"step must be newer than the newest checkpoint {done[-1]}, found {step}")
-        try:
-            json.dumps(data_state)
-        except TypeError as error:
-            raise ValueError(f"data_state must be plain JSON: {error}") from None
+        data_states = _gather(data_state)
         items = _items(_entries(state), _physical)
         started = self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(items["params"]),
                 state=ocp.args.StandardSave(items["state"]),
-                data=ocp.args.JsonSave(data_state),
+                data=ocp.args.JsonSave({"processes": data_states}),
                 config=ocp.args.JsonSave({"yaml": config_yaml}),
                 tokenizer=ocp.args.JsonSave({"json": tokenizer_json}),
             ),
@@ -126,7 +126,8 @@ class Checkpointer:
         without one is replicated over all devices.
 
         Raises:
-            ValueError: a path, shape or dtype differs; the message names each with what was asked and what was found.
+            ValueError: a path, shape or dtype differs, and the message names each with what was asked and what was
+                found; or another number of processes saved.
         """
         self.wait()
         done = self.steps()
@@ -137,11 +138,17 @@ class Checkpointer:
         targets = _items(entries, _target)
         _refuse_differences(folder, targets)
         arrays = {item: _read_arrays(folder / item, target) for item, target in targets.items()}
+        data_states = _read_json(folder, "data")["processes"]
+        if len(data_states) != jax.process_count():
+            raise ValueError(
+                f"the checkpoint {folder} has the data positions of {len(data_states)} processes, found "
+                f"{jax.process_count()} here; continue with as many"
+            )
         leaves = [_logical(_lookup(arrays[entry.item], entry.names), entry.leaf) for entry in entries]
         return Restored(
             step=done[-1],
             state=jax.tree.unflatten(jax.tree.structure(abstract_state), leaves),
-            data_state=_read_json(folder, "data"),
+            data_state=data_states[jax.process_index()],
             config_yaml=_read_json(folder, "config")["yaml"],
             tokenizer_json=_read_json(folder, "tokenizer")["json"],
         )
@@ -204,7 +211,7 @@ def restore(directory: str | Path, step: int | None = None, *, params_only: bool
         step=int(folder.name),
         params=_read_arrays(folder / "params", _on_all_devices(folder / "params")),
         state={} if params_only else _read_arrays(folder / "state", _on_all_devices(folder / "state")),
-        data_state=_read_json(folder, "data"),
+        data_states=_read_json(folder, "data")["processes"],
         config=config_lib.from_yaml(_read_json(folder, "config")["yaml"]),
         tokenizer_json=_read_json(folder, "tokenizer")["json"],
     )
@@ -315,6 +322,20 @@ def _read_arrays(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
 def _on_all_devices(folder: Path) -> dict[str, Any]:
     sharding = _everywhere()
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), _metadata(folder))
+
+
+def _gather(data_state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the data states of all processes, in order; every process calls it."""
+    try:
+        text = np.frombuffer(json.dumps(data_state).encode("utf-8"), np.uint8)
+    except TypeError as error:
+        raise ValueError(f"data_state must be plain JSON: {error}") from None
+    if jax.process_count() == 1:
+        return [data_state]
+    lengths = multihost_utils.process_allgather(np.int32(text.size))
+    padded = np.pad(text, (0, int(lengths.max()) - text.size))
+    texts = zip(multihost_utils.process_allgather(padded), lengths, strict=True)
+    return [json.loads(row[:length].tobytes()) for row, length in texts]
 
 
 def _read_json(folder: Path, item: str) -> Any:
