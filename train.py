@@ -1,0 +1,56 @@
+"""Train a model: `python train.py --config configs/tiny.yaml --train.steps 100 --model.d-model 256`.
+
+Exit codes: 0 complete, 1 diverged, 2 bad configuration, 75 asked to stop and saved (run the same command to go on),
+130 second Ctrl-C.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transmamba_jax import config as config_lib
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, validate, train; return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE")
+    known, overrides = parser.parse_known_args(arguments)
+    if known.config is None and not {"-h", "--help"} & set(overrides):
+        return _no_config()
+    try:
+        config = config_lib.Config() if known.config is None else config_lib.read_config_file(known.config)
+        config = config_lib.parse_command_line(config, overrides, prog=f"train.py --config {known.config or 'FILE'}")
+    except ValueError as error:
+        return _fail(error, 2)
+
+    # JAX, orbax and Grain take seconds to import: mistakes and --help need none of them.
+    from transmamba_jax.training.loop import NonFiniteError, train
+
+    try:
+        return train(config)
+    except ValueError as error:
+        return _fail(error, 2)
+    except NonFiniteError as error:
+        return _fail(error, 1)
+
+
+def _no_config() -> int:
+    configs = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
+    found = "\n  ".join(["", *configs]) if configs else " none in configs/"
+    return _fail(
+        f"usage: train.py --config FILE [--section.key value ...]\n"
+        f"--config FILE --help shows every option. Configurations here:{found}",
+        2,
+    )
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"train.py: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,376 @@
+"""The training loop. The order of its parts is fixed: what is checked, saved and logged relies on it.
+
+Resuming is exact: parameters, optimizer state, counters, random key and data position are saved together, metrics
+lines beyond the restored step are taken back, and an evaluation that was due but interrupted is made up for.
+"""
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from transmamba_jax import config as config_lib
+from transmamba_jax import data, sharding
+from transmamba_jax.checkpoint import Checkpointer, Restored, complete_steps
+from transmamba_jax.config import Config
+from transmamba_jax.evaluate import EvaluationStopped, Evaluator
+from transmamba_jax.generate import generate
+from transmamba_jax.model import TransMamba
+from transmamba_jax.report import write_report
+from transmamba_jax.training.metrics import MetricsWriter, Record, Throughput, peak_memory_bytes
+from transmamba_jax.training.optimizer import make_optimizer
+from transmamba_jax.training.preemption import EXIT_PREEMPTED, Preemption
+from transmamba_jax.training.step import (
+    Batch,
+    Metrics,
+    TrainState,
+    abstract_state,
+    create_state,
+    first_nonfinite,
+    init_state,
+    leaf_name,
+    make_train_step,
+)
+
+PROMPT_TOKENS = 64
+TEMPERATURE = 0.8
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the gradient was not finite for `train.max_bad_steps` steps in a row."""
+
+
+def train(config: Config) -> int:
+    """Train to `train.steps`, continuing what is in the work directory, and return the process's exit code.
+
+    0: the run is complete and its report is written. EXIT_PREEMPTED: a signal asked it to stop and it saved; the same
+    command goes on from there.
+
+    Raises:
+        ValueError: the configuration cannot run here, or is not that of the run in the work directory.
+        NonFiniteError: the run diverged; nothing was saved since.
+    """
+    with Preemption() as preemption, contextlib.ExitStack() as cleanup:
+        # 1. What can be refused cheaply is refused first: devices, batch, tokenizer, the earlier run, the data.
+        mesh = sharding.make_mesh(config.mesh)
+        sharding.check_batch(config, mesh)
+        tokenizer = data.load_tokenizer(config.data.tokenizer)
+        data.check_vocabulary(tokenizer, config.model.vocab_size)
+        model = TransMamba(config.model)
+        workdir = Path(config.workdir)
+        _compare_with_earlier_run(config, workdir)
+        batches = data.train_batches(config.data, tokenizer, jax.process_index(), jax.process_count())
+        cleanup.callback(batches.close)
+
+        # 2. The state: the newest checkpoint's, or a new one.
+        checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint)
+        cleanup.callback(checkpointer.close)
+        restored = checkpointer.restore_newest(abstract_state(config, model, mesh))
+        if restored is None:
+            state, start = create_state(config, model, mesh), 0
+        else:
+            state, start = _continue(restored, batches, tokenizer)
+        (workdir / "config.yaml").write_text(config_lib.to_yaml(config), encoding="utf-8")
+
+        # 3. Where numbers go.
+        run = _Run(
+            config=config,
+            workdir=workdir,
+            model=model,
+            mesh=mesh,
+            tokenizer=tokenizer,
+            batches=batches,
+            checkpointer=checkpointer,
+            preemption=preemption,
+            writer=cleanup.enter_context(MetricsWriter(workdir, start)),
+            console=cleanup.enter_context(Console(start, config.train.steps)),
+            evaluator=Evaluator(model, config, tokenizer, mesh),
+        )
+        # 4. Steps, then the report.
+        state, step = run.train(state, start, saved_step=None if restored is None else start)
+        if preemption.requested:
+            run.console.say(f"stopped at step {step}; the same command goes on from there")
+            return EXIT_PREEMPTED
+        run.finish(state, step, trained=step > start)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What stays the same from step to step."""
+
+    config: Config
+    workdir: Path
+    model: TransMamba
+    mesh: Mesh
+    tokenizer: data.Tokenizer
+    batches: data.BatchIterator
+    checkpointer: Checkpointer
+    preemption: Preemption
+    writer: MetricsWriter
+    console: "Console"
+    evaluator: Evaluator
+
+    def train(self, state: TrainState, start: int, saved_step: int | None) -> tuple[TrainState, int]:
+        """Go from `start` to the last step, or to where a signal asks to stop; return the state and its step."""
+        steps, stop = self.config.train.steps, self.preemption
+        log = _Log(self)
+
+        # A stop during the evaluation of the restored step left it undone.
+        if start > 0 and self._evaluation_due(start) and not self.writer.has_evaluation(start):
+            self._evaluate(state, start)
+        if start < steps and not stop.requested:
+            train_step = self._compile(state, log)
+
+        step = start
+        while step < steps and not stop.requested:
+            # a. The batch is read and the step is queued; the device works while the host goes on.
+            batch = sharding.place_batch(next(self.batches), self.mesh)
+            state, metrics = train_step(state, batch)
+            step += 1
+
+            # b. The metrics of the step before are fetched: they are ready, so nobody waits. A diverged run ends here.
+            log.push(step, metrics, state)
+
+            # c. Evaluation, then the checkpoint: it knows its held-out loss, and every line up to its step is on disk.
+            if self._evaluation_due(step) or self._checkpoint_due(step):
+                bad_steps = log.flush(state)
+                log.clock.pause()
+                loss = self._evaluate(state, step) if self._evaluation_due(step) else None
+                # A periodic checkpoint in the middle of bad steps would push out one from before them.
+                if step == steps or (self._checkpoint_due(step) and bad_steps == 0):
+                    self._save(state, step, loss)
+                    saved_step = step
+                log.clock.resume()
+
+        # d. Asked to stop: wherever that was, the state of the last whole step is kept.
+        if saved_step != step:
+            log.flush(state)
+            self._save(state, step, None)
+        return state, step
+
+    def finish(self, state: TrainState, step: int, trained: bool) -> None:
+        """Write the sample and the report where they are missing or old, and say where everything is."""
+        self.checkpointer.wait()
+        report = self.workdir / "report"
+        sample, index = report / "sample.txt", report / "index.md"
+        if self.config.train.sample_tokens > 0 and (trained or not sample.exists()):
+            report.mkdir(exist_ok=True)
+            sample.write_text(self._sample(state, step), encoding="utf-8")
+        if trained or not index.exists():
+            index = write_report(self.workdir)
+        self.console.say(f"complete: step {step} of {self.config.train.steps}")
+        self.console.say(f"checkpoint  {self.workdir / 'checkpoints' / str(step)}")
+        if sample.exists():
+            self.console.say(f"sample      {sample}")
+        self.console.say(f"report      {index}")
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.config.eval.every
+        return every > 0 and (step % every == 0 or step == self.config.train.steps)
+
+    def _checkpoint_due(self, step: int) -> bool:
+        every = self.config.checkpoint.every
+        return step == self.config.train.steps or (every > 0 and step % every == 0)
+
+    def _compile(self, state: TrainState, log: "_Log") -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """Compile the step before any data is consumed, so that a stop during it loses nothing."""
+        cfg = self.config.data
+        self.console.say(f"compiling for {jax.device_count()} x {jax.devices()[0].device_kind}")
+        names = ("tokens", "segment_ids") if cfg.packing == "first_fit" else ("tokens",)
+        where = sharding.activation("tokens", self.mesh)
+        row = jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len + 1), np.int32, sharding=where)
+        tx = make_optimizer(self.config)
+        train_step = make_train_step(self.config, self.model, tx, self.mesh, self.tokenizer.token_bytes)
+        begin = time.perf_counter()
+        compiled = train_step.lower(state, dict.fromkeys(names, row)).compile()
+        log.start(compile_seconds=time.perf_counter() - begin)
+        return compiled
+
+    def _evaluate(self, state: TrainState, step: int) -> float | None:
+        """Measure and log the held-out loss; None when a signal stopped it."""
+        try:
+            result = self.evaluator(state.params, should_stop=lambda: self.preemption.requested)
+        except EvaluationStopped:
+            return None
+        record = {"step": step, **result.metrics()}
+        if step == self.config.train.steps:
+            texts = data.training_text(self.config.data), data.held_out_text(self.config.data)
+            record |= {f"baseline/{name}": value for name, value in data.baselines(*texts).items()}
+        self.writer.write(record)
+        self.console.say(f"step {step}  held-out loss {result.loss:.4f}  bits per byte {result.bits_per_byte:.4f}")
+        return result.loss
+
+    def _save(self, state: TrainState, step: int, eval_loss: float | None) -> None:
+        self.checkpointer.save(
+            step,
+            state,
+            self.batches.get_state(),
+            config_lib.to_yaml(self.config),
+            self.tokenizer.to_json(),
+            eval_loss,
+        )
+
+    def _sample(self, state: TrainState, step: int) -> str:
+        """Continue the beginning of the held-out text (of the training text, where nothing is held out)."""
+        config = self.config
+        text = data.held_out_text(config.data) if config.eval.every else data.training_text(config.data, 2**12)
+        prompt = self.tokenizer.encode(text[: 2**12].decode("utf-8", errors="ignore"))[:PROMPT_TOKENS]
+        key = jax.random.fold_in(state.key, step)
+        (tokens,) = generate(
+            self.model, state.params, [prompt], config.train.sample_tokens, temperature=TEMPERATURE, key=key
+        )
+        heading = f"step {step}, temperature {TEMPERATURE}: {len(prompt)} tokens of prompt, then the model's own"
+        return f"{heading}\n--- prompt\n{self.tokenizer.decode(prompt)}\n--- model\n{self.tokenizer.decode(tokens)}\n"
+
+
+class _Log:
+    """Fetches metrics one step late, stops a diverged run, and writes the lines that are due."""
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self._pending: tuple[int, Metrics] | None = None
+        self.clock = Throughput(run.config, jax.devices())
+        self._compile_seconds = 0.0
+        self._bad_steps = 0
+
+    def start(self, compile_seconds: float) -> None:
+        """Start the clock of the first step."""
+        self._compile_seconds = compile_seconds
+        self.clock.resume()
+
+    def push(self, step: int, metrics: Metrics, state: TrainState) -> None:
+        """Take the metrics of a step that is under way and finish those of the step before."""
+        self.flush(state)
+        self._pending = step, metrics
+
+    def flush(self, state: TrainState) -> int:
+        """Wait for what is pending, write it, and return how many of the last steps in a row were bad.
+
+        Raises:
+            NonFiniteError: too many.
+        """
+        if self._pending is not None:
+            step, metrics = self._pending
+            self._pending = None
+            self._finish(step, {name: value.item() for name, value in jax.device_get(metrics).items()}, state)
+        return self._bad_steps
+
+    def _finish(self, step: int, values: Record, state: TrainState) -> None:
+        self.clock.step_done()
+        train = self._run.config.train
+        bad_leaf, self._bad_steps = values.pop("bad_leaf"), values["bad_steps"]
+        if self._bad_steps > 0:
+            self._run.console.say(f"step {step} skipped: loss {values['loss']}, gradient norm {values['grad_norm']}")
+        if self._bad_steps >= train.max_bad_steps:
+            raise NonFiniteError(_diagnosis(step, self._bad_steps, bad_leaf, values, state))
+        if step % train.log_every == 0 or step == train.steps:
+            timing = {"compile_seconds": self._compile_seconds, "peak_memory_bytes": peak_memory_bytes()}
+            record = {"step": step, **values, **self.clock.read(), **timing}
+            self._run.writer.write(record)
+            self._run.console.report(record, train.steps)
+        self._run.console.advance(values["loss"])
+
+
+class Console:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, start: int, steps: int) -> None:
+        """Show the bar, if there is to be one."""
+        interactive = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if interactive else None
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def advance(self, loss: float) -> None:
+        """Move the bar by a step."""
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            self._bar.update()
+
+    def report(self, record: Record, steps: int) -> None:
+        """Print a training line, unless the bar shows it."""
+        if self._bar is None:
+            self.say(
+                f"step {record['step']}/{steps}  loss {record['loss']:.4f}  bits per byte {record['bits_per_byte']:.4f}"
+                f"  gradient norm {record['grad_norm']:.3f}  learning rate {record['learning_rate']:.2e}"
+                f"  {record['tokens_per_second']:,.0f} tokens/s"
+            )
+
+
+def _compare_with_earlier_run(config: Config, workdir: Path) -> None:
+    """Print every difference from the config of the run in `workdir`; refuse what its checkpoints cannot continue."""
+    saved = workdir / "config.yaml"
+    if not saved.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        return
+    earlier = config_lib.read_config_file(saved)
+    differences = config_lib.differences(earlier, config)
+    if not differences:
+        return
+    print(f"{saved} differs from this run:", *differences, sep="\n  ", flush=True)
+    if not complete_steps(workdir / "checkpoints"):
+        return
+    before, now = _shapes(earlier), _shapes(config)
+    changed = [path for path in {**before, **now} if before.get(path) != now.get(path)]
+    if changed:
+        path = changed[0]
+        named = [line for line in differences if line.startswith(("model.", "optimizer."))]
+        raise ValueError(
+            f"the checkpoints in {workdir} belong to another architecture or optimizer: {'; '.join(named)}; "
+            f"{len(changed)} arrays differ, the first is {path}: {before.get(path)} there, {now.get(path)} here; "
+            "use another --workdir, or the earlier values"
+        )
+
+
+def _shapes(config: Config) -> dict[str, str]:
+    state = jax.eval_shape(lambda: init_state(config, TransMamba(config.model)))
+    return {
+        sharding.path_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree.leaves_with_path(state)
+    }
+
+
+def _continue(restored: Restored, batches: data.BatchIterator, tokenizer: data.Tokenizer) -> tuple[TrainState, int]:
+    """Go on where a checkpoint stopped."""
+    if restored.tokenizer_json != tokenizer.to_json():
+        raise ValueError(
+            "data.tokenizer differs from the tokenizer in the checkpoint: its ids mean other text; "
+            "use the earlier tokenizer, or another --workdir"
+        )
+    batches.set_state(restored.data_state)
+    print(f"continuing from step {restored.step}", flush=True)
+    return restored.state, restored.step
+
+
+def _diagnosis(step: int, bad_steps: int, bad_leaf: int, values: Record, state: TrainState) -> str:
+    parameter = first_nonfinite(state.params)
+    if parameter is not None:
+        where = f"parameter {parameter}"
+    elif bad_leaf < len(jax.tree.leaves(state.params)):
+        where = f"the gradient of {leaf_name(state.params, bad_leaf)}"
+    else:
+        where = "the loss itself, with a finite gradient"
+    return (
+        f"{bad_steps} steps in a row up to step {step} had a non-finite loss or gradient (loss {values['loss']}, "
+        f"gradient norm {values['grad_norm']}); the first non-finite leaf is {where}. The parameters are still those "
+        f"of step {step - bad_steps} and nothing was saved over the last checkpoint"
+    )

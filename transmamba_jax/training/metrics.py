@@ -1,0 +1,174 @@
+"""Metrics: where they are written, and the arithmetic behind throughput and utilisation."""
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+
+from transmamba_jax import schedule
+from transmamba_jax.config import Config, ModelConfig
+
+Record = dict[str, Any]
+
+TIMING = (
+    "tokens_per_second",
+    "model_flops_per_second",
+    "utilisation",
+    "compile_seconds",
+    "peak_memory_bytes",
+)
+"""Fields of a training line that depend on the machine and not on the run."""
+
+# Dense bf16 FLOP/s of one device by the maker's data sheet.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Count the floating point operations that one trained token needs, forward and backward.
+
+    Three times the forward pass, whose terms are, per token of a row of T (a multiply-add is 2):
+
+        weights    2 · (matrix elements that a token meets; logits once, the embedding look-up is free)
+        conv       2 · K · (2 G N + H P)                                    per layer
+        attention  (P_l + 1) · (G·N + H·P) · P_l / T                        per layer with TransPoint P_l
+        SSD        H · (2 Q (N·G/H + P) + 4 N P) · (T - P_l) / T            per layer, chunk Q
+        converter  2 · H · N · P · P_l / T                                  per layer with 0 < P_l < T
+
+    Attention with H > G reads values of width H·P/G in each of G heads. Nothing that is computed twice
+    (rematerialisation, the blockwise backward pass) counts twice.
+    """
+    cfg = config
+    projections = 2 * cfg.d_key + 2 * cfg.d_inner + cfg.num_heads  # q, k, v, z, dt
+    weights = cfg.d_model * (projections + cfg.d_inner + 3 * cfg.mlp_dim)
+    conv = cfg.conv_width * (2 * cfg.d_key + cfg.d_inner)
+    state = cfg.num_heads * cfg.state_dim * cfg.head_dim
+    chunk = min(cfg.chunk_size, seq_len)
+    ssd = 2 * chunk * (cfg.d_key + cfg.d_inner) + 4 * state
+    total = 2.0 * (cfg.d_model * cfg.vocab_size + cfg.num_layers * (weights + conv))
+    for transpoint in schedule.expand(cfg.transpoints, cfg.num_layers):
+        point = min(transpoint, seq_len)
+        share = point / seq_len
+        total += (point + 1) * (cfg.d_key + cfg.d_inner) * share + ssd * (1 - share)
+        total += 2 * state * share if 0 < point < seq_len else 0
+    return 3 * total
+
+
+def peak_flops(devices: list[jax.Device]) -> float | None:
+    """Return the bf16 peak of the devices together, or None where it is not known."""
+    peaks = [PEAK_FLOPS.get(device.device_kind) for device in devices]
+    known = [peak for peak in peaks if peak is not None]
+    return sum(known) if len(known) == len(peaks) else None
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that a local device has held; on a CPU, the most that this process has held."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [each["peak_bytes_in_use"] for each in stats if each and "peak_bytes_in_use" in each]
+    if peaks:
+        return max(peaks)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Throughput:
+    """Counts steps and the seconds spent in them, evaluations and saves left out."""
+
+    def __init__(self, config: Config, devices: list[jax.Device]) -> None:
+        """Make a clock that stands still until `resume`."""
+        self._tokens = config.data.batch_size * config.data.seq_len
+        self._flops = flops_per_token(config.model, config.data.seq_len)
+        self._peak = peak_flops(devices)
+        self._steps, self._seconds = 0, 0.0
+        self._since: float | None = None
+
+    def step_done(self) -> None:
+        """Count a step."""
+        self._steps += 1
+
+    def pause(self) -> None:
+        """Stop the clock."""
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def resume(self) -> None:
+        """Start the clock."""
+        self._since = time.perf_counter()
+
+    def read(self) -> Record:
+        """Return the rates since the last reading, and start anew."""
+        self.pause()
+        rate = self._steps * self._tokens / self._seconds
+        self._steps, self._seconds = 0, 0.0
+        self.resume()
+        rates = {"tokens_per_second": rate, "model_flops_per_second": rate * self._flops}
+        return rates if self._peak is None else {**rates, "utilisation": rate * self._flops / self._peak}
+
+
+class MetricsWriter:
+    """Appends records to metrics.jsonl and TensorBoard; an earlier run's lines beyond `step` are taken back."""
+
+    def __init__(self, workdir: Path, step: int) -> None:
+        """Continue after `step`; a line that a killed run left unfinished goes as well."""
+        self._path = workdir / "metrics.jsonl"
+        self.kept = _lines_up_to(self._path, step)
+        rewritten = self._path.with_suffix(".jsonl.new")
+        rewritten.write_text("".join(line + "\n" for line, _ in self.kept), encoding="utf-8")
+        rewritten.replace(self._path)  # atomic: a kill here leaves one or the other
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Tell whether the evaluation of `step` was written before this process started."""
+        return any(record["step"] == step and "eval/loss" in record for _, record in self.kept)
+
+    def write(self, record: Record) -> None:
+        """Append one line, on disk before this returns; a value that is not finite is written as null."""
+        clean = {name: None if _nonfinite(value) else value for name, value in record.items()}
+        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+
+    def close(self) -> None:
+        """Close both files."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[tuple[str, Record]]:
+    if step == 0 or not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1].splitlines()
+    return [(line, record) for line in complete if (record := json.loads(line))["step"] <= step]
+
+
+def _nonfinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,81 @@
+"""The update rule: clipping, then AdamW, or Muon for the layers' matrices and AdamW for the rest.
+
+Learning rates follow an optax schedule of the number of updates. Weight decay is decoupled and multiplied by the
+learning rate; leaves that are not matrices of a product (A_log, D, the Δ bias, convolution biases, norm scales) have
+none.
+"""
+
+import re
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from transmamba_jax.config import Config
+from transmamba_jax.sharding import path_name
+
+NO_DECAY = re.compile(r"(.*/)?(a_log|skip|dt_bias|bias|[a-z_]*norm/scale)")
+# Matrices that multiply hidden states, stacked [L, in, out]; convolution taps are depthwise and not among them.
+MATRICES = re.compile(r"layers/(mixer|mlp)/(q|k|v|z|dt|out|gate|up|down)/kernel")
+
+
+def learning_rate_schedule(config: Config, peak: float) -> optax.Schedule:
+    """Warm up linearly from 0 to `peak`, then decay to the final rate, which the last step has.
+
+    cosine: half a cosine over all steps after the warm-up. wsd: stable, then linear over the last
+    `decay_fraction` of the steps (arXiv 2404.06395). The final rate keeps its ratio to `learning_rate` when `peak`
+    is another one. Step n (from 1) is update count n - 1.
+    """
+    cfg, steps = config.optimizer, config.train.steps
+    final = peak * cfg.final_learning_rate / cfg.learning_rate
+    left = steps - cfg.warmup_steps
+    if left == 0:
+        decay = optax.constant_schedule(peak)
+    elif cfg.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, left, final / peak)
+    else:
+        length = min(max(round(steps * cfg.decay_fraction), 1), left)
+        decay = optax.linear_schedule(peak, final, length, transition_begin=left - length)
+    if cfg.warmup_steps > 0:
+        decay = optax.join_schedules([optax.linear_schedule(0.0, peak, cfg.warmup_steps), decay], [cfg.warmup_steps])
+    return lambda count: decay(count + 1)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Build the update rule of `config.optimizer`."""
+    cfg = config.optimizer
+    rest = optax.adamw(
+        learning_rate_schedule(config, cfg.learning_rate),
+        b1=cfg.beta1,
+        b2=cfg.beta2,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+        mask=decay_mask,
+    )
+    rule = optax.partition({"muon": _muon(config), "adamw": rest}, _labels) if cfg.name == "muon" else rest
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule) if cfg.clip_norm > 0 else rule
+
+
+def decay_mask(params: Any) -> Any:
+    """Tell which leaves weight decay applies to."""
+    return jax.tree.map_with_path(lambda path, _: NO_DECAY.fullmatch(path_name(path)) is None, params)
+
+
+def _labels(params: Any) -> Any:
+    return jax.tree.map_with_path(lambda path, _: "muon" if MATRICES.fullmatch(path_name(path)) else "adamw", params)
+
+
+def _muon(config: Config) -> optax.GradientTransformation:
+    """Orthogonalised momentum (arXiv 2502.16982), each layer's matrix by itself.
+
+    Every leaf that gets here is a matrix, so the AdamW inside `contrib.muon` is left with nothing: it has Nesterov
+    momentum and no decay mask, which the leaves outside must not get.
+    """
+    cfg = config.optimizer
+    per_layer = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return contrib.muon(
+        learning_rate_schedule(config, cfg.muon_learning_rate),
+        weight_decay=cfg.weight_decay,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: per_layer, params),
+    )

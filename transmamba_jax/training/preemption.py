@@ -1,0 +1,70 @@
+"""Stop requests: SIGTERM or Ctrl-C asks the run to stop at the next safe place; a second Ctrl-C ends it at once."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from types import TracebackType
+
+EXIT_PREEMPTED = 75
+"""Exit code of a run that was asked to stop and saved: EX_TEMPFAIL, start the same command again to go on."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_CLOSE = 0  # no signal has this number
+
+
+class Preemption:
+    """Context in which SIGTERM and SIGINT set `requested` instead of ending the process.
+
+    Python runs signal handlers between bytecodes of the main thread, which never come while XLA compiles. The
+    interpreter itself writes each signal's number to a socket, and a thread reads it there: so a request is
+    acknowledged, and a second Ctrl-C obeyed, whatever the main thread is doing.
+    """
+
+    def __init__(self) -> None:
+        """Install nothing yet; `with` does. Only the main thread may enter."""
+        self._requested = threading.Event()
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has asked the run to stop."""
+        return self._requested.is_set()
+
+    def __enter__(self) -> "Preemption":
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._thread = threading.Thread(target=self._listen, name="stop requests", daemon=True)
+        self._thread.start()
+        self._previous_fd = signal.set_wakeup_fd(self._writer.fileno())
+        self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        self._writer.send(bytes([_CLOSE]))
+        self._thread.join()
+        self._reader.close()
+        self._writer.close()
+
+    def _note(self, *_: object) -> None:
+        # The listener does the same; this makes the request visible to the very next line of the main thread.
+        self._requested.set()
+
+    def _listen(self) -> None:
+        interrupts = 0
+        while (number := self._reader.recv(1)[0]) != _CLOSE:
+            if number not in _SIGNALS:
+                continue
+            interrupts += number == signal.SIGINT
+            if interrupts >= 2:
+                os._exit(128 + signal.SIGINT)
+            first = not self._requested.is_set()
+            self._requested.set()
+            if first or interrupts:
+                name = signal.Signals(number).name
+                print(f"{name}: saving and stopping; Ctrl-C again ends the run at once", file=sys.stderr, flush=True)

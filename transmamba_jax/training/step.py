@@ -1,0 +1,241 @@
+"""The train step: loss over token chunks, gradients over microbatches, and an update that a NaN cannot reach.
+
+    loss = sum_i w_i · (logsumexp(z_i) - z_i[target_i]) / sum_i w_i      z = logits in float32, nats per token
+
+The weight of a token is 1, or 0 where its target belongs to another document or is padding.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from transmamba_jax import sharding
+from transmamba_jax.config import Config
+from transmamba_jax.model import TransMamba
+from transmamba_jax.shapes import Array, Float, Float32, Hidden, Int
+from transmamba_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+Batch = dict[str, jax.Array]  # "tokens" int32 [B, T+1], and "segment_ids" of the same shape where rows are packed
+Metrics = dict[str, jax.Array]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "opt_state", "step", "key", "skipped_steps", "bad_steps"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that one step hands to the next."""
+
+    params: Any
+    opt_state: Any
+    step: Int[Array, ""]
+    """Batches consumed, skipped ones included."""
+    key: jax.Array
+    """The run's random key, the same at every step; a use folds the step in."""
+    skipped_steps: Int[Array, ""]
+    """Steps of the whole run whose loss or gradient was not finite."""
+    bad_steps: Int[Array, ""]
+    """How many of the last steps in a row were skipped."""
+
+
+def init_state(config: Config, model: TransMamba) -> TrainState:
+    """Initialise parameters, optimizer and counters; a pure function to trace, see `create_state`."""
+    init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
+    params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
+    zero = lambda: jnp.zeros((), jnp.int32)  # one buffer each: donated buffers must not be shared
+    opt_state = make_optimizer(config).init(params)
+    return TrainState(params, opt_state, zero(), run_key, zero(), zero())
+
+
+@functools.lru_cache(maxsize=2)  # tracing the initialisation takes seconds, and several callers ask
+def abstract_state(config: Config, model: TransMamba, mesh: Mesh) -> TrainState:
+    """Return the shapes, dtypes and shardings of the state without making it."""
+    shapes = jax.eval_shape(partial(init_state, config, model))
+    everywhere = NamedSharding(mesh, P())
+    shardings = dataclasses.replace(
+        jax.tree.map(lambda _: everywhere, shapes),
+        params=sharding.parameter_shardings(shapes.params, mesh),
+        opt_state=sharding.like_parameters(shapes.opt_state, shapes.params, mesh),
+    )
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
+    )
+
+
+def create_state(config: Config, model: TransMamba, mesh: Mesh) -> TrainState:
+    """Make the initial state, born sharded: no device ever holds a whole copy of what is cut."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
+    return jax.jit(partial(init_state, config, model), out_shardings=shardings)()
+
+
+def token_weights(batch: Batch) -> Float32[Array, "B T"]:
+    """Weigh the targets of a batch: 0 where the next token is padding or starts another document, else 1."""
+    if "segment_ids" not in batch:
+        return jnp.ones(batch["tokens"][:, 1:].shape, jnp.float32)
+    ids = batch["segment_ids"]
+    return ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != 0)).astype(jnp.float32)
+
+
+def chunked_cross_entropy(
+    logits: Callable[[Float[Array, "B Q D"]], Float32[Array, "B Q V"]],
+    hidden: Hidden,
+    targets: Int[Array, "B T"],
+    weights: Float32[Array, "B T"],
+    chunk: int,
+) -> Float32[Array, ""]:
+    """Sum weighted cross-entropies in nats, with the logits of at most `chunk` tokens (at least one a row) at a time.
+
+    Chunks are cut along time, so that rows stay where they are on the mesh; the backward pass computes a chunk's
+    logits again instead of keeping them. Accumulates in float32.
+    """
+
+    def summed(hidden: Array, targets: Array, weights: Array) -> Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits(hidden), targets)
+        return jnp.sum(losses * weights)
+
+    rows, time = targets.shape
+    count = math.ceil(time / max(chunk // rows, 1))
+    if count == 1:
+        return summed(hidden, targets, weights)
+    width = math.ceil(time / count)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, count * width - time)) + ((0, 0),) * (x.ndim - 2))  # weight 0
+        return jnp.moveaxis(x.reshape(rows, count, width, *x.shape[2:]), 1, 0)
+
+    def body(total: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        return total + jax.checkpoint(summed)(*xs), None
+
+    return jax.lax.scan(body, jnp.float32(0), (cut(hidden), cut(targets), cut(weights)))[0]
+
+
+def loss_fn(params: Any, model: TransMamba, batch: Batch, chunk: int) -> Float32[Array, ""]:
+    """Sum the weighted cross-entropies of a batch in nats; divide by the sum of `token_weights` for the mean."""
+    inputs = {name: rows[:, :-1] for name, rows in batch.items()}
+    hidden = model.apply({"params": params}, inputs["tokens"], segment_ids=inputs.get("segment_ids"), method="hidden")
+    logits = lambda part: model.apply({"params": params}, part, method="logits")
+    return chunked_cross_entropy(logits, hidden, batch["tokens"][:, 1:], token_weights(batch), chunk)
+
+
+def loss_and_gradient(
+    params: Any, model: TransMamba, batch: Batch, mesh: Mesh, accumulation: int, chunk: int
+) -> tuple[Float32[Array, ""], Any]:
+    """Return the mean loss over the whole batch and its gradient, from `accumulation` microbatches one after another.
+
+    Each microbatch's sum is divided by the token count of the *batch*, so the sums add up to the batch's own mean
+    and gradient however unevenly the tokens are spread.
+    """
+    total = jnp.maximum(jnp.sum(token_weights(batch)), 1.0)
+    objective = jax.value_and_grad(lambda params, part: loss_fn(params, model, part, chunk) / total)
+    if accumulation == 1:
+        return objective(params, batch)
+
+    def cut(rows: Array) -> Array:
+        # Rows a, a + A, a + 2A, ... are microbatch a: every device contributes rows it already has.
+        parts = rows.reshape(-1, accumulation, rows.shape[1]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(parts, sharding.activation("microbatches", mesh))
+
+    def body(sums: tuple[Array, Any], part: Batch) -> tuple[tuple[Array, Any], None]:
+        loss, gradient = objective(params, part)
+        return (sums[0] + loss, jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums[1], gradient)), None
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+    (loss, gradient), _ = jax.lax.scan(body, (jnp.float32(0), zeros), jax.tree.map(cut, batch))
+    return loss, jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradient, params)
+
+
+def make_train_step(
+    config: Config,
+    model: TransMamba,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    token_bytes: np.ndarray | None = None,
+) -> jax.stages.Wrapped:
+    """Return the jitted step (state, batch) -> (state, metrics); the state is donated.
+
+    A step whose loss or gradient is not finite leaves parameters and optimizer state as they are and counts itself.
+    Metrics are scalars: loss (nats per token), bits_per_byte where `token_bytes` [V] gives the bytes of each token,
+    grad_norm (before clipping), param_norm, learning_rate, tokens (that the loss weighs), skipped_steps, bad_steps
+    and bad_leaf, the index in tree order of the first gradient leaf that is not finite (the number of leaves: none).
+
+    Raises:
+        ValueError: the batch does not divide over the devices.
+    """
+    sharding.check_batch(config, mesh)
+    rate = learning_rate_schedule(config, config.optimizer.learning_rate)
+    lengths = None if token_bytes is None else np.asarray(token_bytes, np.float32)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, gradient = loss_and_gradient(
+            state.params, model, batch, mesh, config.train.accumulation, config.train.loss_chunk
+        )
+        squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradient)])
+        grad_norm = jnp.sqrt(jnp.sum(squares))
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = _select(good, optax.apply_updates(state.params, updates), state.params)
+        new_state = TrainState(
+            params=params,
+            opt_state=_select(good, opt_state, state.opt_state),
+            step=state.step + 1,
+            key=state.key,
+            skipped_steps=state.skipped_steps + ~good,
+            bad_steps=jnp.where(good, 0, state.bad_steps + 1),
+        )
+        weights = token_weights(batch)
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "param_norm": optax.tree.norm(params),
+            # The rate of the update that was made: skipped steps do not move the schedule.
+            "learning_rate": jnp.asarray(rate(state.step - state.skipped_steps), jnp.float32),
+            "tokens": jnp.sum(weights),
+            "skipped_steps": new_state.skipped_steps,
+            "bad_steps": new_state.bad_steps,
+            "bad_leaf": _first_bad(squares),
+        }
+        if lengths is not None:
+            bytes_read = jnp.sum(jnp.asarray(lengths)[batch["tokens"][:, 1:]] * weights)
+            metrics["bits_per_byte"] = loss * metrics["tokens"] / (math.log(2) * jnp.maximum(bytes_read, 1.0))
+        return new_state, metrics
+
+    everywhere = NamedSharding(mesh, P())
+    states = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(states, sharding.activation("tokens", mesh)),
+        out_shardings=(states, everywhere),
+    )
+
+
+def leaf_name(tree: Any, index: int) -> str:
+    """Name the leaf of a tree by its index in tree order."""
+    return sharding.path_name(jax.tree.leaves_with_path(tree)[index][0])
+
+
+def first_nonfinite(tree: Any) -> str | None:
+    """Name the first leaf that has a value which is not finite."""
+    bad = jax.jit(lambda leaves: jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))(jax.tree.leaves(tree))
+    return leaf_name(tree, int(jnp.argmax(bad))) if bool(jnp.any(bad)) else None
+
+
+def _first_bad(squares: Float32[Array, "leaves"]) -> Int[Array, ""]:
+    bad = ~jnp.isfinite(squares)
+    return jnp.where(jnp.any(bad), jnp.argmax(bad), squares.shape[0]).astype(jnp.int32)
+
+
+def _select(good: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
