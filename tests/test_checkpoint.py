@@ -1,6 +1,5 @@
 """Checkpoints: what comes back is what was saved, and nothing else ever comes back."""
 
-import dataclasses
 import math
 import os
 import socket
@@ -123,21 +122,17 @@ def test_keeps_the_latest_and_the_best(tmp_path):
     assert checkpoint.complete_steps(tmp_path) == [8, 9]
 
 
-def _replace_params(state: State, **leaves: Any) -> State:
-    return state.replace(params={**state.params, **leaves})
-
-
 REFUSALS = {
     "dtype": (
-        lambda s: _replace_params(s, embedding=s.params["embedding"].astype(jnp.bfloat16)),
+        lambda s: s.replace(params={**s.params, "embedding": s.params["embedding"].astype(jnp.bfloat16)}),
         ["params/embedding: asked bfloat16 [7, 4], found float32 [7, 4]"],
     ),
     "shape": (
-        lambda s: _replace_params(s, embedding=jnp.zeros((8, 4))),
+        lambda s: s.replace(params={**s.params, "embedding": jnp.zeros((8, 4))}),
         ["params/embedding: asked float32 [8, 4], found float32 [7, 4]"],
     ),
     "missing": (
-        lambda s: _replace_params(s, head=jnp.zeros((4, 7))),
+        lambda s: s.replace(params={**s.params, "head": jnp.zeros((4, 7))}),
         ["params/head: asked float32 [4, 7], found nothing"],
     ),
     "extra": (
@@ -379,7 +374,6 @@ def test_restore_reads_the_newest_or_the_step_asked_for(saved):
     assert raw(older.params) == raw(make_state(3).params)
     with pytest.raises(KeyError):
         newest["nothing"]
-    assert [field.name for field in dataclasses.fields(newest)][:2] == ["step", "params"]
 
 
 def test_restore_says_what_is_there(saved, tmp_path):
@@ -394,8 +388,7 @@ def test_restore_says_what_is_there(saved, tmp_path):
 
 def test_list_and_inspect(saved, capsys):
     assert checkpoint.main(["list", str(saved)]) == 0
-    heading, first, second = capsys.readouterr().out.splitlines()
-    assert heading.split()[0] == "step"
+    _, first, second = capsys.readouterr().out.splitlines()
     assert (first.split()[0], first.split()[-1]) == ("3", "2.0000")
     assert (second.split()[0], second.split()[-1]) == ("8", "4.0000")
     assert checkpoint.main(["inspect", str(saved), "--step", "3"]) == 0

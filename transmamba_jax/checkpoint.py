@@ -16,18 +16,21 @@ final name only after everything in it is on disk, so a save that was killed lea
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import math
+import operator
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from transmamba_jax import config as config_lib
 
@@ -60,9 +63,7 @@ class Checkpoint:
 
     def __getitem__(self, name: str) -> Any:
         """Return a field by name."""
-        if name not in {field.name for field in dataclasses.fields(self)}:
-            raise KeyError(name)
-        return getattr(self, name)
+        return vars(self)[name]
 
 
 class Checkpointer:
@@ -102,22 +103,19 @@ class Checkpointer:
         done = self.steps()
         if done and step <= done[-1]:
             raise ValueError(f"step must be newer than the newest checkpoint {done[-1]}, found {step}")
-        data_states = _gather(data_state)
         items = _items(_entries(state), _physical)
-        started = self._manager.save(
+        self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(items["params"]),
                 state=ocp.args.StandardSave(items["state"]),
-                data=ocp.args.JsonSave({"processes": data_states}),
+                data=ocp.args.JsonSave({"processes": _gather(data_state)}),
                 config=ocp.args.JsonSave({"yaml": config_yaml}),
                 tokenizer=ocp.args.JsonSave({"json": tokenizer_json}),
             ),
             metrics={"eval_loss": eval_loss},
-            force=True,
+            force=True,  # without it orbax may decide to save nothing and says so by returning False
         )
-        if not started:
-            raise RuntimeError(f"orbax did not start the save of step {step} in {self._directory}")
 
     def restore_newest(self, abstract_state: Any) -> Restored | None:
         """Restore the newest complete step, or None where there is none.
@@ -130,23 +128,23 @@ class Checkpointer:
                 found; or another number of processes saved.
         """
         self.wait()
-        done = self.steps()
-        if not done:
+        if not self.steps():
             return None
-        folder = self._directory / str(done[-1])
+        folder = _step_folder(self._directory, None)
         entries = _entries(abstract_state)
         targets = _items(entries, _target)
         _refuse_differences(folder, targets)
         arrays = {item: _read_arrays(folder / item, target) for item, target in targets.items()}
         data_states = _read_json(folder, "data")["processes"]
         if len(data_states) != jax.process_count():
-            raise ValueError(
-                f"the checkpoint {folder} has the data positions of {len(data_states)} processes, found "
-                f"{jax.process_count()} here; continue with as many"
-            )
-        leaves = [_logical(_lookup(arrays[entry.item], entry.names), entry.leaf) for entry in entries]
+            found = f"{folder} has the data positions of {len(data_states)} processes"
+            raise ValueError(f"{found}, found {jax.process_count()} here; continue with as many")
+        leaves = [
+            _logical(functools.reduce(operator.getitem, entry.names, arrays[entry.item]), entry.leaf)
+            for entry in entries
+        ]
         return Restored(
-            step=done[-1],
+            step=int(folder.name),
             state=jax.tree.unflatten(jax.tree.structure(abstract_state), leaves),
             data_state=data_states[jax.process_index()],
             config_yaml=_read_json(folder, "config")["yaml"],
@@ -166,8 +164,7 @@ class Checkpointer:
         self._manager.close()
 
 
-@dataclasses.dataclass(frozen=True)
-class _LatestAndBest:
+class _LatestAndBest(NamedTuple):
     """Keep the newest `latest` steps, and the `best` steps with the lowest finite held-out loss."""
 
     latest: int
@@ -176,14 +173,11 @@ class _LatestAndBest:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Answer orbax: one bool a checkpoint, oldest first."""
         del context
-        measured = [info for info in checkpoints if _is_finite(info.metrics["eval_loss"])]
-        ranked = sorted(measured, key=lambda info: info.metrics["eval_loss"])
+        losses = [(info.metrics["eval_loss"], info) for info in checkpoints]
+        measured = [(loss, info) for loss, info in losses if loss is not None and math.isfinite(loss)]
+        ranked = [info for _, info in sorted(measured, key=operator.itemgetter(0))]
         kept = {info.step for info in [*checkpoints[-self.latest :], *ranked[: self.best]]}
         return [info.step in kept for info in checkpoints]
-
-
-def _is_finite(loss: float | None) -> bool:
-    return loss is not None and math.isfinite(loss)
 
 
 def complete_steps(directory: str | Path) -> list[int]:
@@ -209,8 +203,8 @@ def restore(directory: str | Path, step: int | None = None, *, params_only: bool
     folder = _step_folder(directory, step)
     return Checkpoint(
         step=int(folder.name),
-        params=_read_arrays(folder / "params", _on_all_devices(folder / "params")),
-        state={} if params_only else _read_arrays(folder / "state", _on_all_devices(folder / "state")),
+        params=_read_arrays(folder / "params"),
+        state={} if params_only else _read_arrays(folder / "state"),
         data_states=_read_json(folder, "data")["processes"],
         config=config_lib.from_yaml(_read_json(folder, "config")["yaml"]),
         tokenizer_json=_read_json(folder, "tokenizer")["json"],
@@ -228,8 +222,7 @@ def _step_folder(directory: str | Path, step: int | None) -> Path:
     return folder / str(done[-1] if step is None else step)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """One leaf of a training state and its place in the checkpoint."""
 
     item: str  # "params" or "state"
@@ -240,7 +233,7 @@ class _Entry:
 def _entries(state: Any) -> list[_Entry]:
     """List the leaves in the order of `jax.tree.leaves`."""
     entries = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+    for path, leaf in jax.tree.leaves_with_path(state):
         names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
         if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
             raise ValueError(f"{'/'.join(names)} must be an array, found {leaf!r} of type {type(leaf).__name__}")
@@ -262,12 +255,6 @@ def _items(entries: list[_Entry], convert: Any) -> dict[str, dict[str, Any]]:
             raise ValueError(f"two leaves have the path {entry.item}/{'/'.join(entry.names)}")
         node[entry.names[-1]] = convert(entry.leaf)
     return trees
-
-
-def _lookup(tree: Any, names: tuple[str, ...]) -> Any:
-    for name in names:
-        tree = tree[name]
-    return tree
 
 
 def _is_key(leaf: Any) -> bool:
@@ -300,11 +287,9 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _everywhere() -> jax.sharding.Sharding:
     """Return the sharding that puts the whole array on every device."""
-    devices = jax.devices()
-    if len(devices) == 1:
-        return jax.sharding.SingleDeviceSharding(devices[0])
-    mesh = jax.sharding.Mesh(np.array(devices), ("devices",))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    if jax.device_count() == 1:
+        return SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec())
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
@@ -312,16 +297,13 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return ocp.StandardCheckpointHandler().metadata(folder).tree
 
 
-def _read_arrays(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
-    if not jax.tree.leaves(target):
-        return {}
+def _read_arrays(folder: Path, target: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read an item as `target` says, or onto every device."""
+    if target is None:
+        on_all = functools.partial(jax.ShapeDtypeStruct, sharding=_everywhere())
+        target = jax.tree.map(lambda leaf: on_all(leaf.shape, leaf.dtype), _metadata(folder))
     with ocp.StandardCheckpointer() as reader:
         return reader.restore(folder, target)
-
-
-def _on_all_devices(folder: Path) -> dict[str, Any]:
-    sharding = _everywhere()
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), _metadata(folder))
 
 
 def _gather(data_state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -339,15 +321,15 @@ def _gather(data_state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _read_json(folder: Path, item: str) -> Any:
-    return json.loads((folder / item / ("metrics" if item == "metrics" else "metadata")).read_text(encoding="utf-8"))
+    name = "metrics" if item == "metrics" else "metadata"  # orbax's names for the files
+    return json.loads((folder / item / name).read_text(encoding="utf-8"))
 
 
 def _leaf_types(tree: dict[str, Any], prefix: str) -> dict[str, str]:
     """Map the path of each leaf to its dtype and shape, as text."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {
-        f"{prefix}/{jax.tree_util.keystr(path, simple=True, separator='/')}": f"{leaf.dtype} {list(leaf.shape)}"
-        for path, leaf in leaves
+        f"{prefix}/{name(path)}": f"{leaf.dtype} {list(leaf.shape)}" for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 
@@ -388,10 +370,9 @@ def _inspect(directory: Path, step: int | None) -> list[str]:
     for item in ("params", "state"):
         tree = _metadata(folder / item)
         lines += [f"{path}  {kind}" for path, kind in _leaf_types(tree, item).items()]
-        leaves = jax.tree.leaves(tree)
-        numbers = sum(math.prod(leaf.shape) for leaf in leaves)
-        size = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves) / 2**20
-        lines.append(f"{item}: {len(leaves)} arrays, {numbers:,} numbers, {size:.2f} MiB")
+        counts = [(math.prod(leaf.shape), jnp.dtype(leaf.dtype).itemsize) for leaf in jax.tree.leaves(tree)]
+        size = sum(count * width for count, width in counts) / 2**20
+        lines.append(f"{item}: {len(counts)} arrays, {sum(count for count, _ in counts):,} numbers, {size:.2f} MiB")
     return lines
 
 
