@@ -7,11 +7,12 @@ follow one another without a seam: a row may hold the end of one epoch and the s
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from grain.experimental import (
     ConcatThenSplitIterDataset,
     FirstFitPackIterDataset,
@@ -24,7 +25,8 @@ from transmamba_jax.data.sources import Documents, open_documents, take
 from transmamba_jax.data.tokenizers import Tokenizer
 
 WINDOW_TOKENS = 2**20
-"""Tokens of the window that rows are shuffled in: bounds the memory, and the work of resuming."""
+"""Tokens of the window that rows are shuffled in (fewer where a split has fewer bytes): bounds the memory, and the work
+of starting and resuming."""
 
 BINS = 64
 """Rows that first-fit packing fills at one time."""
@@ -96,9 +98,11 @@ def train_batches(
     if config.batch_size % process_count:
         raise ValueError(f"data.batch_size={config.batch_size} must be a multiple of the {process_count} processes")
     documents = open_documents(config, config.train_split)
-    _check(documents, config, config.train_split, tokenizer, process_count)
+    window_tokens = min(WINDOW_TOKENS, _check(documents, config, tokenizer, process_count))
     rows = config.batch_size // process_count
-    dataset = _batches(config, documents, tokenizer, rows, process_index, process_count)
+    dataset = _batches(config, documents, tokenizer, rows, window_tokens, slice(process_index, None, process_count))
+    if config.num_workers > 0 and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only absl's own programs parse
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
     settings = {
         "documents": len(documents),
@@ -110,17 +114,23 @@ def train_batches(
 
 
 def _batches(
-    config: DataConfig, documents: Documents, tokenizer: Tokenizer, rows: int, process_index: int, process_count: int
+    config: DataConfig,
+    documents: Documents | Sequence[bytes],
+    tokenizer: Tokenizer,
+    rows: int,
+    window_tokens: int,
+    shard: slice,
 ) -> grain.IterDataset:
+    """Build the pipeline of the documents that `shard` selects in each epoch."""
     length = config.seq_len + 1
     # Grain numbers the epochs upwards from the seed; hashing keeps neighbouring seeds from sharing their epochs.
     seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0]) >> 1
     source = grain.MapDataset.source(documents)
     if config.shuffle:
         source = source.shuffle(seed=seed)
-    source = source[process_index::process_count].repeat(None)
+    source = source[shard].repeat(None)
     stream = source.map(functools.partial(_encode, tokenizer)).to_iter_dataset(_READ)
-    window = rows * max(1, WINDOW_TOKENS // (rows * length))
+    window = rows * max(1, window_tokens // (rows * length))
     if config.packing == "concat":
         # Grain's packing costs Python time per row; one long row per window, cut afterwards, costs next to none.
         windows = ConcatThenSplitIterDataset(stream, length_struct={"tokens": window * length})
@@ -164,22 +174,21 @@ class _Pieces(FlatMapTransform):
         return [{name: value[start : start + self._size] for name, value in element.items()} for start in starts]
 
 
-def _check(documents: Documents, config: DataConfig, split: str, tokenizer: Tokenizer, process_count: int) -> None:
-    """Refuse what would fail in the middle of a run: read documents until enough of them have been seen."""
+def _check(documents: Documents, config: DataConfig, tokenizer: Tokenizer, process_count: int) -> int:
+    """Refuse what would fail in the middle of a run; return the bytes of the documents that were read for it."""
+    split = config.train_split
     if len(documents) < process_count:
         raise ValueError(
             f"split {split!r} of data.source {config.source!r} has {len(documents)} documents for {process_count} "
             f"processes; each needs at least one"
         )
-    seen_bytes = seen_tokens = 0
-    for index in range(len(documents)):
-        document = documents[index]
-        seen_bytes += len(document)
-        if seen_tokens <= config.seq_len:
-            seen_tokens += len(tokenizer.encode_document(document))
-        if seen_bytes > CHECKED_BYTES:
-            break
-    _require_row(seen_tokens, config, split)
+    tokens = bytes_read = 0
+    for document in take(documents, CHECKED_BYTES):
+        bytes_read += len(document) + 1
+        if tokens <= config.seq_len:
+            tokens += len(tokenizer.encode_document(document))
+    _require_row(tokens, config, split)
+    return bytes_read
 
 
 def _require_row(tokens: int, config: DataConfig, split: str) -> None:

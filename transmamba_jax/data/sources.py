@@ -151,7 +151,7 @@ class TfdsDocuments(_Lazy):
         builder = tfds.builder_from_directory(self._directory)
         base = re.split(r"[\[+]", self._split)[0].strip()
         _require_name("split", base, list(builder.info.splits), f"of {self._directory}")
-        _require_name("data.text_field", self._field, list(builder.info.features), f"in {self._directory}")
+        _require_name("data.text_field", self._field, sorted(builder.info.features), f"in {self._directory}")
         return builder.as_data_source(split=self._split)
 
     def _read(self, index: int) -> bytes:

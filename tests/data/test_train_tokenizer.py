@@ -1,0 +1,65 @@
+"""The command that trains a tokenizer, and how light the package is to import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from transmamba_jax.data import load_tokenizer
+from transmamba_jax.data.train_tokenizer import main
+
+
+def write_config(folder: Path) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(f"data: {{source: 'text:{folder}/*.txt', train_split: all}}\n")
+    return path
+
+
+def test_the_same_text_gives_the_same_file(tmp_path, write_corpus, capsys):
+    texts = write_corpus(40)
+    arguments = ["--config", str(write_config(tmp_path)), "--vocab-size", "300", "--output"]
+    for name in ("one.json", "two.json"):
+        main([*arguments, str(tmp_path / name)])
+    assert "300 ids" in capsys.readouterr().out
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    tokenizer = load_tokenizer(str(tmp_path / "one.json"))
+    assert tokenizer.vocab_size == 300
+    assert tokenizer.end_of_document == 0
+    text = texts[0].decode()
+    assert len(tokenizer.encode(text)) < len(texts[0])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_overrides_and_limits_reach_the_source(tmp_path, write_corpus):
+    write_corpus(40)
+    output = tmp_path / "tokenizer.json"
+    arguments = ["--config", str(write_config(tmp_path)), "--output", str(output), "--vocab-size", "400"]
+    main([*arguments, "--max-bytes", "1"])
+    assert load_tokenizer(str(output)).vocab_size < 300
+    with pytest.raises(SystemExit, match=r"no split 'tarin'.*did you mean 'train'"):
+        main([*arguments, "--data.train-split", "tarin"])
+
+
+@pytest.mark.parametrize("size", ["256", "0"])
+def test_a_vocabulary_without_room_for_bytes_is_refused(tmp_path, write_corpus, size):
+    write_corpus(3)
+    with pytest.raises(SystemExit, match="--vocab-size must be >= 257"):
+        main(["--config", str(write_config(tmp_path)), "--vocab-size", size, "--output", str(tmp_path / "t.json")])
+
+
+def test_help_has_defaults(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "(default: 4096)" in text
+    assert "--max-bytes" in text
+
+
+def test_a_tokenizer_needs_neither_grain_nor_tfds():
+    code = (
+        "import sys; from transmamba_jax.data import load_tokenizer; load_tokenizer('bytes'); "
+        "print([m for m in ('grain', 'tensorflow_datasets', 'array_record') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
