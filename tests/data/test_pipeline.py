@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -170,6 +174,47 @@ def test_workers_resume_bit_for_bit(tmp_path, write_corpus, workers, packing):
     restored.set_state(json.loads(state))
     assert all(equal(next(restored), expected) for expected in batches[7:])
     restored.close()
+
+
+WORKER_PROGRAM = """
+import multiprocessing, os, signal, sys
+from transmamba_jax.config import DataConfig
+from transmamba_jax.data import load_tokenizer, train_batches
+
+if __name__ == "__main__":
+    config = DataConfig(source=f"text:{sys.argv[1]}/*.txt", train_split="all", seq_len=15, num_workers=1)
+    batches = train_batches(config, load_tokenizer("bytes"))
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    if sys.argv[2] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_workers_end_with_the_program_however_it_ends(tmp_path, write_corpus, end):
+    write_corpus(9)
+    program = tmp_path / "program.py"
+    program.write_text(WORKER_PROGRAM)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # The output ends when the last process that holds it does: a worker that outlives its program is a timeout.
+    result = subprocess.run(
+        [sys.executable, program, tmp_path, end], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert result.returncode == (0 if end == "exit" else -signal.SIGKILL)
+    if end == "exit":
+        assert result.stderr == ""
+    assert int(result.stdout) > 0
+
+
+def test_closed_batches_say_so(tmp_path, write_corpus):
+    write_corpus(3)
+    batches = train_batches(settings_for(tmp_path), BYTES)
+    next(batches)
+    batches.close()
+    batches.close()
+    with pytest.raises(ValueError, match="the batches were closed"):
+        next(batches)
 
 
 def test_the_same_seed_gives_the_same_batches_and_another_does_not(tmp_path, write_corpus):

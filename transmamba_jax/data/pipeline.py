@@ -7,6 +7,11 @@ follow one another without a seam: a row may hold the end of one epoch and the s
 
 import functools
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,8 +55,16 @@ class BatchIterator(Iterator[Batch]):
 
     def __init__(self, dataset: grain.IterDataset, settings: dict[str, Any]):
         """Start at the beginning; `settings` are what a restored position must agree with."""
-        self._iterator = iter(dataset)
         self._settings = settings
+        # Grain's iterators fail noisily when they go after Grain's modules: let go of them before the program ends.
+        self._opened = [iter(dataset)]
+        self._finalizer = weakref.finalize(self, _close, self._opened)
+
+    @property
+    def _iterator(self) -> grain.DatasetIterator:
+        if not self._opened:
+            raise ValueError("the batches were closed; call train_batches again")
+        return self._opened[0]
 
     def __next__(self) -> Batch:
         return next(self._iterator)
@@ -77,8 +90,12 @@ class BatchIterator(Iterator[Batch]):
         self._iterator.set_state(_with_tuples(state["iterator"]))
 
     def close(self) -> None:
-        """End the worker processes and reading threads."""
-        self._iterator.close()
+        """End the worker processes and reading threads; also done when the iterator goes or the program ends."""
+        self._finalizer()
+
+
+def _close(opened: list[grain.DatasetIterator]) -> None:
+    opened.pop().close()
 
 
 def train_batches(
@@ -103,7 +120,7 @@ def train_batches(
     dataset = _batches(config, documents, tokenizer, rows, window_tokens, slice(process_index, None, process_count))
     if config.num_workers > 0 and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only absl's own programs parse
-    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
+    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers), _start_worker)
     settings = {
         "documents": len(documents),
         "rows": rows,
@@ -111,6 +128,19 @@ def train_batches(
         **{name: getattr(config, name) for name in ("packing", "seq_len", "shuffle", "seed", "num_workers")},
     }
     return BatchIterator(dataset, settings)
+
+
+def _start_worker(_index: int, _count: int) -> None:
+    """Leave Ctrl-C to the training process, and end with it however it ends (Grain's workers outlive a kill -9)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _batches(
