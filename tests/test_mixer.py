@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -40,6 +40,8 @@ VARIANTS = {
 }
 
 
+@cache
+@partial(jax.jit, static_argnums=0)
 def make(config: ModelConfig, seed: int = 0) -> tuple[Any, jax.Array, jax.Array]:
     """Parameters away from their symmetric starting values, an input and a cotangent."""
     keys = jax.random.split(jax.random.key(seed), 4)

@@ -1,7 +1,7 @@
 """The model: one parameter tree under every schedule, and what packing and padding promise."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -41,6 +41,7 @@ def tokens_of(length: int = SEQ_LEN, batch: int = 2) -> jax.Array:
     return jax.random.randint(jax.random.key(7), (batch, length), 1, CONFIG.vocab_size)
 
 
+@cache
 def make(config: ModelConfig = CONFIG) -> tuple[tm.TransMamba, Any]:
     model = tm.TransMamba(config)
     params = jax.jit(model.init)(jax.random.key(0), tokens_of())["params"]

@@ -105,6 +105,7 @@ class TransMamba(nn.Module):
         """Return the normalised output of the last layer; arguments as for the model itself."""
         cfg = self.config
         _check_tokens(tokens, segment_ids)
+        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         x = self.embedding.astype(cfg.dtype)[tokens]
         if transpoints is None:
             transpoints = cfg.transpoints
