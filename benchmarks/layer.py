@@ -1,0 +1,126 @@
+"""What the split at the TransPoint costs: mixers, their parts and compilation, in one process.
+
+    python benchmarks/layer.py [--seq-len 8192] [--rounds 7]
+
+Prints ratios, forward and forward + backward, float32, batch 1:
+  1. the mixer at P = 0 (P = T) over a mixer that has only the SSM (attention) branch;
+  2. the mixer at P = T/2 over the sum of its parts, each timed alone: projections of T tokens, attention over P,
+     converter over P, SSM over T - P, output projection of T;
+  3. the mixer averaged over the TransPoints of schedule V9 over the mixer at P = T;
+  4. compilation of the gradient of a 16-layer model over that of an 8-layer one.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import timing
+
+import transmamba_jax as tm
+from transmamba_jax import schedule
+from transmamba_jax.config import ModelConfig
+from transmamba_jax.mixer import Mixer
+
+CONFIG = ModelConfig(transpoints=(0,), dtype="float32")  # d_model 256, H 4, head dim and state 64, chunk 64
+
+Function = Callable[..., jax.Array]
+
+
+def attention_only(mixer: Mixer, x: jax.Array) -> jax.Array:
+    """A plain attention mixer: no TransPoint, no Δ, no gate."""
+    return mixer.out(mixer._attend(*mixer._project(x, None), None))
+
+
+def ssm_only(mixer: Mixer, x: jax.Array) -> jax.Array:
+    """A plain Mamba-2 mixer: no TransPoint."""
+    q, k, v = mixer._project(x, None)
+    return mixer.out(mixer._scan(x, q, k, v, mixer._step(x), None, None))
+
+
+def contender(function: Function, backward: bool, *arguments: Any) -> timing.Contender:
+    """Compile `function`, or the gradient of its sum with respect to every argument, and call it on `arguments`."""
+    if backward:
+        scalar = lambda *arguments: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(function(*arguments)))
+        function = jax.grad(scalar, argnums=tuple(range(len(arguments))))
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return lambda _round: jax.block_until_ready(compiled(*arguments))
+
+
+def parts(params: Any, x: jax.Array, point: int) -> dict[str, tuple[Any, ...]]:
+    """The pieces of a mixer at TransPoint `point`: name -> function and its arguments."""
+    apply = lambda method: lambda params, *arrays: Mixer(CONFIG).apply({"params": params}, *arrays, method=method)
+    q, k, v = apply(lambda m, x: m._project(x, None))(params, x)
+    dt = apply(lambda m, x: m._step(x))(params, x)
+    state = tm.memory_converter(k[:, :point], v[:, :point], dt[:, :point], -jnp.exp(params["a_log"]))
+    inner = jnp.ones((*x.shape[:2], CONFIG.d_inner))
+    convert = lambda params, k, v, dt: tm.memory_converter(
+        k, v, dt, -jnp.exp(params["a_log"]), chunk_size=CONFIG.chunk_size
+    )
+    return {
+        "projections": (apply(lambda m, x: (m._project(x, None), m._step(x))), params, x),
+        "attention": (
+            apply(lambda m, q, k, v: m._attend(q, k, v, None)),
+            params,
+            q[:, :point],
+            k[:, :point],
+            v[:, :point],
+        ),
+        "converter": (convert, params, k[:, :point], v[:, :point], dt[:, :point]),
+        "ssm": (
+            apply(lambda m, *arrays: m._scan(*arrays, None)),
+            *(params, x[:, point:], q[:, point:], k[:, point:], v[:, point:], dt[:, point:], state),
+        ),
+        "output": (apply(lambda m, y: m.out(y)), params, inner),
+    }
+
+
+def compile_seconds(num_layers: int, seq_len: int) -> float:
+    """Wall time to compile the gradient of a model under V9."""
+    model = tm.TransMamba(ModelConfig(num_layers=num_layers, transpoints=schedule.v9(seq_len), dtype="float32"))
+    tokens = jnp.zeros((1, seq_len), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    lowered = jax.jit(jax.grad(lambda params: jnp.mean(model.apply(params, tokens)))).lower(params)
+    start = time.perf_counter()
+    lowered.compile()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seq-len", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    length = options.seq_len
+    print(timing.heading("jax", "flax"))
+    print(f"float32, batch 1, T {length}, d_model {CONFIG.d_model}, H {CONFIG.num_heads}, head dim and state 64\n")
+    x = jax.random.normal(jax.random.key(0), (1, length, CONFIG.d_model))
+    params = jax.jit(lambda: Mixer(CONFIG).init(jax.random.key(1), x[:, :1], 0))()["params"]
+    at = lambda point: lambda params, x: Mixer(CONFIG).apply({"params": params}, x, point)
+    only = lambda method: lambda params, x: Mixer(CONFIG).apply({"params": params}, x, method=method)
+    v9 = schedule.v9(length)
+    for backward in (False, True):
+        print("forward + backward" if backward else "forward")
+        contenders = {f"P={point}": contender(at(point), backward, params, x) for point in v9}
+        contenders["ssm only"] = contender(only(ssm_only), backward, params, x)
+        contenders["attention only"] = contender(only(attention_only), backward, params, x)
+        pieces = {name: contender(call[0], backward, *call[1:]) for name, call in parts(params, x, length // 2).items()}
+        times = timing.round_robin({**contenders, **pieces}, rounds=options.rounds)
+        whole = times[f"P={length}"].minimum
+        total = sum(times[name].minimum for name in pieces)
+        print(f"  P = 0 / SSM only          {times['P=0'].ratio(times['ssm only']):.3f}")
+        print(f"  P = T / attention only    {times[f'P={length}'].ratio(times['attention only']):.3f}")
+        print(f"  P = T/2 / sum of parts    {times[f'P={length // 2}'].minimum / total:.3f}")
+        print("    parts, ms:", ", ".join(f"{name} {1e3 * times[name].minimum:.1f}" for name in pieces))
+        mean = sum(times[f"P={point}"].minimum for point in v9) / len(v9)
+        print(f"  mean over V9 / P = T      {mean / whole:.3f}")
+        print("    ms:", ", ".join(f"{name} {1e3 * times[name].minimum:.0f}" for name in contenders))
+    ratios = sorted(compile_seconds(16, 256) / compile_seconds(8, 256) for _ in range(3))
+    print(f"compilation, 16 layers / 8 layers: {ratios[1]:.2f} (of three: {', '.join(f'{r:.2f}' for r in ratios)})")
+
+
+if __name__ == "__main__":
+    main()
