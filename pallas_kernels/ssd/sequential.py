@@ -12,6 +12,7 @@ add (what spans token k), never as a difference of sums over the row: those lose
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,31 +36,63 @@ def _tokens(chunked: jax.Array) -> jax.Array:
     return chunked.transpose(1, 0, 4, 2, 3).reshape(batch, num_chunks * chunk, groups, ratio)
 
 
-def _sums(log_decay: jax.Array, num_chunks: int) -> tuple[jax.Array, jax.Array]:
-    """Running sums inside each chunk of the coarse and fine parts, [chunks, B, G, R, Q]."""
-    coarse, fine = decay.split(_chunks(log_decay, num_chunks))
-    return jnp.cumsum(coarse, axis=-1), jnp.cumsum(fine, axis=-1)
+def _slice(value: jax.Array, k: jax.Array, chunk: int) -> jax.Array:
+    """Chunk k of [B, T, ...] as float32."""
+    return jax.lax.dynamic_slice_in_dim(value, k * chunk, chunk, axis=1).astype(jnp.float32)
 
 
-def _weights(coarse: jax.Array, fine: jax.Array) -> jax.Array:
-    """w_ij = exp(s_i - s_j) for i >= j, else 0: [..., Q] -> [..., Q, Q]. Masked before the exponential."""
-    exponent = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
-    causal = jnp.tri(coarse.shape[-1], dtype=bool)
-    return jnp.exp(jnp.where(causal, exponent, -jnp.inf))
+def _store(whole: jax.Array, part: jax.Array, k: jax.Array) -> jax.Array:
+    """Write `part` [B, Q, ...] as chunk k of `whole` [B, T, ...]."""
+    part = part.reshape(part.shape[:2] + whole.shape[2:]).astype(whole.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(whole, part, k * part.shape[1], axis=1)
 
 
-def _to_end(coarse: jax.Array, fine: jax.Array) -> jax.Array:
-    """exp(s_Q - s_j), [..., Q]."""
-    return jnp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine))
+def _by_head(value: jax.Array, groups: int) -> jax.Array:
+    """[B, Q, H, P] -> [B, G, R, Q, P]. Whole rows stay [B, T, H, P]: with R = 1 inside, XLA copies them."""
+    batch, chunk, num_heads, head_dim = value.shape
+    return value.reshape(batch, chunk, groups, num_heads // groups, head_dim).transpose(0, 2, 3, 1, 4)
 
 
-def _slice(value: jax.Array, start: jax.Array, chunk: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(value, start, chunk, axis=1).astype(jnp.float32)
+def _row_sums(value: jax.Array) -> jax.Array:
+    """Sum over the last axis, as a product: a reduction inside a loop is not vectorised on a CPU."""
+    return (value @ jnp.ones((value.shape[-1], 1), value.dtype))[..., 0]
 
 
-def _by_token(value: jax.Array) -> jax.Array:
-    """[B, G, R, Q] -> [B, Q, G, R, 1]."""
-    return jnp.moveaxis(value, -1, 1)[..., None]
+# [B, G, R, Q, P] -> [B, Q, G, R, P]; [B, Q, G, N] -> [B, G, Q, N] and back; [B, Q, G, N] -> [B, G, N, Q].
+_HEADS_BACK = (0, 3, 1, 2, 4)
+_GROUPS = (0, 2, 1, 3)
+_GROUPS_TRANSPOSED = (0, 2, 3, 1)
+# [B, G, R, P, N] -> [B, G, N, R, P] and back.
+_STATE, _STATE_BACK = (0, 1, 4, 2, 3), (0, 1, 3, 4, 2)
+
+
+class _Decays(NamedTuple):
+    """Decays inside one chunk, from running sums s of the log decay; each [B, G, R, Q] unless said otherwise."""
+
+    coarse: jax.Array
+    fine: jax.Array
+
+    @classmethod
+    def make(cls, coarse: jax.Array, fine: jax.Array, upto: jax.Array) -> "_Decays":
+        # A product, not cumsum: XLA fuses a slice of the loop's inputs into what reads it, which then is not
+        # vectorised (8 ns an exponential instead of 1). A product's result is a buffer of its own.
+        return cls(coarse @ upto, fine @ upto)
+
+    def from_start(self) -> jax.Array:
+        """exp(s_i)."""
+        return jnp.exp(self.coarse + self.fine)
+
+    def to_end(self) -> jax.Array:
+        """exp(s_Q - s_j)."""
+        return jnp.exp((self.coarse[..., -1:] - self.coarse) + (self.fine[..., -1:] - self.fine))
+
+    def pairs(self) -> jax.Array:
+        """exp(s_i - s_j) at [j, i] for i >= j, else 0: [B, G, R, Q, Q]. Masked before the exponential."""
+        exponent = (self.coarse[..., None, :] - self.coarse[..., :, None]) + (
+            self.fine[..., None, :] - self.fine[..., :, None]
+        )
+        causal = ~jnp.tri(self.coarse.shape[-1], k=-1, dtype=bool)
+        return jnp.exp(jnp.where(causal, exponent, -jnp.inf))
 
 
 def _forward(
@@ -73,26 +106,29 @@ def _forward(
     chunk: int,
     keep: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Return y, final state, and the state before each chunk when `keep` is set."""
-    num_chunks = x.shape[1] // chunk
-    coarse, fine = _sums(log_decay, num_chunks)
+    """Return y, final state, and the state before each chunk when `keep` is set; states are [B, G, N, R, P]."""
+    num_chunks, groups = x.shape[1] // chunk, b.shape[2]
+    upto = jnp.tri(chunk, dtype=jnp.float32).T
 
     def body(carry, xs):
         h, y = carry
-        k, s_coarse, s_fine, dt_k = xs
-        x_k, b_k, c_k = (_slice(value, k * chunk, chunk) for value in (x, b, c))
-        written = x_k * _by_token(dt_k)
-        scores = jnp.einsum("bign,bjgn->bgij", c_k, b_k)[:, :, None] * _weights(s_coarse, s_fine)
-        y_k = jnp.einsum("bgrij,bjgrp->bigrp", scores, written)
-        y_k += jnp.einsum("bign,bgrpn->bigrp", c_k, h) * _by_token(jnp.exp(s_coarse + s_fine))
-        y_k += d[:, :, None] * x_k
-        y = jax.lax.dynamic_update_slice_in_dim(y, y_k.astype(y.dtype), k * chunk, axis=1)
-        to_end = written * _by_token(_to_end(s_coarse, s_fine))
-        following = jnp.exp(s_coarse[..., -1] + s_fine[..., -1])[..., None, None] * h
-        following += jnp.einsum("bjgrp,bjgn->bgrpn", to_end, b_k)
+        k, dt_k, coarse, fine = xs
+        decays = _Decays.make(coarse, fine, upto)
+        from_start = decays.from_start()
+        x_k = _by_head(_slice(x, k, chunk), groups)
+        c_k = _slice(c, k, chunk).transpose(_GROUPS)
+        b_transposed = _slice(b, k, chunk).transpose(_GROUPS_TRANSPOSED)
+        written = x_k * dt_k[..., None]
+        scores = (c_k @ b_transposed)[:, :, None] * decays.pairs().swapaxes(-1, -2)
+        y_k = scores @ written
+        y_k += jnp.einsum("bgin,bgnrp->bgrip", c_k, h) * from_start[..., None]
+        y_k += d[:, :, None, None] * x_k
+        y = _store(y, y_k.transpose(_HEADS_BACK), k)
+        following = from_start[..., -1][:, :, None, :, None] * h
+        following += jnp.einsum("bgnj,bgrjp->bgnrp", b_transposed, written * decays.to_end()[..., None])
         return (following, y), (h if keep else None)
 
-    xs = (jnp.arange(num_chunks), coarse, fine, _chunks(dt, num_chunks))
+    xs = (jnp.arange(num_chunks), *(_chunks(value, num_chunks) for value in (dt, *decay.split(log_decay))))
     (h, y), states = jax.lax.scan(body, (h, jnp.zeros_like(x)), xs)
     return y, h, states
 
@@ -111,56 +147,50 @@ def _ssd_fwd(x, dt, log_decay, b, c, d, h, chunk):
 def _ssd_bwd(chunk, residuals, cotangents):
     x, dt, log_decay, b, c, d, states = residuals
     dy, dh = cotangents
-    num_chunks = x.shape[1] // chunk
-    coarse, fine = _sums(log_decay, num_chunks)
-    below = jnp.tri(chunk, k=-1, dtype=jnp.float32)
-    from_token = 1.0 - below
+    num_chunks, groups = x.shape[1] // chunk, b.shape[2]
+    upto = jnp.tri(chunk, dtype=jnp.float32).T
+    before, since = upto - jnp.eye(chunk), upto.T  # [j, k]: j < k; [i, k]: i >= k
 
     def body(carry, xs):
         dh, dx, db, dc, dd = carry
-        k, s_coarse, s_fine, dt_k, h = xs
-        x_k, b_k, c_k, dy_k = (_slice(value, k * chunk, chunk) for value in (x, b, c, dy))
-        written = x_k * _by_token(dt_k)
-        weights = _weights(s_coarse, s_fine)
-        products = jnp.einsum("bign,bjgn->bgij", c_k, b_k)[:, :, None]
-        scores = products * weights
-        dscores = jnp.einsum("bigrp,bjgrp->bgrij", dy_k, written)
-        dproducts = jnp.sum(dscores * weights, axis=2)
-        pairs = below * dscores * scores
-
-        from_start = _by_token(jnp.exp(s_coarse + s_fine))
-        to_end = _by_token(_to_end(s_coarse, s_fine))
-        dwritten_state = jnp.einsum("bgrpn,bjgn->bjgrp", dh, b_k) * to_end
-        dwritten = jnp.einsum("bgrij,bigrp->bjgrp", scores, dy_k) + dwritten_state
+        k, dt_k, coarse, fine, h = xs
+        decays = _Decays.make(coarse, fine, upto)
+        from_start, to_end, weights = decays.from_start()[..., None], decays.to_end()[..., None], decays.pairs()
+        x_k, dy_k = (_by_head(_slice(value, k, chunk), groups) for value in (x, dy))
+        b_k, c_k = (_slice(value, k, chunk).transpose(_GROUPS) for value in (b, c))
+        c_transposed = _slice(c, k, chunk).transpose(_GROUPS_TRANSPOSED)
+        written = x_k * dt_k[..., None]
         dy_start = dy_k * from_start
-        read = jnp.einsum("bign,bgrpn->bigrp", c_k, h)
 
-        db_k = jnp.einsum("bgij,bign->bjgn", dproducts, c_k)
-        db_k += jnp.einsum("bjgrp,bgrpn->bjgn", written * to_end, dh)
-        dc_k = jnp.einsum("bgij,bjgn->bign", dproducts, b_k)
-        dc_k += jnp.einsum("bigrp,bgrpn->bign", dy_start, h)
-        dx_k = dwritten * _by_token(dt_k) + d[:, :, None] * dy_k
-        ddt_k = jnp.moveaxis(jnp.sum(dwritten * x_k, axis=-1), 1, -1)
+        # [j, i], so that the products below read their operands as they lie in memory.
+        scores = (b_k @ c_transposed)[:, :, None] * weights
+        dscores = jnp.einsum("bgrjp,bgrip->bgrji", written, dy_k)
+        dproducts = jnp.sum(dscores * weights, axis=2)
+        dwritten_end = jnp.einsum("bgjn,bgnrp->bgrjp", b_k, dh) * to_end
+        dwritten = scores @ dy_k + dwritten_end
+        dc_start = jnp.einsum("bgrip,bgnrp->bgrin", dy_start, h)
+        dx_k = dwritten * dt_k[..., None] + d[:, :, None, None] * dy_k
+        db_k = dproducts @ c_k + jnp.einsum("bgrjp,bgnrp->bgjn", written * to_end, dh)
+        dc_k = dproducts.swapaxes(-1, -2) @ b_k + jnp.sum(dc_start, axis=2)
 
-        # l_k reaches what spans it: reads of the old state at i >= k, writes at j < k, pairs j < k <= i, and the state.
-        total = jnp.exp(s_coarse[..., -1] + s_fine[..., -1])
-        reads = jnp.moveaxis(jnp.sum(dy_start * read, axis=-1), 1, -1)
-        writes = jnp.moveaxis(jnp.sum(dwritten_state * written, axis=-1), 1, -1)
-        spanned = jnp.einsum("ki,bgrij->bgrkj", from_token, pairs)
-        dl_k = jnp.sum(below * spanned, axis=-1)
-        dl_k += jnp.einsum("ki,bgri->bgrk", from_token, reads) + jnp.einsum("kj,bgrj->bgrk", below, writes)
-        dl_k += (total * jnp.sum(h * dh, axis=(-1, -2)))[..., None]
+        # l_k reaches what spans it: pairs j < k <= i, reads of h at i >= k, writes into the next state at j < k, h.
+        spanning = (dscores * scores) @ since
+        dl_k = (jnp.ones((1, chunk)) @ (before * spanning))[..., 0, :]
+        dl_k += _row_sums(dc_start * c_k[:, :, None]) @ since
+        dl_k += _row_sums(dwritten_end * written) @ before
+        decay_k = from_start[..., -1, 0]
+        dl_k += (decay_k * jnp.sum(h * dh, axis=(2, 4)))[..., None]
+        ddt_k = _row_sums(dwritten * x_k)
 
-        dh = total[..., None, None] * dh + jnp.einsum("bigrp,bign->bgrpn", dy_start, c_k)
-        dx, db, dc = (
-            jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), k * chunk, axis=1)
-            for whole, part in ((dx, dx_k), (db, db_k), (dc, dc_k))
-        )
-        dd += jnp.sum(dy_k * x_k, axis=(0, 1, 4))
+        dh = decay_k[:, :, None, :, None] * dh + jnp.einsum("bgni,bgrip->bgnrp", c_transposed, dy_start)
+        dx = _store(dx, dx_k.transpose(_HEADS_BACK), k)
+        db, dc = _store(db, db_k.transpose(_GROUPS), k), _store(dc, dc_k.transpose(_GROUPS), k)
+        dd += jnp.sum(dy_k * x_k, axis=(0, 3, 4))
         return (dh, dx, db, dc, dd), (ddt_k, dl_k)
 
-    xs = (jnp.arange(num_chunks), coarse, fine, _chunks(dt, num_chunks), states)
-    init = (dh, jnp.zeros_like(x), jnp.zeros_like(b), jnp.zeros_like(c), jnp.zeros_like(d))
+    chunked = (_chunks(value, num_chunks) for value in (dt, *decay.split(log_decay)))
+    xs = (jnp.arange(num_chunks), *chunked, states)
+    init = (dh, *(jnp.zeros_like(value) for value in (x, b, c, d)))
     (dh, dx, db, dc, dd), (ddt, dl) = jax.lax.scan(body, init, xs, reverse=True)
     return dx, _tokens(ddt), _tokens(dl), db, dc, dd, dh
 
@@ -192,16 +222,17 @@ def scan(
     x, dt, log_decay, b, c = (_pad(value, -length % chunk) for value in (x, dt, log_decay, b, c))
     padded = x.shape[1]
     y, state = _ssd(
-        x.reshape(batch, padded, *heads, head_dim),
+        x,
         dt.reshape(batch, padded, *heads),
         log_decay.reshape(batch, padded, *heads),
         b,
         c,
         skip.reshape(heads),
-        initial_state.reshape(batch, *heads, head_dim, state_dim),
+        initial_state.reshape(batch, *heads, head_dim, state_dim).transpose(_STATE),
         chunk,
     )
-    return y.reshape(batch, padded, num_heads, head_dim)[:, :length], state.reshape(initial_state.shape)
+    state = state.transpose(_STATE_BACK).reshape(initial_state.shape)
+    return y[:, :length], state
 
 
 def final_state(
