@@ -32,7 +32,7 @@ BYTES = load_tokenizer("bytes")
 @pytest.fixture
 def small_windows(monkeypatch):
     """Let a window hold a few rows, so that short tests cross many of them."""
-    monkeypatch.setattr(pipeline, "WINDOW_TOKENS", 100)
+    monkeypatch.setattr(pipeline, "WINDOW_BYTES", 100)
     monkeypatch.setattr(pipeline, "BINS", 3)
 
 

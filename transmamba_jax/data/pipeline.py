@@ -29,9 +29,9 @@ from transmamba_jax.config import DataConfig
 from transmamba_jax.data.sources import Documents, open_documents, take
 from transmamba_jax.data.tokenizers import Tokenizer
 
-WINDOW_TOKENS = 2**20
-"""Tokens of the window that rows are shuffled in (fewer where a split has fewer bytes): bounds the memory, and the work
-of starting and resuming."""
+WINDOW_BYTES = 2**20
+"""Text of the window that rows are shuffled in (less where a split has less): bounds the memory, and the work of
+starting and resuming."""
 
 BINS = 64
 """Rows that first-fit packing fills at one time."""
@@ -115,7 +115,7 @@ def train_batches(
     if config.batch_size % process_count:
         raise ValueError(f"data.batch_size={config.batch_size} must be a multiple of the {process_count} processes")
     documents = open_documents(config, config.train_split)
-    window_tokens = min(WINDOW_TOKENS, _check(documents, config, tokenizer, process_count))
+    window_tokens = _check(documents, config, tokenizer, process_count)
     rows = config.batch_size // process_count
     dataset = _batches(config, documents, tokenizer, rows, window_tokens, slice(process_index, None, process_count))
     if config.num_workers > 0 and not flags.FLAGS.is_parsed():
@@ -205,20 +205,21 @@ class _Pieces(FlatMapTransform):
 
 
 def _check(documents: Documents, config: DataConfig, tokenizer: Tokenizer, process_count: int) -> int:
-    """Refuse what would fail in the middle of a run; return the bytes of the documents that were read for it."""
+    """Refuse what would fail in the middle of a run; return the tokens of a window by the tokens that bytes became."""
     split = config.train_split
     if len(documents) < process_count:
         raise ValueError(
             f"split {split!r} of data.source {config.source!r} has {len(documents)} documents for {process_count} "
             f"processes; each needs at least one"
         )
-    tokens = bytes_read = 0
+    tokens = bytes_encoded = bytes_read = 0
     for document in take(documents, CHECKED_BYTES):
         bytes_read += len(document) + 1
         if tokens <= config.seq_len:
             tokens += len(tokenizer.encode_document(document))
+            bytes_encoded = bytes_read
     _require_row(tokens, config, split)
-    return bytes_read
+    return max(1, min(WINDOW_BYTES, bytes_read) * tokens // bytes_encoded)
 
 
 def _require_row(tokens: int, config: DataConfig, split: str) -> None:

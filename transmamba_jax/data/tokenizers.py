@@ -137,7 +137,9 @@ class JsonTokenizer:
 
     def encode_document(self, document: bytes) -> np.ndarray:
         """Return the ids of `document` and the end-of-document id, int32 [T]."""
-        return np.array([*self.encode(document.decode("utf-8")), self.end_of_document], np.int32)
+        # The fast form leaves out the places of the tokens in the text, a quarter of the time.
+        (encoding,) = self._tokenizer.encode_batch_fast([document.decode("utf-8")], add_special_tokens=False)
+        return np.array([*encoding.ids, self.end_of_document], np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens spelt out."""

@@ -1,0 +1,176 @@
+"""The loop around a model that compiles in a second: divergence, resuming with another config, the command line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train as command
+from tests.training.support import Little, little_config
+from transmamba_jax import checkpoint, config
+from transmamba_jax.config import Config
+from transmamba_jax.data import pipeline
+from transmamba_jax.training import loop
+
+
+@pytest.fixture(name="make")
+def _make(tmp_path, monkeypatch):
+    """Return a maker of configs that train `Little` on a small text."""
+    monkeypatch.setattr(loop, "TransMamba", Little)
+    monkeypatch.setattr(pipeline, "WINDOW_BYTES", 2**11)
+    for index in range(40):
+        (tmp_path / f"{index:02}.txt").write_text(f"document {index} of a small text\n" * 4, encoding="utf-8")
+
+    def make(**sections) -> Config:
+        defaults = {
+            "model": {"vocab_size": 256},
+            "data": {"source": f"text:{tmp_path / '*.txt'}"},
+            "train": {"sample_tokens": 8},
+            "eval": {"every": 5, "windows": 8},
+            "checkpoint": {"every": 4},
+        }
+        names = {*defaults, *sections}
+        merged = {name: {**defaults.get(name, {}), **sections.get(name, {})} for name in names}
+        return little_config(**merged, workdir=str(tmp_path / "run"))
+
+    return make
+
+
+def _lines(settings: Config):
+    return [json.loads(line) for line in (Path(settings.workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _steps(settings: Config):
+    return checkpoint.complete_steps(Path(settings.workdir) / "checkpoints")
+
+
+def test_a_run_leaves_its_files_and_a_second_start_only_reports_them(make, capsys):
+    settings = make(train={"log_every": 3})
+    assert loop.train(settings) == 0
+    folder = Path(settings.workdir)
+    assert config.read_config_file(folder / "config.yaml") == settings
+    assert _steps(settings) == [8, 10]
+    training = [line for line in _lines(settings) if "loss" in line]
+    assert [line["step"] for line in training] == [3, 6, 9, 10]
+    assert {
+        "loss",
+        "bits_per_byte",
+        "grad_norm",
+        "param_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "model_flops_per_second",
+        "compile_seconds",
+        "peak_memory_bytes",
+        "skipped_steps",
+    } <= training[-1].keys()
+    held_out = [line for line in _lines(settings) if "eval/loss" in line]
+    assert [line["step"] for line in held_out] == [5, 10]
+    assert {"baseline/order2_bits_per_byte", "baseline/gzip_bits_per_byte"} <= held_out[-1].keys()
+    assert (folder / "report" / "loss.png").exists()
+    assert "--- model" in (folder / "report" / "sample.txt").read_text(encoding="utf-8")
+    before = capsys.readouterr().out
+    for name in ("checkpoints/10", "report/sample.txt", "report/index.md"):
+        assert str(folder / name) in before
+    lines = _lines(settings)
+    assert loop.train(settings) == 0
+    output = capsys.readouterr().out
+    assert "compiling" not in output
+    assert str(folder / "report" / "index.md") in output
+    assert _lines(settings) == lines
+
+
+def test_a_longer_run_continues_and_names_what_changed(make, capsys):
+    loop.train(make(train={"steps": 6}))
+    capsys.readouterr()
+    settings = make(train={"steps": 9}, optimizer={"beta2": 0.99})
+    assert loop.train(settings) == 0
+    output = capsys.readouterr().out
+    assert "train.steps: 6 -> 9" in output
+    assert "optimizer.beta2: 0.95 -> 0.99" in output
+    assert "continuing from step 6" in output
+    assert [line["step"] for line in _lines(settings) if "loss" in line] == list(range(1, 10))
+    assert config.read_config_file(Path(settings.workdir) / "config.yaml") == settings
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"d_model": 16}}, r"model.d_model: 8 -> 16; \d+ arrays differ, the first is .*embedding"),
+        ({"optimizer": {"name": "muon"}}, "optimizer.name: 'adamw' -> 'muon'"),
+        ({"data": {"seq_len": 10}}, "seq_len: saved 12, now 10"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_kept(make, sections, message):
+    earlier = make(train={"steps": 2}, eval={"every": 0})
+    loop.train(earlier)
+    with pytest.raises(ValueError, match=message):
+        loop.train(make(**{"train": {"steps": 4}, "eval": {"every": 0}, **sections}))
+    assert config.read_config_file(Path(earlier.workdir) / "config.yaml") == earlier
+    assert _steps(earlier) == [2]
+
+
+def test_another_tokenizer_is_refused(make, monkeypatch):
+    settings = make(train={"steps": 2}, eval={"every": 0})
+    loop.train(settings)
+    monkeypatch.setattr("transmamba_jax.data.tokenizers.ByteTokenizer.to_json", lambda _: "another")
+    with pytest.raises(ValueError, match=r"data\.tokenizer differs"):
+        loop.train(settings)
+
+
+def test_a_diverged_run_stops_and_keeps_the_good_checkpoint(make, monkeypatch, capsys):
+    original = loop._Run._save
+    saved = []
+
+    def save(run, state, step, eval_loss):
+        saved.append(step)
+        original(run, state, step, eval_loss)
+
+    monkeypatch.setattr(loop._Run, "_save", save)
+    # Parameters of 1e25 after one update: finite, but their gradient is not.
+    rates = {"learning_rate": 1e25, "warmup_steps": 0, "weight_decay": 0.0}
+    settings = make(
+        optimizer=rates,
+        train={"steps": 50, "max_bad_steps": 3},
+        checkpoint={"every": 1, "keep_latest": 9},
+        eval={"every": 0},
+    )
+    with pytest.raises(
+        loop.NonFiniteError, match="3 steps in a row up to step 4 .*first non-finite leaf is the gradient"
+    ):
+        loop.train(settings)
+    assert saved == [1]
+    assert _steps(settings) == [1]
+    assert np.all(np.isfinite(checkpoint.restore(Path(settings.workdir) / "checkpoints").params["embedding"]))
+    output = capsys.readouterr().out
+    assert output.count("skipped: loss") == 3
+    monkeypatch.setattr(command.config_lib, "read_config_file", lambda _: settings)
+    assert command.main(["--config", "here"]) == 1
+    assert "train.py: 3 steps in a row up to step 4" in capsys.readouterr().err
+
+
+def test_the_command_line_refuses_with_a_message(capsys, tmp_path):
+    assert command.main([]) == 2
+    error = capsys.readouterr().err
+    assert "--config is required" in error
+    assert "configs/" in error
+    assert command.main(["--config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("train: {stepz: 3}", encoding="utf-8")
+    assert command.main(["--config", str(bad)]) == 2
+    assert "did you mean 'steps'?" in capsys.readouterr().err
+    bad.write_text(f"data: {{source: 'text:{tmp_path}/*.txt'}}\nworkdir: {tmp_path / 'run'}", encoding="utf-8")
+    assert command.main(["--config", str(bad)]) == 2
+    assert capsys.readouterr().err.startswith("train.py: ")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_help_shows_options_defaults_and_units(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        command.main(["--help"])
+    assert exit_info.value.code == 0
+    output = capsys.readouterr().out
+    for name in ("--train.steps", "--checkpoint.every", "--eval.every", "--workdir", "(default: "):
+        assert name in output
