@@ -41,8 +41,8 @@ def _no_config() -> int:
     configs = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
     found = "\n  ".join(["", *configs]) if configs else " none in configs/"
     return _fail(
-        f"usage: train.py --config FILE [--section.key value ...]\n"
-        f"--config FILE --help shows every option. Configurations here:{found}",
+        "--config is required: train.py --config FILE [--section.key value ...]\n"
+        f"--help shows every option. Configurations here:{found}",
         2,
     )
 

@@ -94,29 +94,22 @@ def test_a_longer_run_continues_and_names_what_changed(make, capsys):
     assert config.read_config_file(Path(settings.workdir) / "config.yaml") == settings
 
 
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
+def test_a_checkpoint_of_another_run_is_refused_and_kept(make, monkeypatch):
+    earlier = make(train={"steps": 2}, eval={"every": 0})
+    loop.train(earlier)
+    refused = [
         ({"model": {"d_model": 16}}, r"model.d_model: 8 -> 16; \d+ arrays differ, the first is .*embedding"),
         ({"optimizer": {"name": "muon"}}, "optimizer.name: 'adamw' -> 'muon'"),
         ({"data": {"seq_len": 10}}, "seq_len: saved 12, now 10"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused_and_kept(make, sections, message):
-    earlier = make(train={"steps": 2}, eval={"every": 0})
-    loop.train(earlier)
-    with pytest.raises(ValueError, match=message):
-        loop.train(make(**{"train": {"steps": 4}, "eval": {"every": 0}, **sections}))
-    assert config.read_config_file(Path(earlier.workdir) / "config.yaml") == earlier
-    assert _steps(earlier) == [2]
-
-
-def test_another_tokenizer_is_refused(make, monkeypatch):
-    settings = make(train={"steps": 2}, eval={"every": 0})
-    loop.train(settings)
+    ]
+    for sections, message in refused:
+        with pytest.raises(ValueError, match=message):
+            loop.train(make(**{"train": {"steps": 4}, "eval": {"every": 0}, **sections}))
     monkeypatch.setattr("transmamba_jax.data.tokenizers.ByteTokenizer.to_json", lambda _: "another")
     with pytest.raises(ValueError, match=r"data\.tokenizer differs"):
-        loop.train(settings)
+        loop.train(earlier)
+    assert config.read_config_file(Path(earlier.workdir) / "config.yaml") == earlier
+    assert _steps(earlier) == [2]
 
 
 def test_a_diverged_run_stops_and_keeps_the_good_checkpoint(make, monkeypatch, capsys):
@@ -137,7 +130,7 @@ def test_a_diverged_run_stops_and_keeps_the_good_checkpoint(make, monkeypatch, c
         eval={"every": 0},
     )
     with pytest.raises(
-        loop.NonFiniteError, match="3 steps in a row up to step 4 .*first non-finite leaf is the gradient"
+        loop.NonFiniteError, match=r"3 steps in a row up to step 4 .*first non-finite leaf is the gradient"
     ):
         loop.train(settings)
     assert saved == [1]

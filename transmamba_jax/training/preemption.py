@@ -61,10 +61,9 @@ class Preemption:
             if number not in _SIGNALS:
                 continue
             interrupts += number == signal.SIGINT
-            if interrupts >= 2:
+            if interrupts == 2:
                 os._exit(128 + signal.SIGINT)
-            first = not self._requested.is_set()
             self._requested.set()
-            if first or interrupts:
-                name = signal.Signals(number).name
-                print(f"{name}: saving and stopping; Ctrl-C again ends the run at once", file=sys.stderr, flush=True)
+            again = " again" if interrupts else " twice"
+            name = signal.Signals(number).name
+            print(f"{name}: saving and stopping; Ctrl-C{again} ends the run at once", file=sys.stderr, flush=True)

@@ -1,0 +1,72 @@
+"""What metrics.jsonl keeps, and the count of operations."""
+
+import json
+import math
+
+import pytest
+
+from transmamba_jax.config import ModelConfig
+from transmamba_jax.training.metrics import MetricsWriter, flops_per_token
+
+MODEL = {"vocab_size": 50, "num_layers": 1, "d_model": 12, "num_heads": 4, "num_groups": 2, "head_dim": 6}
+MODEL |= {"state_dim": 8, "mlp_dim": 20, "chunk_size": 16}
+
+
+def _lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_takes_back_what_lies_beyond_its_step(tmp_path):
+    with MetricsWriter(tmp_path, 0) as writer:
+        for step in (1, 2, 3):
+            writer.write({"step": step, "loss": step / 2})
+        writer.write({"step": 2, "eval/loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    with MetricsWriter(tmp_path, 2) as writer:
+        assert writer.has_evaluation(2)
+        assert not writer.has_evaluation(1)
+        writer.write({"step": 3, "loss": 9.0})
+    expected = [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "eval/loss": 1.0},
+        {"step": 3, "loss": 9.0},
+    ]
+    assert _lines(tmp_path) == expected
+    with MetricsWriter(tmp_path, 0):
+        assert _lines(tmp_path) == []
+
+
+def test_lines_are_strict_json_and_tensorboard_gets_the_numbers(tmp_path):
+    with MetricsWriter(tmp_path, 0) as writer:
+        writer.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "eval/by_position": [[0, 1, 2.0]]})
+    assert _lines(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "eval/by_position": [[0, 1, 2.0]]}]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/grad_norm" in events.read_bytes()
+
+
+def _by_counting(config, length):
+    """Sum the multiply-adds of the forward pass over tokens, heads and layers one by one."""
+    cfg, total = config, 0
+    widths = [cfg.num_groups * cfg.state_dim] * 2 + [cfg.num_heads * cfg.head_dim] * 2 + [cfg.num_heads]
+    for layer in range(cfg.num_layers):
+        point = min(cfg.transpoints[layer % len(cfg.transpoints)], length)
+        for t in range(length):
+            total += sum(cfg.d_model * width for width in widths) + cfg.num_heads * cfg.head_dim * cfg.d_model
+            total += 3 * cfg.d_model * cfg.mlp_dim + cfg.conv_width * sum(widths[:3])
+            if t < point:
+                values = cfg.num_heads // cfg.num_groups * cfg.head_dim
+                total += cfg.num_groups * sum(cfg.state_dim + values for _ in range(t + 1))
+                if point < length:
+                    total += cfg.num_heads * cfg.state_dim * cfg.head_dim
+            else:
+                total += cfg.chunk_size * (cfg.num_groups * cfg.state_dim + cfg.num_heads * cfg.head_dim)
+                total += 2 * cfg.num_heads * cfg.state_dim * cfg.head_dim
+    return 3 * 2 * (total / length + cfg.d_model * cfg.vocab_size)
+
+
+@pytest.mark.parametrize("points", [(0,), (64,), (100,), (20,), (0, 16, 64)])
+def test_model_flops_equal_a_count_token_by_token(points):
+    config = ModelConfig(**{**MODEL, "num_layers": 3}, transpoints=points)
+    assert flops_per_token(config, 64) == pytest.approx(_by_counting(config, 64))

@@ -1,0 +1,117 @@
+"""A run that is killed, terminated and interrupted ends with the bits of one that is not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from transmamba_jax import checkpoint
+from transmamba_jax.training.metrics import TIMING
+from transmamba_jax.training.preemption import EXIT_PREEMPTED
+
+CONFIG = """
+model: {num_layers: 2, d_model: 16, num_heads: 2, num_groups: 2, head_dim: 8, state_dim: 8, mlp_dim: 16, chunk_size: 16,
+        transpoints: [16]}
+data: {source: "text:TEXT", seq_len: 32, batch_size: 4, packing: first_fit}
+optimizer: {warmup_steps: 5, learning_rate: 1e-2}
+train: {steps: 40, accumulation: 2, loss_chunk: 32, log_every: 4, sample_tokens: 0}
+checkpoint: {every: 5}
+eval: {every: 10, windows: 8, batch_size: 4}
+"""
+
+
+@pytest.fixture(name="run", scope="module")
+def _run(tmp_path_factory):
+    """Run train.py in a process of its own; compiled programs are shared, so that only the first one pays."""
+    folder = tmp_path_factory.mktemp("resume")
+    rng = np.random.default_rng(0)
+    words = ["state", "space", "model", "attention", "memory", "switch", "token", "layer"]
+    for index in range(120):
+        text = " ".join(rng.choice(words, rng.integers(1, 12)))
+        (folder / f"{index:03}.txt").write_text(text + "\n", encoding="utf-8")
+    config = folder / "small.yaml"
+    config.write_text(CONFIG.replace("TEXT", str(folder / "*.txt")), encoding="utf-8")
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def run(workdir, accident="none", count=0, expect=0):
+        command = [sys.executable, "-m", "tests.training.drive", accident, str(count), "--config", str(config)]
+        result = subprocess.run(
+            [*command, "--workdir", str(folder / workdir)],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == expect, result.stdout + result.stderr
+        return folder / workdir, result.stdout
+
+    return run
+
+
+@pytest.fixture(name="straight", scope="module")
+def _straight(run):
+    return run("straight")[0]
+
+
+def _metrics(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
+
+
+def _assert_same_run(workdir, straight):
+    found, expected = (checkpoint.restore(folder / "checkpoints") for folder in (workdir, straight))
+    assert found.step == expected.step == 40
+    assert found.data_states == expected.data_states
+    arrays = lambda saved: jax.device_get((saved.params, saved.state))
+    jax.tree.map(np.testing.assert_array_equal, arrays(found), arrays(expected))
+    assert _metrics(workdir) == _metrics(straight)
+
+
+def test_a_straight_run_learns_and_leaves_everything_behind(straight):
+    lines = _metrics(straight)
+    training = [line for line in lines if "loss" in line]
+    held_out = [line for line in lines if "eval/loss" in line]
+    assert [line["step"] for line in training] == list(range(4, 41, 4))
+    assert [line["step"] for line in held_out] == [10, 20, 30, 40]
+    assert held_out[-1]["eval/bits_per_byte"] < 0.8 * training[0]["bits_per_byte"]
+    assert checkpoint.complete_steps(straight / "checkpoints")[-1] == 40
+    assert (straight / "report" / "index.md").exists()
+
+
+def test_killed_at_step_17_and_resumed_is_bit_identical(run, straight):
+    workdir, _ = run("killed", "kill-at-batch", 18, expect=-signal.SIGKILL)
+    assert checkpoint.complete_steps(workdir / "checkpoints")[-1] in (10, 15)
+    assert (workdir / "metrics.jsonl").read_text(encoding="utf-8")
+    _, output = run("killed")
+    assert "continuing from step 1" in output
+    _assert_same_run(workdir, straight)
+
+
+def test_stopped_while_compiling_training_and_evaluating_is_bit_identical(run, straight):
+    workdir, _ = run("stopped", "terminate-in-compilation", 1, expect=EXIT_PREEMPTED)
+    assert checkpoint.complete_steps(workdir / "checkpoints") == [0]
+    run("stopped", "terminate-at-batch", 8, expect=EXIT_PREEMPTED)
+    assert checkpoint.complete_steps(workdir / "checkpoints")[-1] == 8
+    run("stopped", "interrupt-in-evaluation", 2, expect=EXIT_PREEMPTED)  # the first evaluation, between its batches
+    assert checkpoint.complete_steps(workdir / "checkpoints")[-1] == 10
+    assert not any("eval/loss" in line for line in _metrics(workdir))
+    _, output = run("stopped")
+    assert "continuing from step 10" in output
+    _assert_same_run(workdir, straight)
+    _, output = run("stopped")
+    assert "compiling" not in output
+    assert "complete: step 40 of 40" in output
+    _assert_same_run(workdir, straight)

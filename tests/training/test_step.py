@@ -1,0 +1,159 @@
+"""The loss against float64 arithmetic, accumulation against the large batch, and steps that are not finite."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from tests.training.support import VOCABULARY, Little, little_config, packed_batch, relative
+from transmamba_jax import sharding
+from transmamba_jax.training.optimizer import make_optimizer
+from transmamba_jax.training.step import (
+    chunked_cross_entropy,
+    create_state,
+    first_nonfinite,
+    leaf_name,
+    loss_and_gradient,
+    make_train_step,
+    token_weights,
+)
+
+
+def _oracle(hidden, kernel, targets, weights):
+    """Loss sum and its gradients by hidden and kernel, float64: dL/dz = w (softmax(z) - onehot)."""
+    z = hidden @ kernel
+    z = z - z.max(-1, keepdims=True)
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    one = np.eye(z.shape[-1])[targets]
+    loss = -(weights * np.log((p * one).sum(-1))).sum()
+    dz = weights[..., None] * (p - one)
+    return loss, dz @ kernel.T, np.einsum("btd,btv->dv", hidden, dz)
+
+
+@pytest.mark.parametrize("chunk", [1, 9, 10, 33, 10_000])
+def test_chunked_loss_and_gradients_equal_float64(chunk):
+    rng = np.random.default_rng(0)
+    hidden, kernel = rng.normal(size=(3, 11, 5)), rng.normal(size=(5, 7)) * 3
+    targets, weights = rng.integers(0, 7, (3, 11)), (rng.random((3, 11)) < 0.7).astype(float)
+
+    def loss(hidden, kernel):
+        return chunked_cross_entropy(
+            lambda part: part @ kernel, hidden, jnp.asarray(targets), jnp.float32(weights), chunk
+        )
+
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(jnp.float32(hidden), jnp.float32(kernel))
+    expected, *expected_gradients = _oracle(hidden, kernel, targets, weights)
+    assert float(value) == pytest.approx(expected, rel=1e-6)
+    assert relative(gradients, expected_gradients) < 1e-6
+
+
+def _largest_array(jaxpr):
+    sizes = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
+    inner = [_largest_array(sub) for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params)]
+    return max([*sizes, *inner], default=0)
+
+
+def test_logits_of_the_whole_batch_never_exist_at_once():
+    rows, time, width, vocabulary = 2, 64, 4, 512
+    hidden, kernel = jnp.ones((rows, time, width)), jnp.ones((width, vocabulary))
+    targets, weights = jnp.zeros((rows, time), jnp.int32), jnp.ones((rows, time))
+
+    def largest(chunk):
+        loss = lambda h, k: chunked_cross_entropy(lambda part: part @ k, h, targets, weights, chunk)
+        return _largest_array(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, kernel).jaxpr)
+
+    assert largest(16) <= 16 * vocabulary
+    assert largest(rows * time) >= rows * time * vocabulary
+
+
+def test_weights_leave_out_padding_and_the_first_token_of_another_document():
+    ids = np.array([[1, 1, 2, 2, 0, 0], [3, 3, 3, 3, 3, 4]], np.int32)
+    weights = token_weights({"tokens": np.zeros_like(ids), "segment_ids": ids})
+    np.testing.assert_array_equal(weights, [[1, 0, 1, 0, 0], [1, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(token_weights({"tokens": np.zeros((2, 4))}), np.ones((2, 3)))
+
+
+@pytest.fixture(name="mesh")
+def _mesh():
+    return sharding.make_mesh(little_config().mesh, jax.devices()[:1])
+
+
+def test_accumulation_equals_the_large_batch(mesh):
+    config, batch = little_config(), packed_batch(1)
+    model = Little(config.model)
+    params = create_state(config, model, mesh).params
+
+    @partial(jax.jit, static_argnums=1)
+    def run(batch, accumulation):
+        return loss_and_gradient(params, model, batch, mesh, accumulation, 24)
+
+    large = run(batch, 1)
+    assert relative(run(batch, 4), large) < 1e-6
+    # Microbatches have unequal numbers of tokens, so the mean of their means is something else.
+    parts = [{name: rows[start::4] for name, rows in batch.items()} for start in range(4)]
+    means = [run(part, 1) for part in parts]
+    assert relative(jax.tree.map(lambda *g: sum(g) / 4, *means), large) > 1e-2
+
+
+def _state_and_step(mesh, **sections):
+    config = little_config(**sections)
+    model = Little(config.model)
+    lengths = np.arange(VOCABULARY)
+    return create_state(config, model, mesh), make_train_step(config, model, make_optimizer(config), mesh, lengths)
+
+
+def _with_a_log(state, value):
+    layers = {**state.params["layers"], "mixer": {"a_log": jnp.full((2, 3), value)}}
+    return dataclasses.replace(state, params={**state.params, "layers": layers})
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(mesh):
+    state, step = _state_and_step(mesh)
+    state, _ = step(state, packed_batch(0))
+    bad = _with_a_log(state, 0.0)
+    before = jax.device_get((bad.params, bad.opt_state))
+    for count in (1, 2):
+        bad, metrics = step(bad, packed_batch(count))
+        assert math.isfinite(metrics["loss"])
+        assert not math.isfinite(metrics["grad_norm"])
+        assert leaf_name(bad.params, int(metrics["bad_leaf"])) == "layers/mixer/a_log"
+        assert (int(bad.step), int(bad.skipped_steps), int(bad.bad_steps)) == (1 + count, count, count)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get((bad.params, bad.opt_state)), before)
+    good, metrics = step(_with_a_log(bad, 1.0), packed_batch(3))
+    assert (int(good.step), int(good.skipped_steps), int(good.bad_steps)) == (4, 2, 0)
+    assert int(metrics["bad_leaf"]) == len(jax.tree.leaves(good.params))
+    # Two updates were made before this one or at it: the second step of a warm-up of two has the peak rate.
+    assert float(metrics["learning_rate"]) == pytest.approx(1e-2)
+    assert relative(good.params["embedding"], before[0]["embedding"]) > 1e-4
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(mesh):
+    state, step = _state_and_step(mesh)
+    state = dataclasses.replace(state, params={**state.params, "embedding": state.params["embedding"] * np.nan})
+    assert first_nonfinite(state.params) == "embedding"
+    before = jax.device_get((state.params, state.opt_state))
+    state, metrics = step(state, packed_batch(0))
+    assert math.isnan(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), before)
+
+
+def test_metrics_of_a_step(mesh):
+    state, step = _state_and_step(mesh)
+    batch = packed_batch(2)
+    params = jax.device_get(state.params)
+    model = Little(little_config().model)
+    loss, gradient = jax.jit(lambda params: loss_and_gradient(params, model, batch, mesh, 1, 24))(params)
+    new_state, metrics = step(state, batch)
+    weights = np.asarray(token_weights(batch), np.float64)
+    read = (batch["tokens"][:, 1:] * weights).sum()  # in this test token t stands for t bytes
+    squares = lambda tree: sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree))
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-6)
+    assert float(metrics["tokens"]) == weights.sum()
+    assert float(metrics["bits_per_byte"]) == pytest.approx(float(loss) * weights.sum() / math.log(2) / read, rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(math.sqrt(squares(gradient)), rel=1e-5)
+    assert float(metrics["param_norm"]) == pytest.approx(math.sqrt(squares(new_state.params)), rel=1e-5)
