@@ -121,8 +121,10 @@ def train_batches(
     if config.num_workers > 0 and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only absl's own programs parse
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers), _start_worker)
+    # The source's name is not among them: a corpus may move between two runs.
     settings = {
         "documents": len(documents),
+        "window": window_tokens,
         "rows": rows,
         "process": [process_index, process_count],
         **{name: getattr(config, name) for name in ("packing", "seq_len", "shuffle", "seed", "num_workers")},
