@@ -8,10 +8,11 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ssd import decay, reference, sequential
+from pallas_kernels.ssd import associative, decay, reference, sequential
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
+    "associative": associative,
     "sequential": sequential,
 }
 
@@ -55,7 +56,8 @@ def ssd(
             that the final state is the one after the last real token.
         chunk_size: tokens of one chunk, 1 or more: a matter of speed and memory, not of the result. An implementation
             may use a smaller one.
-        implementation: one of `implementations()`; None: "sequential" on a CPU.
+        implementation: one of `implementations()`; None: "sequential" where the default backend is a CPU,
+            "associative" elsewhere.
 
     Returns:
         y [B, T, H, P] in x.dtype (at padding: finite, without meaning), final state float32 [B, H, P, N].
@@ -96,7 +98,9 @@ def ssd_state(
 
 
 def _module(implementation: str | None) -> ModuleType:
-    name = "sequential" if implementation is None else implementation
+    name = implementation
+    if name is None:
+        name = "sequential" if jax.default_backend() == "cpu" else "associative"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, found {name!r}")
     return IMPLEMENTATIONS[name]

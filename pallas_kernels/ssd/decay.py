@@ -55,3 +55,75 @@ def log_decays(dt: jax.Array, a: jax.Array, segment_ids: jax.Array | None) -> tu
     filled = fill_padding(segment_ids)
     starts = jnp.pad(filled[:, 1:] != filled[:, :-1], ((0, 0), (1, 0)))
     return dt, jnp.where(starts[..., None], FORGET, dt * a)
+
+
+# Decays inside a chunk as functions of l [..., Q], with s_i = l_1 + ... + l_i. The gradient of l_k is a sum over every
+# decay that spans token k. The backward passes below add those up; what autodiff makes of a difference of running sums
+# adds up everything and subtracts the rest, which loses the gradient where decay is strong.
+
+
+def _sums(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
+    coarse, fine = split(log_decay)
+    return jnp.cumsum(coarse, axis=-1), jnp.cumsum(fine, axis=-1)
+
+
+@jax.custom_vjp
+def from_start(log_decay: jax.Array) -> jax.Array:
+    """exp(s_i): [..., Q] -> [..., Q]."""
+    coarse, fine = _sums(log_decay)
+    return jnp.exp(coarse + fine)
+
+
+def _from_start_fwd(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
+    decays = from_start(log_decay)
+    return decays, decays
+
+
+def _from_start_bwd(decays: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.cumsum(cotangent * decays, axis=decays.ndim - 1, reverse=True),)
+
+
+from_start.defvjp(_from_start_fwd, _from_start_bwd)
+
+
+@jax.custom_vjp
+def to_end(log_decay: jax.Array) -> jax.Array:
+    """exp(s_Q - s_j): [..., Q] -> [..., Q]."""
+    coarse, fine = _sums(log_decay)
+    return jnp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine))
+
+
+def _to_end_fwd(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
+    decays = to_end(log_decay)
+    return decays, decays
+
+
+def _to_end_bwd(decays: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    sums = jnp.cumsum((cotangent * decays)[..., :-1], axis=-1)
+    return (jnp.concatenate([jnp.zeros_like(decays[..., :1]), sums], axis=-1),)
+
+
+to_end.defvjp(_to_end_fwd, _to_end_bwd)
+
+
+@jax.custom_vjp
+def pairs(log_decay: jax.Array) -> jax.Array:
+    """exp(s_i - s_j) at [i, j] for i >= j, else 0: [..., Q] -> [..., Q, Q]."""
+    coarse, fine = _sums(log_decay)
+    exponent = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
+    # Masked before the exponential: above the diagonal it would overflow.
+    return jnp.exp(jnp.where(jnp.tri(exponent.shape[-1], dtype=bool), exponent, -jnp.inf))
+
+
+def _pairs_fwd(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
+    decays = pairs(log_decay)
+    return decays, decays
+
+
+def _pairs_bwd(decays: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    before = jnp.tri(decays.shape[-1], k=-1, dtype=decays.dtype)  # [k, j]: j < k
+    rows = jax.lax.cumsum(cotangent * decays, axis=decays.ndim - 2, reverse=True)  # [k, j]: sum over i >= k
+    return (jnp.sum(before * rows, axis=-1),)
+
+
+pairs.defvjp(_pairs_fwd, _pairs_bwd)

@@ -239,4 +239,24 @@ def final_state(
     x: jax.Array, dt: jax.Array, log_decay: jax.Array, b: jax.Array, initial_state: jax.Array, chunk_size: int
 ) -> jax.Array:
     """Return the last state of `scan` alone, float32 [B,H,P,N]."""
-    return scan(x, dt, log_decay, b, jnp.zeros_like(b), None, initial_state, chunk_size)[1]
+    batch, length, num_heads, head_dim = x.shape
+    groups, state_dim = b.shape[2:]
+    chunk = min(chunk_size, length)
+
+    def chunked(value: jax.Array, *heads: int) -> jax.Array:
+        value = _pad(value, -length % chunk)
+        return jnp.moveaxis(value.reshape(batch, -1, chunk, *heads, *value.shape[3:]), 1, 0)
+
+    @jax.checkpoint
+    def body(h: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        x_k, dt_k, l_k, b_k = xs
+        l_k = jnp.moveaxis(l_k, 1, -1)
+        scale = dt_k * jnp.moveaxis(decay.to_end(l_k), -1, 1)
+        kept = decay.from_start(l_k)[..., -1]
+        written = x_k.astype(jnp.float32) * scale[..., None]
+        return kept[..., None, None] * h + jnp.einsum("bjgrp,bjgn->bgrpn", written, b_k.astype(jnp.float32)), None
+
+    heads = (groups, num_heads // groups)
+    xs = (chunked(x, *heads), chunked(dt, *heads), chunked(log_decay, *heads), chunked(b, groups))
+    state, _ = jax.lax.scan(body, initial_state.reshape(batch, *heads, head_dim, state_dim), xs)
+    return state.reshape(initial_state.shape)

@@ -1,0 +1,120 @@
+"""SSD over all chunks at once, chunk states combined by an associative scan: the portable form for accelerators.
+
+With s the running sum of l inside a chunk of Q tokens and w_ij = exp(s_i - s_j) for i >= j (Mamba-2, arXiv 2405.21060,
+section 6), every chunk on its own gives its output from a zero state and what it adds to the state,
+
+    y_i = sum_{j <= i} (c_i . b_j) w_ij dt_j x_j        S = sum_j exp(s_Q - s_j) dt_j x_j b_j^T
+
+and the states before the chunks follow from (decay, S) pairs under the associative operation
+
+    (e_1, S_1) then (e_2, S_2)  =  (e_1 e_2, e_2 S_1 + S_2)
+
+Then y_i += exp(s_i) h c_i. The depth is logarithmic in the number of chunks. Gradients are JAX's own but
+for the decays' (see `decay.py`), with everything of size Q x Q recomputed in the backward pass.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ssd import decay
+
+
+def _einsum(spec: str, left: jax.Array, right: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Multiply in the inputs' dtype, accumulate in float32 (float32 inputs: no shortcut through bfloat16 or TF32)."""
+    left, right = left.astype(dtype), right.astype(dtype)
+    return jnp.einsum(spec, left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _chunk(value: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [B, chunks, Q, ...], the tail filled with zeros: dt = 0 and l = 0 leave the state as it is."""
+    tail = -value.shape[1] % chunk
+    value = jnp.pad(value, ((0, 0), (0, tail)) + ((0, 0),) * (value.ndim - 2))
+    return value.reshape(value.shape[0], -1, chunk, *value.shape[2:])
+
+
+def _chunk_decays(log_decay: jax.Array, chunk: int, groups: int) -> jax.Array:
+    """Log decays by chunk: [B, chunks, G, R, Q]."""
+    batch, _, num_heads = log_decay.shape
+    by_chunk = _chunk(log_decay, chunk).reshape(batch, -1, chunk, groups, num_heads // groups)
+    return by_chunk.transpose(0, 1, 3, 4, 2)
+
+
+def _written(x: jax.Array, dt: jax.Array, chunk: int, groups: int) -> jax.Array:
+    """What the tokens write, dt x in float32: [B, chunks, Q, G, R, P]."""
+    batch, _, num_heads, head_dim = x.shape
+    written = dt[..., None] * x.astype(jnp.float32)
+    return _chunk(written, chunk).reshape(batch, -1, chunk, groups, num_heads // groups, head_dim)
+
+
+def _by_token(value: jax.Array) -> jax.Array:
+    """[B, chunks, G, R, Q] -> [B, chunks, Q, G, R, 1]."""
+    return jnp.moveaxis(value, -1, 2)[..., None]
+
+
+@jax.checkpoint
+def _inside(written: jax.Array, log_decay: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+    """What each chunk puts out from a zero state: [B, chunks, Q, G, R, P] float32."""
+    scores = _einsum("bkign,bkjgn->bkgij", c, b, b.dtype)[:, :, :, None] * decay.pairs(log_decay)
+    return _einsum("bkgrij,bkjgrp->bkigrp", scores, written, b.dtype)
+
+
+@jax.checkpoint
+def _states(written: jax.Array, log_decay: jax.Array, b: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """State before each chunk [B, chunks, G, R, P, N] and after the last one [B, G, R, P, N]."""
+    added = _einsum("bkjgrp,bkjgn->bkgrpn", written * _by_token(decay.to_end(log_decay)), b, b.dtype)
+    kept = decay.from_start(log_decay)[..., -1, None, None]
+
+    def combine(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
+    # The initial state is a chunk of its own that keeps nothing of what was before it.
+    kept = jnp.concatenate([jnp.ones_like(kept[:, :1]), kept], axis=1)
+    added = jnp.concatenate([h[:, None], added], axis=1)
+    _, states = jax.lax.associative_scan(combine, (kept, added), axis=1)
+    return states[:, :-1], states[:, -1]
+
+
+@jax.checkpoint
+def _carried(states: jax.Array, log_decay: jax.Array, c: jax.Array) -> jax.Array:
+    """What each chunk puts out because of the state before it: [B, chunks, Q, G, R, P] float32."""
+    read = _einsum("bkign,bkgrpn->bkigrp", c, states, jnp.float32)
+    return read * _by_token(decay.from_start(log_decay))
+
+
+def _split_heads(state: jax.Array, groups: int) -> jax.Array:
+    return state.reshape(state.shape[0], groups, -1, *state.shape[2:])
+
+
+def scan(
+    x: jax.Array,
+    dt: jax.Array,
+    log_decay: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    d: jax.Array | None,
+    initial_state: jax.Array,
+    chunk_size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Chunked SSD; shapes and result as `reference.scan`."""
+    batch, length, num_heads, head_dim = x.shape
+    groups, chunk = b.shape[2], min(chunk_size, length)
+    log_decay = _chunk_decays(log_decay, chunk, groups)
+    written = _written(x, dt, chunk, groups)
+    b, c = _chunk(b, chunk), _chunk(c, chunk)
+    states, final = _states(written, log_decay, b, _split_heads(initial_state, groups))
+    y = _inside(written, log_decay, b, c) + _carried(states, log_decay, c)
+    y = y.reshape(batch, -1, num_heads, head_dim)[:, :length]
+    if d is not None:
+        y = y + d[:, None] * x.astype(jnp.float32)
+    return y.astype(x.dtype), final.reshape(initial_state.shape)
+
+
+def final_state(
+    x: jax.Array, dt: jax.Array, log_decay: jax.Array, b: jax.Array, initial_state: jax.Array, chunk_size: int
+) -> jax.Array:
+    """Return the last state of `scan` alone, float32 [B,H,P,N]."""
+    groups, chunk = b.shape[2], min(chunk_size, x.shape[1])
+    log_decay = _chunk_decays(log_decay, chunk, groups)
+    written = _written(x, dt, chunk, groups)
+    state = _split_heads(initial_state, groups)
+    return _states(written, log_decay, _chunk(b, chunk), state)[1].reshape(initial_state.shape)
