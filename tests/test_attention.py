@@ -243,6 +243,21 @@ def test_program_does_not_grow_with_time() -> None:
     assert len(equations) == 1
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_runs_inside_shard_map() -> None:
+    arrays, ids = SEVERAL.arrays()
+    mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rows, heads = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec("data", None, "tensor")
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(heads,) * 4 + (rows,), out_specs=heads)
+    def mapped(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, ids: jax.Array) -> tuple:
+        return blocked(q, k, v, g, ids, "blockwise", ("mapped",))
+
+    found = jax.jit(mapped)(*map(jnp.asarray, arrays), jnp.asarray(ids))
+    for ours, theirs in zip(found, dense_with_gradients(arrays, ids), strict=True):
+        assert relative(ours, theirs) < 2e-6
+
+
 # --- the libraries' kernels ---
 
 

@@ -258,11 +258,12 @@ def _attend_backward(scale: float, block: int, operand: jnp.dtype, saved: Any, g
             to_q, to_k, to_v = visit(row, column, diagonal)
             return dq + to_q, dk.at[column].add(to_k), dv.at[column].add(to_v)
 
-        carry = key_block(index, (jnp.zeros(qs.shape[1:], wide), *sums), diagonal=True)
+        carry = key_block(index, (jnp.zeros_like(row[0], wide), *sums), diagonal=True)
         dq, dk, dv = lax.fori_loop(start, index, key_block, carry)
         return (dk, dv), dq
 
-    zeros = jnp.zeros(ks.shape, wide), jnp.zeros(vs.shape, wide)
+    # zeros_like, here and above: inside shard_map a carry has to vary over the mesh as what is added to it does.
+    zeros = jnp.zeros_like(ks, wide), jnp.zeros_like(vs, wide)
     xs = (jnp.arange(len(qs)), first, qs, grads, log_total, mean, ids_b)
     (dk, dv), dq = lax.scan(query_block, zeros, xs)
     return _join(dq * scale).astype(q.dtype), _join(dk * scale).astype(k.dtype), _join(dv).astype(v.dtype), None
