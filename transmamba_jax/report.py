@@ -242,7 +242,8 @@ def _figures(records: list[Record]) -> list[str]:
     """Write the last value of each figure that a run is judged by as table rows."""
     last: Record = {}
     for record in records:
-        last.update({name: (value, record["step"]) for name, value in record.items()})
+        # null is a loss that was not finite
+        last.update({name: (value, record["step"]) for name, value in record.items() if value is not None})
     rows = []
     for name, text in (("loss", "training loss, nats per token"), ("eval/loss", "held-out loss, nats per token")):
         if name in last:

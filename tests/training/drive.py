@@ -6,7 +6,6 @@ import sys
 
 import train
 from transmamba_jax import data, evaluate
-from transmamba_jax.data import pipeline
 from transmamba_jax.training import loop
 
 
@@ -26,7 +25,6 @@ def _strike(owner, name, number, count):
 
 def main():
     accident, count, *arguments = sys.argv[1:]
-    pipeline.WINDOW_BYTES = 2**11  # the rows are short: a window of a million tokens would be tens of thousands
     if accident == "kill-at-batch":
         _strike(data.BatchIterator, "__next__", signal.SIGKILL, int(count))
     elif accident == "terminate-at-batch":

@@ -10,7 +10,6 @@ import train as command
 from tests.training.support import Little, little_config
 from transmamba_jax import checkpoint, config
 from transmamba_jax.config import Config
-from transmamba_jax.data import pipeline
 from transmamba_jax.training import loop
 
 
@@ -18,7 +17,6 @@ from transmamba_jax.training import loop
 def _make(tmp_path, monkeypatch):
     """Return a maker of configs that train `Little` on a small text."""
     monkeypatch.setattr(loop, "TransMamba", Little)
-    monkeypatch.setattr(pipeline, "WINDOW_BYTES", 2**11)
     for index in range(40):
         (tmp_path / f"{index:02}.txt").write_text(f"document {index} of a small text\n" * 4, encoding="utf-8")
 

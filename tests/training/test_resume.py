@@ -105,7 +105,7 @@ def test_stopped_while_compiling_training_and_evaluating_is_bit_identical(run, s
     assert checkpoint.complete_steps(workdir / "checkpoints") == [0]
     run("stopped", "terminate-at-batch", 8, expect=EXIT_PREEMPTED)
     assert checkpoint.complete_steps(workdir / "checkpoints")[-1] == 8
-    run("stopped", "interrupt-in-evaluation", 2, expect=EXIT_PREEMPTED)  # the first evaluation, between its batches
+    run("stopped", "interrupt-in-evaluation", 1, expect=EXIT_PREEMPTED)  # the first evaluation, between its batches
     assert checkpoint.complete_steps(workdir / "checkpoints")[-1] == 10
     assert not any("eval/loss" in line for line in _metrics(workdir))
     _, output = run("stopped")

@@ -78,19 +78,37 @@ def test_weights_leave_out_padding_and_the_first_token_of_another_document():
     np.testing.assert_array_equal(token_weights({"tokens": np.zeros((2, 4))}), np.ones((2, 3)))
 
 
-@pytest.fixture(name="mesh")
+CONFIG = little_config()
+MODEL = Little(CONFIG.model)
+
+
+@pytest.fixture(name="mesh", scope="module")
 def _mesh():
-    return sharding.make_mesh(little_config().mesh, jax.devices()[:1])
+    return sharding.make_mesh(CONFIG.mesh, jax.devices()[:1])
 
 
-def test_accumulation_equals_the_large_batch(mesh):
-    config, batch = little_config(), packed_batch(1)
-    model = Little(config.model)
-    params = create_state(config, model, mesh).params
+@pytest.fixture(name="first", scope="module")
+def _first(mesh):
+    return create_state(CONFIG, MODEL, mesh)
+
+
+@pytest.fixture(name="initial")
+def _initial(first):
+    """A copy of the first state: steps consume the arrays that they are given."""
+    return jax.tree.map(jnp.copy, first)
+
+
+@pytest.fixture(name="step", scope="module")
+def _step(mesh):
+    return make_train_step(CONFIG, MODEL, make_optimizer(CONFIG), mesh, np.arange(VOCABULARY))
+
+
+def test_accumulation_equals_the_large_batch(mesh, initial):
+    batch, params = packed_batch(1), initial.params
 
     @partial(jax.jit, static_argnums=1)
     def run(batch, accumulation):
-        return loss_and_gradient(params, model, batch, mesh, accumulation, 24)
+        return loss_and_gradient(params, MODEL, batch, mesh, accumulation, 24)
 
     large = run(batch, 1)
     assert relative(run(batch, 4), large) < 1e-6
@@ -100,21 +118,13 @@ def test_accumulation_equals_the_large_batch(mesh):
     assert relative(jax.tree.map(lambda *g: sum(g) / 4, *means), large) > 1e-2
 
 
-def _state_and_step(mesh, **sections):
-    config = little_config(**sections)
-    model = Little(config.model)
-    lengths = np.arange(VOCABULARY)
-    return create_state(config, model, mesh), make_train_step(config, model, make_optimizer(config), mesh, lengths)
-
-
 def _with_a_log(state, value):
     layers = {**state.params["layers"], "mixer": {"a_log": jnp.full((2, 3), value)}}
     return dataclasses.replace(state, params={**state.params, "layers": layers})
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(mesh):
-    state, step = _state_and_step(mesh)
-    state, _ = step(state, packed_batch(0))
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(initial, step):
+    state, _ = step(initial, packed_batch(0))
     bad = _with_a_log(state, 0.0)
     before = jax.device_get((bad.params, bad.opt_state))
     for count in (1, 2):
@@ -132,9 +142,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(mesh):
     assert relative(good.params["embedding"], before[0]["embedding"]) > 1e-4
 
 
-def test_a_loss_that_is_not_finite_changes_nothing(mesh):
-    state, step = _state_and_step(mesh)
-    state = dataclasses.replace(state, params={**state.params, "embedding": state.params["embedding"] * np.nan})
+def test_a_loss_that_is_not_finite_changes_nothing(initial, step):
+    state = dataclasses.replace(initial, params={**initial.params, "embedding": initial.params["embedding"] * np.nan})
     assert first_nonfinite(state.params) == "embedding"
     before = jax.device_get((state.params, state.opt_state))
     state, metrics = step(state, packed_batch(0))
@@ -142,13 +151,10 @@ def test_a_loss_that_is_not_finite_changes_nothing(mesh):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), before)
 
 
-def test_metrics_of_a_step(mesh):
-    state, step = _state_and_step(mesh)
+def test_metrics_of_a_step(mesh, initial, step):
     batch = packed_batch(2)
-    params = jax.device_get(state.params)
-    model = Little(little_config().model)
-    loss, gradient = jax.jit(lambda params: loss_and_gradient(params, model, batch, mesh, 1, 24))(params)
-    new_state, metrics = step(state, batch)
+    loss, gradient = jax.jit(lambda params: loss_and_gradient(params, MODEL, batch, mesh, 1, 24))(initial.params)
+    new_state, metrics = step(initial, batch)
     weights = np.asarray(token_weights(batch), np.float64)
     read = (batch["tokens"][:, 1:] * weights).sum()  # in this test token t stands for t bytes
     squares = lambda tree: sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree))
