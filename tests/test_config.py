@@ -70,7 +70,6 @@ def test_differences_name_the_fields() -> None:
             "data: {batch_size: 6}\ntrain: {accumulation: 4}",
             r"train.accumulation=4 must divide data.batch_size=6; .*\[1, 2, 3, 6\]",
         ),
-        ("train: {steps: 10}", "optimizer.warmup_steps=100 must not exceed train.steps=10"),
         ("optimizer: {learning_rate: -1}", "optimizer.learning_rate must be positive, found -1"),
         ("optimizer: {final_learning_rate: 1}", "final_learning_rate=1.0 must not exceed"),
         ("optimizer: {beta1: 1}", r"optimizer.beta1 must be in \[0, 1\), found 1"),

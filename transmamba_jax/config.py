@@ -312,10 +312,6 @@ class Config:
             f"train.accumulation={self.train.accumulation} must divide data.batch_size={self.data.batch_size}; "
             f"use one of {_divisors(self.data.batch_size)}",
         )
-        _require(
-            self.optimizer.warmup_steps <= self.train.steps,
-            f"optimizer.warmup_steps={self.optimizer.warmup_steps} must not exceed train.steps={self.train.steps}",
-        )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

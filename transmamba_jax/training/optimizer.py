@@ -30,7 +30,7 @@ def learning_rate_schedule(config: Config, peak: float) -> optax.Schedule:
     cfg, steps = config.optimizer, config.train.steps
     final = peak * cfg.final_learning_rate / cfg.learning_rate
     left = steps - cfg.warmup_steps
-    if left == 0:
+    if left <= 0:  # a short trial run of a long experiment ends inside the warm-up
         decay = optax.constant_schedule(peak)
     elif cfg.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, left, final / peak)
