@@ -22,7 +22,7 @@ import timing
 import transmamba_jax as tm
 from transmamba_jax import schedule
 from transmamba_jax.config import ModelConfig
-from transmamba_jax.mixer import Mixer
+from transmamba_jax.mixer import Mixer, over_tokens
 
 CONFIG = ModelConfig(transpoints=(0,), dtype="float32")  # d_model 256, H 4, head dim and state 64, chunk 64
 
@@ -31,13 +31,13 @@ Function = Callable[..., jax.Array]
 
 def attention_only(mixer: Mixer, x: jax.Array) -> jax.Array:
     """A plain attention mixer: no TransPoint, no Δ, no gate."""
-    return mixer.out(mixer._attend(*mixer._project(x, None), None))
+    return over_tokens(mixer.out, mixer._attend(*mixer._project(x, None), None))
 
 
 def ssm_only(mixer: Mixer, x: jax.Array) -> jax.Array:
     """A plain Mamba-2 mixer: no TransPoint."""
     q, k, v = mixer._project(x, None)
-    return mixer.out(mixer._scan(x, q, k, v, mixer._step(x), None, None))
+    return over_tokens(mixer.out, mixer._scan(x, q, k, v, mixer._step(x), None, None))
 
 
 def contender(function: Function, backward: bool, *arguments: Any) -> timing.Contender:
@@ -73,7 +73,7 @@ def parts(params: Any, x: jax.Array, point: int) -> dict[str, tuple[Any, ...]]:
             apply(lambda m, *arrays: m._scan(*arrays, None)),
             *(params, x[:, point:], q[:, point:], k[:, point:], v[:, point:], dt[:, point:], state),
         ),
-        "output": (apply(lambda m, y: m.out(y)), params, inner),
+        "output": (apply(lambda m, y: over_tokens(m.out, y)), params, inner),
     }
 
 

@@ -40,6 +40,15 @@ def init_dt_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> ja
     return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
 
 
+def over_tokens(dense: nn.Dense, x: Float[Array, "B T _"]) -> Float[Array, "B T _"]:
+    """Apply a dense layer to every token, with batch and time as one axis.
+
+    The weight gradient then contracts one axis. Contracting two, XLA's CPU backend makes a transposed copy of the
+    activations and computes whatever produced them inside it, element by element: twice the time of a whole MLP.
+    """
+    return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
 class ShortConv(nn.Module):
     """Causal depthwise convolution over time, then SiLU."""
 
@@ -91,11 +100,11 @@ class Mixer(nn.Module):
         """
         q, k, v = self._project(x, segment_ids)
         if isinstance(transpoint, int):
-            return self.out(self._sliced(x, q, k, v, min(transpoint, x.shape[1]), segment_ids))
+            return over_tokens(self.out, self._sliced(x, q, k, v, min(transpoint, x.shape[1]), segment_ids))
         attended = self._attend(q, k, v, segment_ids)
         scanned = self._scan(x, q, k, v, self._step(x), None, segment_ids)
         before = jnp.arange(x.shape[1]) < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
-        return self.out(jnp.where(before[..., None], attended, scanned))
+        return over_tokens(self.out, jnp.where(before[..., None], attended, scanned))
 
     def _sliced(
         self, x: Hidden, q: QueryKey, k: QueryKey, v: Value, point: int, segment_ids: SegmentIds | None
@@ -126,9 +135,9 @@ class Mixer(nn.Module):
         """Project and convolve once over the whole row, so that the convolution never sees the TransPoint."""
         cfg = self.config
         heads = lambda y, count: y.reshape(*y.shape[:2], count, -1)
-        q = heads(self.conv_q(self.q(x), segment_ids), cfg.num_groups)
-        k = heads(self.conv_k(self.k(x), segment_ids), cfg.num_groups)
-        v = heads(self.conv_v(self.v(x), segment_ids), cfg.num_heads)
+        q = heads(self.conv_q(over_tokens(self.q, x), segment_ids), cfg.num_groups)
+        k = heads(self.conv_k(over_tokens(self.k, x), segment_ids), cfg.num_groups)
+        v = heads(self.conv_v(over_tokens(self.v, x), segment_ids), cfg.num_heads)
         return (*self._rotate(q, k), v) if cfg.rotary == "both" else (q, k, v)
 
     def _rotate(self, q: QueryKey, k: QueryKey) -> tuple[QueryKey, QueryKey]:
@@ -136,7 +145,7 @@ class Mixer(nn.Module):
         return rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta)
 
     def _step(self, x: Hidden) -> Step:
-        return nn.softplus(self.dt(x).astype(jnp.float32) + self.dt_bias.astype(jnp.float32))
+        return nn.softplus(over_tokens(self.dt, x).astype(jnp.float32) + self.dt_bias.astype(jnp.float32))
 
     def _decay(self) -> Float[Array, "H"]:
         return -jnp.exp(self.a_log.astype(jnp.float32))
@@ -170,7 +179,7 @@ class Mixer(nn.Module):
             chunk_size=self.config.chunk_size,
             implementation=self.config.kernel,
         )
-        return self._normalise(y.reshape(*y.shape[:2], -1) * nn.silu(self.z(x)))
+        return self._normalise(y.reshape(*y.shape[:2], -1) * nn.silu(over_tokens(self.z, x)))
 
     def _normalise(self, y: Float[Array, "B T HP"]) -> Float[Array, "B T HP"]:
         return self.norm(y.reshape(*y.shape[:2], self.config.num_groups, -1)).reshape(y.shape)

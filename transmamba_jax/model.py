@@ -16,7 +16,7 @@ import numpy as np
 
 from transmamba_jax import schedule
 from transmamba_jax.config import ModelConfig
-from transmamba_jax.mixer import Mixer, fan_in_uniform, residual_uniform
+from transmamba_jax.mixer import Mixer, fan_in_uniform, over_tokens, residual_uniform
 from transmamba_jax.shapes import Array, Hidden, Int, Logits, SegmentIds, Tokens, TransPoint
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -35,9 +35,10 @@ class GatedMLP(nn.Module):
         """Apply the MLP to each token."""
         cfg = self.config
         dense = partial(nn.Dense, use_bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
-        gate = dense(cfg.mlp_dim, kernel_init=fan_in_uniform, name="gate")(x)
-        up = dense(cfg.mlp_dim, kernel_init=fan_in_uniform, name="up")(x)
-        return dense(cfg.d_model, kernel_init=residual_uniform(cfg.num_layers), name="down")(nn.silu(gate) * up)
+        gate = over_tokens(dense(cfg.mlp_dim, kernel_init=fan_in_uniform, name="gate"), x)
+        up = over_tokens(dense(cfg.mlp_dim, kernel_init=fan_in_uniform, name="up"), x)
+        down = dense(cfg.d_model, kernel_init=residual_uniform(cfg.num_layers), name="down")
+        return over_tokens(down, nn.silu(gate) * up)
 
 
 class Block(nn.Module):
