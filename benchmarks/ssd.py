@@ -171,9 +171,13 @@ def peak_memory(name: str, batch: int, length: int, state_dim: int, chunks: tupl
     return resident("VmHWM") - before
 
 
-def _best(times: dict[str, timing.Timing], family: str) -> tuple[str, timing.Timing] | None:
+def _best(times: dict[str, timing.Timing], family: str) -> tuple[str, timing.Timing]:
     members = [(name, value) for name, value in times.items() if name.rpartition(" ")[0] == family]
-    return min(members, key=lambda member: member[1].minimum) if members else None
+    return min(members, key=lambda member: member[1].minimum)
+
+
+def _turns(run: Run, sets: list[Any]) -> timing.Contender:
+    return lambda turn: run(sets[turn % len(sets)])
 
 
 def race(args: argparse.Namespace, runs: dict[str, tuple[Run, Run]]) -> None:
@@ -190,14 +194,8 @@ def race(args: argparse.Namespace, runs: dict[str, tuple[Run, Run]]) -> None:
         for batch, length, state_dim in itertools.product(args.batch, args.length, args.state):
             sets = [make_inputs(batch, length, state_dim, seed) for seed in range(2)]
             inputs = {name: [convert(name, arrays) for arrays in sets] for name in runs}
-            times = timing.round_robin(
-                {
-                    name: (lambda turn, run=run[index], own=inputs[name]: run(own[turn % len(own)]))
-                    for name, run in runs.items()
-                },
-                rounds=args.rounds,
-                seconds=args.seconds,
-            )
+            turns = {name: _turns(run[index], inputs[name]) for name, run in runs.items()}
+            times = timing.round_robin(turns, rounds=args.rounds, seconds=args.seconds)
             best = {family: _best(times, family) for family in families}
             line = f"{batch:>2} {length:>5} {state_dim:>4}"
             for family in families:
@@ -246,8 +244,9 @@ def main() -> None:
     runs = contenders(chunks, with_peers=not args.no_peers)
     if args.only:
         runs = {name: run for name, run in runs.items() if name.startswith(tuple(args.only))}
-    installed = [name for name in ("torch", "transformers", "mamba2-jax") if any(run.startswith(name) for run in runs)]
-    print(timing.heading("jax", *installed))
+    families = {name.rpartition(" ")[0] for name in runs}
+    peers = [*(("torch", "transformers") if "transformers" in families else ()), *(families & {"mamba2-jax"})]
+    print(timing.heading("jax", *peers))
     print(f"device {jax.devices()[0].device_kind}; float32, H {HEADS}, P {HEAD_DIM}")
     for name, run in runs.items():
         print(f"{name:>18}: largest relative error against float64 {check(name, run, min(args.state)):.1e}", flush=True)

@@ -60,8 +60,9 @@ def ssd(inputs: dict[str, np.ndarray], segment_ids: np.ndarray | None, dy: np.nd
         dh = dh + dy[:, t, :, :, None] * c[:, t, group, None, :]
         reached = np.einsum("bhpn,bhn->bhp", dh, b[:, t, group])
         db_heads = np.einsum("bhpn,bhp->bhn", dh, step[:, t, :, None] * x[:, t])
-        np.add.at(dc[:, t], (slice(None), group), dc_heads)
-        np.add.at(db[:, t], (slice(None), group), db_heads)
+        for head in range(heads):
+            dc[:, t, group[head]] += dc_heads[:, head]
+            db[:, t, group[head]] += db_heads[:, head]
         dlog = kept[:, t] * np.einsum("bhpn,bhpn->bh", dh, states[t])
         dx[:, t] += step[:, t, :, None] * reached
         ddt[:, t] = real[:, t, None] * (np.einsum("bhp,bhp->bh", reached, x[:, t]) + dlog * a)
