@@ -26,7 +26,6 @@ from pallas_kernels.ssd import implementations, ssd
 from tests.kernels import oracle
 
 HEADS, HEAD_DIM = 8, 64
-PEER_CHUNKS = (32, 64, 128, 256)
 PASSES = ("forward", "forward+backward")
 TOLERANCE = 1e-5
 """Largest relative L2 error against float64 of a contender that may race (the inputs are benign)."""
@@ -106,15 +105,15 @@ def _transformers(chunk: int) -> tuple[Run, Run]:
     return forward, both
 
 
-def contenders(chunks: tuple[int, ...], with_peers: bool) -> dict[str, tuple[Run, Run]]:
+def contenders(chunks: tuple[int, ...], peer_chunks: tuple[int, ...]) -> dict[str, tuple[Run, Run]]:
     """Name -> (forward, forward + backward); a peer's name ends in its chunk size."""
     found = {
         f"{name} {chunk}": _ours(name, chunk) for name in implementations() if name != "reference" for chunk in chunks
     }
-    if with_peers and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
-        found |= {f"transformers {chunk}": _transformers(chunk) for chunk in PEER_CHUNKS}
-    if with_peers and importlib.util.find_spec("mamba2_jax"):
-        found |= {f"mamba2-jax {chunk}": _mamba2_jax(chunk) for chunk in PEER_CHUNKS}
+    if peer_chunks and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
+        found |= {f"transformers {chunk}": _transformers(chunk) for chunk in peer_chunks}
+    if peer_chunks and importlib.util.find_spec("mamba2_jax"):
+        found |= {f"mamba2-jax {chunk}": _mamba2_jax(chunk) for chunk in peer_chunks}
     return found
 
 
@@ -147,9 +146,10 @@ def check(name: str, runs: tuple[Run, Run], state_dim: int) -> float:
     return error
 
 
-def peak_memory(name: str, batch: int, length: int, state_dim: int, chunks: tuple[int, ...]) -> int:
+def peak_memory(name: str, batch: int, length: int, state_dim: int) -> int:
     """Growth of the resident set in bytes during one forward + backward call, compilation not counted (Linux)."""
-    run = contenders(chunks, with_peers=True)[name][1]
+    own = int(name.rpartition(" ")[2])
+    run = contenders((own,), (own,))[name][1]
     arrays = make_inputs(batch, length, state_dim, seed=0)
     inputs = convert(name, arrays)
     if name.startswith("transformers"):
@@ -217,7 +217,7 @@ def memory(args: argparse.Namespace, runs: dict[str, tuple[Run, Run]]) -> None:
     print(f"\npeak memory of forward+backward beyond the inputs, batch 1, T {length}, N {state_dim}")
     for name in runs:
         command = [sys.executable, "-m", "benchmarks.ssd", "--peak-memory-of", name, "--length", str(length)]
-        command += ["--state", str(state_dim), "--chunk", *map(str, args.chunk)]
+        command += ["--state", str(state_dim)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         print(f"{name:>18}: {json.loads(output) / 1e9:.3f} GB", flush=True)
 
@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, nargs="+", default=[512, 2048, 8192], help="tokens of a row (T)")
     parser.add_argument("--state", type=int, nargs="+", default=[64, 128], help="state size (N)")
     parser.add_argument("--chunk", type=int, nargs="+", default=[128], help="chunk sizes of our implementations")
+    parser.add_argument("--peer-chunk", type=int, nargs="+", default=[32, 64, 128, 256], help="chunk sizes of peers")
     parser.add_argument("--only", nargs="+", help="contenders whose names start with one of these")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contender and shape")
@@ -237,11 +238,10 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true", help="skip peak memory")
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    chunks = tuple(args.chunk)
     if args.peak_memory_of:
-        print(json.dumps(peak_memory(args.peak_memory_of, 1, args.length[0], args.state[0], chunks)))
+        print(json.dumps(peak_memory(args.peak_memory_of, 1, args.length[0], args.state[0])))
         return
-    runs = contenders(chunks, with_peers=not args.no_peers)
+    runs = contenders(tuple(args.chunk), () if args.no_peers else tuple(args.peer_chunk))
     if args.only:
         runs = {name: run for name, run in runs.items() if name.startswith(tuple(args.only))}
     families = {name.rpartition(" ")[0] for name in runs}

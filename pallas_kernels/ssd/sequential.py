@@ -19,8 +19,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.ssd import decay
 
-_CHUNK = 64
-"""Longest chunk this implementation uses."""
+_WIDE_STATE = 64
+
+
+def _chunk_size(requested: int, length: int, state_dim: int) -> int:
+    """Tokens of one chunk: at most 64, at most 32 for states wider than 64, the fastest of those measured."""
+    return min(requested, length, 64 if state_dim <= _WIDE_STATE else 32)
 
 
 def _chunks(value: jax.Array, num_chunks: int) -> jax.Array:
@@ -74,20 +78,21 @@ class _Decays(NamedTuple):
 
     @classmethod
     def make(cls, coarse: jax.Array, fine: jax.Array, upto: jax.Array) -> "_Decays":
+        """Sum the coarse and the fine parts of l; `upto` is 1 at [k, i] for k <= i."""
         # A product, not cumsum: XLA fuses a slice of the loop's inputs into what reads it, which then is not
         # vectorised (8 ns an exponential instead of 1). A product's result is a buffer of its own.
         return cls(coarse @ upto, fine @ upto)
 
     def from_start(self) -> jax.Array:
-        """exp(s_i)."""
+        """Return exp(s_i)."""
         return jnp.exp(self.coarse + self.fine)
 
     def to_end(self) -> jax.Array:
-        """exp(s_Q - s_j)."""
+        """Return exp(s_Q - s_j)."""
         return jnp.exp((self.coarse[..., -1:] - self.coarse) + (self.fine[..., -1:] - self.fine))
 
     def pairs(self) -> jax.Array:
-        """exp(s_i - s_j) at [j, i] for i >= j, else 0: [B, G, R, Q, Q]. Masked before the exponential."""
+        """Return exp(s_i - s_j) at [j, i] for i >= j, else 0: [B, G, R, Q, Q]. Masked before the exponential."""
         exponent = (self.coarse[..., None, :] - self.coarse[..., :, None]) + (
             self.fine[..., None, :] - self.fine[..., :, None]
         )
@@ -116,6 +121,7 @@ def _forward(
         decays = _Decays.make(coarse, fine, upto)
         from_start = decays.from_start()
         x_k = _by_head(_slice(x, k, chunk), groups)
+        # The state lies as [N, R, P], so that one transposed chunk, of b, serves both products that need one.
         c_k = _slice(c, k, chunk).transpose(_GROUPS)
         b_transposed = _slice(b, k, chunk).transpose(_GROUPS_TRANSPOSED)
         written = x_k * dt_k[..., None]
@@ -131,6 +137,19 @@ def _forward(
     xs = (jnp.arange(num_chunks), *(_chunks(value, num_chunks) for value in (dt, *decay.split(log_decay))))
     (h, y), states = jax.lax.scan(body, (h, jnp.zeros_like(x)), xs)
     return y, h, states
+
+
+def _log_decay_gradient(pairs: jax.Array, reads: jax.Array, writes: jax.Array, through: jax.Array) -> jax.Array:
+    """Gradient of l_k [B, G, R, Q]: the sum over everything whose decay spans token k.
+
+    pairs [B, G, R, Q, Q] at [j, i], j <= i: spans j < k <= i; reads [B, G, R, Q] of the state before the chunk, at i:
+    k <= i; writes [B, G, R, Q] into the state after it, from j: j < k; through [B, G, R], from state to state: every k.
+    """
+    chunk = reads.shape[-1]
+    since = jnp.tri(chunk, dtype=jnp.float32)  # [i, k]: i >= k
+    before = 1.0 - since  # [j, k]: j < k
+    spanning = (jnp.ones((1, chunk)) @ (before * (pairs @ since)))[..., 0, :]
+    return spanning + reads @ since + writes @ before + through[..., None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -149,7 +168,6 @@ def _ssd_bwd(chunk, residuals, cotangents):
     dy, dh = cotangents
     num_chunks, groups = x.shape[1] // chunk, b.shape[2]
     upto = jnp.tri(chunk, dtype=jnp.float32).T
-    before, since = upto - jnp.eye(chunk), upto.T  # [j, k]: j < k; [i, k]: i >= k
 
     def body(carry, xs):
         dh, dx, db, dc, dd = carry
@@ -162,7 +180,7 @@ def _ssd_bwd(chunk, residuals, cotangents):
         written = x_k * dt_k[..., None]
         dy_start = dy_k * from_start
 
-        # [j, i], so that the products below read their operands as they lie in memory.
+        # Q x Q arrays are [j, i]: most products below then read their operands as they lie in memory.
         scores = (b_k @ c_transposed)[:, :, None] * weights
         dscores = jnp.einsum("bgrjp,bgrip->bgrji", written, dy_k)
         dproducts = jnp.sum(dscores * weights, axis=2)
@@ -173,19 +191,19 @@ def _ssd_bwd(chunk, residuals, cotangents):
         db_k = dproducts @ c_k + jnp.einsum("bgrjp,bgnrp->bgjn", written * to_end, dh)
         dc_k = dproducts.swapaxes(-1, -2) @ b_k + jnp.sum(dc_start, axis=2)
 
-        # l_k reaches what spans it: pairs j < k <= i, reads of h at i >= k, writes into the next state at j < k, h.
-        spanning = (dscores * scores) @ since
-        dl_k = (jnp.ones((1, chunk)) @ (before * spanning))[..., 0, :]
-        dl_k += _row_sums(dc_start * c_k[:, :, None]) @ since
-        dl_k += _row_sums(dwritten_end * written) @ before
         decay_k = from_start[..., -1, 0]
-        dl_k += (decay_k * jnp.sum(h * dh, axis=(2, 4)))[..., None]
+        dl_k = _log_decay_gradient(
+            pairs=dscores * scores,
+            reads=_row_sums(dc_start * c_k[:, :, None]),
+            writes=_row_sums(dwritten_end * written),
+            through=decay_k * jnp.sum(_row_sums(h * dh), axis=2),
+        )
         ddt_k = _row_sums(dwritten * x_k)
 
         dh = decay_k[:, :, None, :, None] * dh + jnp.einsum("bgni,bgrip->bgnrp", c_transposed, dy_start)
         dx = _store(dx, dx_k.transpose(_HEADS_BACK), k)
         db, dc = _store(db, db_k.transpose(_GROUPS), k), _store(dc, dc_k.transpose(_GROUPS), k)
-        dd += jnp.sum(dy_k * x_k, axis=(0, 3, 4))
+        dd += jnp.sum(_row_sums(dy_k * x_k), axis=(0, 3))
         return (dh, dx, db, dc, dd), (ddt_k, dl_k)
 
     chunked = (_chunks(value, num_chunks) for value in (dt, *decay.split(log_decay)))
@@ -212,10 +230,10 @@ def scan(
     initial_state: jax.Array,
     chunk_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Chunked SSD; shapes and result as `reference.scan`. Chunks are at most 64 tokens, longer ones are slower here."""
+    """Chunked SSD; shapes and result as `reference.scan`. Chunks are at most 64 tokens (see `_chunk_size`)."""
     batch, length, num_heads, head_dim = x.shape
     groups, state_dim = b.shape[2:]
-    chunk = min(chunk_size, _CHUNK, length)
+    chunk = _chunk_size(chunk_size, length, state_dim)
     heads = (groups, num_heads // groups)
     skip = jnp.zeros((num_heads,), jnp.float32) if d is None else d
     # A tail with dt = 0 and l = 0 leaves the state as it is.
