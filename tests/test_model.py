@@ -112,20 +112,22 @@ def test_options_equal_the_oracle(change: dict[str, Any]) -> None:
     assert oracle.relative_error(logits, oracle_logits(config, params, tokens, per_row)) < 5e-6
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-@pytest.mark.parametrize("traced", [False, True])
-def test_rematerialisation_changes_memory_and_no_gradient(remat: str, traced: bool) -> None:
+@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
+def test_rematerialisation_saves_memory_and_changes_no_gradient(traced: bool) -> None:
     tokens = tokens_of()
-    points = np.array(CONFIG.transpoints, np.int32) if traced else CONFIG.transpoints
+    points = np.full(CONFIG.num_layers, 6) if traced else (6,)
+    params = make()[1]
 
-    def gradient(config: ModelConfig) -> Any:
+    def gradient(remat: str) -> tuple[Any, int]:
+        config = dataclasses.replace(CONFIG, remat=remat)
         loss = lambda p: jnp.sum(jnp.sin(tm.TransMamba(config).apply({"params": p}, tokens, points)))
-        return jax.jit(jax.grad(loss)).lower(make(CONFIG)[1]).compile()
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
 
-    plain, recomputed = gradient(CONFIG), gradient(dataclasses.replace(CONFIG, remat=remat))
-    params = make(CONFIG)[1]
-    assert oracle.relative_error(recomputed(params), plain(params)) < 1e-5
-    assert recomputed.memory_analysis().temp_size_in_bytes < plain.memory_analysis().temp_size_in_bytes
+    (plain, most), (dots, fewer), (full, least) = (gradient(remat) for remat in ("none", "dots", "full"))
+    assert oracle.relative_error(dots, plain) < 1e-5
+    assert oracle.relative_error(full, plain) < 1e-5
+    assert least <= fewer < most
 
 
 def test_parameter_tree_is_the_same_under_every_schedule() -> None:
