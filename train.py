@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(error, 2)
 
-    # JAX, orbax and Grain take seconds to import: mistakes and --help need none of them.
+    # orbax and Grain take seconds to import: mistakes and --help need neither.
     from transmamba_jax.training.loop import NonFiniteError, train
 
     try:
