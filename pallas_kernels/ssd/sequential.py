@@ -5,50 +5,50 @@ With s the running sum of l inside a chunk of Q tokens, h the state before it an
     y_i = sum_{j <= i} (c_i . b_j) w_ij dt_j x_j + exp(s_i) h c_i + d x_i
     h'  = exp(s_Q) h + sum_j exp(s_Q - s_j) dt_j x_j b_j^T
 
-Only the chunk's inputs, its Q x Q products and the state are alive at a time, so they stay in cache and memory is
-linear in T. The backward pass is written by hand: a second loop from the last chunk to the first that starts from the
-states before each chunk, the only thing kept, and recomputes the rest. The gradient of l is formed from sums that only
-add (what spans token k), never as a difference of sums over the row: those lose it under strong decay.
+Only the chunk's inputs, its Q x Q products and the state of one row are alive at a time, so they stay in cache and
+memory is linear in T. Rows are taken one after another for the same reason: with N = 64, four together took 1.2 to 1.6
+times as long. (A batch sharded over devices wants `jax.shard_map` around this, or the associative form.)
+
+The backward pass is written by hand: a second loop from the last chunk to the first that starts from the states before
+each chunk, the only thing kept, and recomputes the rest. The gradient of l is formed from sums that only add (what
+spans token k), never as a difference of sums over the row: those lose it under strong decay.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ssd import decay
 
-_WIDE_STATE = 64
-
-
-def _chunk_size(requested: int, length: int, state_dim: int) -> int:
-    """Tokens of one chunk: at most 64, at most 32 for states wider than 64, the fastest of those measured."""
-    return min(requested, length, 64 if state_dim <= _WIDE_STATE else 32)
+_CHUNK = 32
+"""Tokens of one chunk at most: the fastest of 16, 32, 64 and 128 at every size measured."""
 
 
 def _chunks(value: jax.Array, num_chunks: int) -> jax.Array:
-    """[B, T, G, R] -> [chunks, B, G, R, Q], for the small arrays of one scalar per token and head."""
+    """[B, T, G, R] -> [B, chunks, 1, G, R, Q], for the small arrays of one scalar per token and head."""
     batch, length, groups, ratio = value.shape
-    chunked = value.reshape(batch, num_chunks, length // num_chunks, groups, ratio)
-    return chunked.transpose(1, 0, 3, 4, 2)
+    chunked = value.reshape(batch, num_chunks, 1, length // num_chunks, groups, ratio)
+    return jnp.moveaxis(chunked, 3, -1)
 
 
 def _tokens(chunked: jax.Array) -> jax.Array:
-    """[chunks, B, G, R, Q] -> [B, T, G, R]."""
-    num_chunks, batch, groups, ratio, chunk = chunked.shape
-    return chunked.transpose(1, 0, 4, 2, 3).reshape(batch, num_chunks * chunk, groups, ratio)
+    """[B, chunks, 1, G, R, Q] -> [B, T, G, R]."""
+    batch, num_chunks, _, groups, ratio, chunk = chunked.shape
+    return jnp.moveaxis(chunked, -1, 3).reshape(batch, num_chunks * chunk, groups, ratio)
 
 
-def _slice(value: jax.Array, k: jax.Array, chunk: int) -> jax.Array:
-    """Chunk k of [B, T, ...] as float32."""
-    return jax.lax.dynamic_slice_in_dim(value, k * chunk, chunk, axis=1).astype(jnp.float32)
+def _slice(value: jax.Array, row: jax.Array, k: jax.Array, chunk: int) -> jax.Array:
+    """Chunk k of one row of [B, T, ...] as float32 [1, Q, ...]."""
+    start: tuple[Any, ...] = (row, k * chunk, *(0 for _ in value.shape[2:]))
+    return jax.lax.dynamic_slice(value, start, (1, chunk, *value.shape[2:])).astype(jnp.float32)
 
 
-def _store(whole: jax.Array, part: jax.Array, k: jax.Array) -> jax.Array:
-    """Write `part` [B, Q, ...] as chunk k of `whole` [B, T, ...]."""
+def _store(whole: jax.Array, part: jax.Array, row: jax.Array, k: jax.Array) -> jax.Array:
+    """Write `part` [1, Q, ...] as chunk k of one row of `whole` [B, T, ...]."""
     part = part.reshape(part.shape[:2] + whole.shape[2:]).astype(whole.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(whole, part, k * part.shape[1], axis=1)
+    return jax.lax.dynamic_update_slice(whole, part, (row, k * part.shape[1], *(0 for _ in whole.shape[2:])))
 
 
 def _by_head(value: jax.Array, groups: int) -> jax.Array:
@@ -111,32 +111,40 @@ def _forward(
     chunk: int,
     keep: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Return y, final state, and the state before each chunk when `keep` is set; states are [B, G, N, R, P]."""
+    """Return y, the final state [B, G, N, R, P], and when `keep` is set the states before the chunks.
+
+    Those are [B, chunks, 1, G, N, R, P].
+    """
     num_chunks, groups = x.shape[1] // chunk, b.shape[2]
     upto = jnp.tri(chunk, dtype=jnp.float32).T
 
-    def body(carry, xs):
+    def body(row, carry, xs):
         h, y = carry
         k, dt_k, coarse, fine = xs
         decays = _Decays.make(coarse, fine, upto)
         from_start = decays.from_start()
-        x_k = _by_head(_slice(x, k, chunk), groups)
+        x_k = _by_head(_slice(x, row, k, chunk), groups)
         # The state lies as [N, R, P], so that one transposed chunk, of b, serves both products that need one.
-        c_k = _slice(c, k, chunk).transpose(_GROUPS)
-        b_transposed = _slice(b, k, chunk).transpose(_GROUPS_TRANSPOSED)
+        c_k = _slice(c, row, k, chunk).transpose(_GROUPS)
+        b_transposed = _slice(b, row, k, chunk).transpose(_GROUPS_TRANSPOSED)
         written = x_k * dt_k[..., None]
         scores = (c_k @ b_transposed)[:, :, None] * decays.pairs().swapaxes(-1, -2)
         y_k = scores @ written
         y_k += jnp.einsum("bgin,bgnrp->bgrip", c_k, h) * from_start[..., None]
         y_k += d[:, :, None, None] * x_k
-        y = _store(y, y_k.transpose(_HEADS_BACK), k)
+        y = _store(y, y_k.transpose(_HEADS_BACK), row, k)
         following = from_start[..., -1][:, :, None, :, None] * h
         following += jnp.einsum("bgnj,bgrjp->bgnrp", b_transposed, written * decays.to_end()[..., None])
         return (following, y), (h if keep else None)
 
-    xs = (jnp.arange(num_chunks), *(_chunks(value, num_chunks) for value in (dt, *decay.split(log_decay))))
-    (h, y), states = jax.lax.scan(body, (h, jnp.zeros_like(x)), xs)
-    return y, h, states
+    def whole_row(y, xs):
+        row, h, *by_chunk = xs
+        (h, y), states = jax.lax.scan(functools.partial(body, row), (h, y), (jnp.arange(num_chunks), *by_chunk))
+        return y, (h, states)
+
+    by_chunk = (_chunks(value, num_chunks) for value in (dt, *decay.split(log_decay)))
+    y, (h, states) = jax.lax.scan(whole_row, jnp.zeros_like(x), (jnp.arange(x.shape[0]), h[:, None], *by_chunk))
+    return y, h[:, 0], states
 
 
 def _log_decay_gradient(pairs: jax.Array, reads: jax.Array, writes: jax.Array, through: jax.Array) -> jax.Array:
@@ -169,14 +177,14 @@ def _ssd_bwd(chunk, residuals, cotangents):
     num_chunks, groups = x.shape[1] // chunk, b.shape[2]
     upto = jnp.tri(chunk, dtype=jnp.float32).T
 
-    def body(carry, xs):
+    def body(row, carry, xs):
         dh, dx, db, dc, dd = carry
         k, dt_k, coarse, fine, h = xs
         decays = _Decays.make(coarse, fine, upto)
         from_start, to_end, weights = decays.from_start()[..., None], decays.to_end()[..., None], decays.pairs()
-        x_k, dy_k = (_by_head(_slice(value, k, chunk), groups) for value in (x, dy))
-        b_k, c_k = (_slice(value, k, chunk).transpose(_GROUPS) for value in (b, c))
-        c_transposed = _slice(c, k, chunk).transpose(_GROUPS_TRANSPOSED)
+        x_k, dy_k = (_by_head(_slice(value, row, k, chunk), groups) for value in (x, dy))
+        b_k, c_k = (_slice(value, row, k, chunk).transpose(_GROUPS) for value in (b, c))
+        c_transposed = _slice(c, row, k, chunk).transpose(_GROUPS_TRANSPOSED)
         written = x_k * dt_k[..., None]
         dy_start = dy_k * from_start
 
@@ -201,16 +209,22 @@ def _ssd_bwd(chunk, residuals, cotangents):
         ddt_k = _row_sums(dwritten * x_k)
 
         dh = decay_k[:, :, None, :, None] * dh + jnp.einsum("bgni,bgrip->bgnrp", c_transposed, dy_start)
-        dx = _store(dx, dx_k.transpose(_HEADS_BACK), k)
-        db, dc = _store(db, db_k.transpose(_GROUPS), k), _store(dc, dc_k.transpose(_GROUPS), k)
+        dx = _store(dx, dx_k.transpose(_HEADS_BACK), row, k)
+        db, dc = _store(db, db_k.transpose(_GROUPS), row, k), _store(dc, dc_k.transpose(_GROUPS), row, k)
         dd += jnp.sum(_row_sums(dy_k * x_k), axis=(0, 3))
         return (dh, dx, db, dc, dd), (ddt_k, dl_k)
 
-    chunked = (_chunks(value, num_chunks) for value in (dt, *decay.split(log_decay)))
-    xs = (jnp.arange(num_chunks), *chunked, states)
-    init = (dh, *(jnp.zeros_like(value) for value in (x, b, c, d)))
-    (dh, dx, db, dc, dd), (ddt, dl) = jax.lax.scan(body, init, xs, reverse=True)
-    return dx, _tokens(ddt), _tokens(dl), db, dc, dd, dh
+    def whole_row(carry, xs):
+        row, dh, *by_chunk = xs
+        xs = (jnp.arange(num_chunks), *by_chunk)
+        (dh, *carry), gradients = jax.lax.scan(functools.partial(body, row), (dh, *carry), xs, reverse=True)
+        return tuple(carry), (dh, gradients)
+
+    by_chunk = (_chunks(value, num_chunks) for value in (dt, *decay.split(log_decay)))
+    init = tuple(jnp.zeros_like(value) for value in (x, b, c, d))
+    xs = (jnp.arange(x.shape[0]), dh[:, None], *by_chunk, states)
+    (dx, db, dc, dd), (dh, (ddt, dl)) = jax.lax.scan(whole_row, init, xs)
+    return dx, _tokens(ddt), _tokens(dl), db, dc, dd, dh[:, 0]
 
 
 _ssd.defvjp(_ssd_fwd, _ssd_bwd)
@@ -230,10 +244,10 @@ def scan(
     initial_state: jax.Array,
     chunk_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Chunked SSD; shapes and result as `reference.scan`. Chunks are at most 64 tokens (see `_chunk_size`)."""
+    """Chunked SSD; shapes and result as `reference.scan`. Chunks are at most 32 tokens."""
     batch, length, num_heads, head_dim = x.shape
     groups, state_dim = b.shape[2:]
-    chunk = _chunk_size(chunk_size, length, state_dim)
+    chunk = min(chunk_size, length, _CHUNK)
     heads = (groups, num_heads // groups)
     skip = jnp.zeros((num_heads,), jnp.float32) if d is None else d
     # A tail with dt = 0 and l = 0 leaves the state as it is.

@@ -54,6 +54,7 @@ SPECS = (
     Spec(rows=1, length=129, heads=2, groups=1, head_dim=32, state_dim=128, chunk_size=256),
     Spec(length=200, regime="strong", chunk_size=128),
     Spec(length=200, regime="strong", groups=4, chunk_size=32),
+    Spec(length=200, regime="bursts", chunk_size=128),
     Spec(length=200, regime="slow", chunk_size=64),
     Spec(rows=6, length=70, documents=True),
     Spec(rows=6, length=70, documents=True, regime="strong", groups=4, chunk_size=128),
@@ -64,7 +65,10 @@ LONG = Spec(rows=1, length=8192, heads=2, groups=1)
 
 
 def make_inputs(spec: Spec, seed: int = 0) -> Arrays:
-    """Every float input, with the decay a freshly initialised layer has, up to 16 a step, or 1e-3 of the first."""
+    """Every float input, with the decay a freshly initialised layer has, up to 16 a step, or 1e-3 of the first.
+
+    "strong" scatters steps of up to 16 among slow ones; "bursts" begins every 32 tokens with a run of 16 of them.
+    """
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
@@ -76,6 +80,9 @@ def make_inputs(spec: Spec, seed: int = 0) -> Arrays:
         # Tokens that forget nearly everything beside tokens that keep nearly everything: large sums, small differences.
         dt = np.where(rng.uniform(size=dt.shape) < 0.5, rng.uniform(0, 1, dt.shape), dt * 0.1)
         a[0] = -16.0
+    elif spec.regime == "bursts":
+        dt = np.where(np.arange(spec.length)[:, None] % 32 < 16, 1.0, dt * 0.01)
+        a[:] = -16.0
     elif spec.regime == "slow":
         a *= 1e-3
     return {

@@ -38,9 +38,10 @@ def test_memory_is_linear_in_length(implementation: str) -> None:
         analysis: Any = jax.jit(jax.grad(loss)).lower(inputs).compile().memory_analysis()
         return analysis.temp_size_in_bytes
 
-    short, long = temporary(512), temporary(1024)
+    # Long enough for what does not grow with T, or grows slower than the chunks do, to be small.
+    short, long = temporary(4096), temporary(8192)
     assert long <= 2.1 * short
-    inputs_bytes = 3 * 1024 * 4 * 64 * 4
+    inputs_bytes = 3 * 8192 * 4 * 64 * 4
     assert long <= 8 * inputs_bytes
 
 
