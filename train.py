@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transmamba_jax import config as config_lib
+from transmamba_jax import config_file
+from transmamba_jax.config import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known.config is None and not {"-h", "--help"} & set(overrides):
         return _no_config()
     try:
-        config = config_lib.Config() if known.config is None else config_lib.read_config_file(known.config)
-        config = config_lib.parse_command_line(config, overrides, prog=f"train.py --config {known.config or 'FILE'}")
+        config = Config() if known.config is None else config_file.read_config_file(known.config)
+        config = config_file.parse_command_line(config, overrides, prog=f"train.py --config {known.config or 'FILE'}")
     except ValueError as error:
         return _fail(error, 2)
 

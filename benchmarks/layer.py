@@ -1,6 +1,6 @@
 """What the split at the TransPoint costs: mixers, their parts and compilation, in one process.
 
-    python benchmarks/layer.py [--seq-len 8192] [--rounds 7]
+    python -m benchmarks.layer [--seq-len 8192] [--rounds 7]
 
 Prints ratios, forward and forward + backward, float32, batch 1:
   1. the mixer at P = 0 (P = T) over a mixer that has only the SSM (attention) branch;
@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import timing
 
 import transmamba_jax as tm
+from benchmarks import timing
 from transmamba_jax import schedule
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.mixer import Mixer, over_tokens

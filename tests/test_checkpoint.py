@@ -17,7 +17,8 @@ import optax
 import pytest
 
 from transmamba_jax import checkpoint
-from transmamba_jax.config import CheckpointConfig, Config, ModelConfig, to_yaml
+from transmamba_jax.config import CheckpointConfig, Config, ModelConfig
+from transmamba_jax.config_file import to_yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIG = Config(model=ModelConfig(num_layers=9), workdir="runs/päck")

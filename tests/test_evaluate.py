@@ -18,7 +18,8 @@ import pytest
 
 import transmamba_jax as tm
 from transmamba_jax import checkpoint, data, evaluate
-from transmamba_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, TrainConfig, to_yaml
+from transmamba_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, TrainConfig
+from transmamba_jax.config_file import to_yaml
 from transmamba_jax.data.tokenizers import ByteTokenizer
 from transmamba_jax.sharding import make_mesh
 

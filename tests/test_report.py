@@ -12,7 +12,8 @@ import pytest
 from matplotlib.text import Text
 
 from transmamba_jax import report
-from transmamba_jax.config import Config, DataConfig, ModelConfig, to_yaml
+from transmamba_jax.config import Config, DataConfig, ModelConfig
+from transmamba_jax.config_file import to_yaml
 
 SPANS = [[0, 1, 4.5], [1, 2, 3.5], [2, 4, 3.0], [4, 8, 2.5], [8, 16, 2.25]]
 

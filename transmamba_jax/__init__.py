@@ -12,8 +12,8 @@ from transmamba_jax.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
-    load_config,
 )
+from transmamba_jax.config_file import load_config
 from transmamba_jax.generate import generate
 from transmamba_jax.memory_converter import memory_converter
 from transmamba_jax.model import TransMamba

@@ -32,7 +32,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from transmamba_jax import config as config_lib
+from transmamba_jax import config_file
+from transmamba_jax.config import CheckpointConfig, Config
 
 _MAX_REPORTED = 10  # differences that a refusal spells out
 
@@ -58,7 +59,7 @@ class Checkpoint:
     state: dict[str, Any]
     data_states: list[dict[str, Any]]
     """Of each process that saved."""
-    config: config_lib.Config
+    config: Config
     tokenizer_json: str
 
     def __getitem__(self, name: str) -> Any:
@@ -69,7 +70,7 @@ class Checkpoint:
 class Checkpointer:
     """Writer and reader of one run's checkpoint folder; one process group at a time writes to a folder."""
 
-    def __init__(self, directory: Path, config: config_lib.CheckpointConfig) -> None:
+    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         self._directory = Path(directory).absolute()
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -206,7 +207,7 @@ def restore(directory: str | Path, step: int | None = None, *, params_only: bool
         params=_read_arrays(folder / "params"),
         state={} if params_only else _read_arrays(folder / "state"),
         data_states=_read_json(folder, "data")["processes"],
-        config=config_lib.from_yaml(_read_json(folder, "config")["yaml"]),
+        config=config_file.from_yaml(_read_json(folder, "config")["yaml"]),
         tokenizer_json=_read_json(folder, "tokenizer")["json"],
     )
 

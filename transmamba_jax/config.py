@@ -1,29 +1,18 @@
-"""Configuration: frozen dataclasses, checked once, read from YAML and overridden from the command line.
+"""Configuration: frozen dataclasses with every default, checked once. config_file.py reads and writes them."""
 
-Nothing outside this module reads YAML, guesses a default or knows how an option is spelt.
-"""
-
-import contextlib
 import dataclasses
 import difflib
-import io
 import math
-import re
-import types
-import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
-
-import tyro
-import yaml
 
 from transmamba_jax import schedule
 
 DTypeName = Literal["float32", "bfloat16"]
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise a ValueError unless `condition` holds."""
     if not condition:
         raise ValueError(message)
 
@@ -31,10 +20,11 @@ def _require(condition: bool, message: str) -> None:
 def _at_least(section: str, config: Any, minimum: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value >= minimum, f"{section}.{name} must be >= {minimum}, found {value}")
+        require(value >= minimum, f"{section}.{name} must be >= {minimum}, found {value}")
 
 
-def _suggestion(name: str, names: Sequence[str]) -> str:
+def suggestion(name: str, names: Sequence[str]) -> str:
+    """Return the end of an error message: the nearest of the valid names, or all of them."""
     near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; the names are {', '.join(names)}"
 
@@ -95,17 +85,17 @@ class ModelConfig:
         _at_least("model", self, 1, "vocab_size", "num_layers", "d_model", "num_heads", "num_groups")
         _at_least("model", self, 1, "head_dim", "state_dim", "conv_width", "chunk_size")
         _at_least("model", self, 0, "mlp_dim")
-        _require(
+        require(
             self.num_heads % self.num_groups == 0,
             f"model.num_groups must divide model.num_heads, found num_groups={self.num_groups}, "
             f"num_heads={self.num_heads}; use one of {_divisors(self.num_heads)}",
         )
-        _require(
+        require(
             self.state_dim % 2 == 0,
             f"model.state_dim must be even (rotary embedding turns pairs of channels), found {self.state_dim}",
         )
-        _require(self.rope_theta > 0, f"model.rope_theta must be positive, found {self.rope_theta}")
-        _require(self.norm_eps > 0, f"model.norm_eps must be positive, found {self.norm_eps}")
+        require(self.rope_theta > 0, f"model.rope_theta must be positive, found {self.rope_theta}")
+        require(self.norm_eps > 0, f"model.norm_eps must be positive, found {self.norm_eps}")
         try:
             schedule.expand(self.transpoints, self.num_layers)
         except ValueError as error:
@@ -157,10 +147,10 @@ class DataConfig:
         _at_least("data", self, 0, "num_workers", "seed")
         kind = self.source.partition(":")[0]
         kinds = ("stdlib", "text", "tfds", "array_record")
-        _require(
+        require(
             self.source == "stdlib" or (kind in kinds[1:] and self.source.partition(":")[2] != ""),
             f"data.source must be 'stdlib', 'text:<glob>', 'tfds:<name>[/config][:version]' or 'array_record:<glob>', "
-            f"found {self.source!r}{_suggestion(kind, kinds)}",
+            f"found {self.source!r}{suggestion(kind, kinds)}",
         )
 
 
@@ -197,18 +187,18 @@ class OptimizerConfig:
         """Check the ranges."""
         for name in ("learning_rate", "muon_learning_rate", "eps"):
             value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, f"optimizer.{name} must be positive, found {value}")
+            require(math.isfinite(value) and value > 0, f"optimizer.{name} must be positive, found {value}")
         for name in ("final_learning_rate", "weight_decay", "clip_norm"):
             value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, f"optimizer.{name} must be >= 0, found {value}")
+            require(math.isfinite(value) and value >= 0, f"optimizer.{name} must be >= 0, found {value}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optimizer.{name} must be in [0, 1), found {value}")
-        _require(
+            require(0 <= value < 1, f"optimizer.{name} must be in [0, 1), found {value}")
+        require(
             0 < self.decay_fraction <= 1, f"optimizer.decay_fraction must be in (0, 1], found {self.decay_fraction}"
         )
         _at_least("optimizer", self, 0, "warmup_steps")
-        _require(
+        require(
             self.final_learning_rate <= self.learning_rate,
             f"optimizer.final_learning_rate={self.final_learning_rate} must not exceed "
             f"optimizer.learning_rate={self.learning_rate}",
@@ -253,8 +243,8 @@ class MeshConfig:
         """Check the ranges."""
         sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name, size in sizes.items():
-            _require(size == -1 or size >= 1, f"mesh.{name} must be >= 1, or -1 for what is left, found {size}")
-        _require(list(sizes.values()).count(-1) <= 1, f"at most one axis of mesh may be -1, found {sizes}")
+            require(size == -1 or size >= 1, f"mesh.{name} must be >= 1, or -1 for what is left, found {size}")
+        require(list(sizes.values()).count(-1) <= 1, f"at most one axis of mesh may be -1, found {sizes}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,137 +297,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check the rules between sections."""
-        _require(
+        require(
             self.data.batch_size % self.train.accumulation == 0,
             f"train.accumulation={self.train.accumulation} must divide data.batch_size={self.data.batch_size}; "
             f"use one of {_divisors(self.data.batch_size)}",
         )
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read an experiment from a YAML file and apply command-line overrides.
-
-    `overrides` are spelt as on the command line: `["--train.steps", "100", "--model.d-model", "256"]`.
-    `workdir` defaults to `runs/<file name>`.
-
-    Raises:
-        ValueError: the file cannot be read, an unknown key, a wrong type, or values that break a rule; the message
-            names the key, what was found, and the nearest valid name or the rule.
-    """
-    return _override(_read(Path(path)), list(overrides))
-
-
-def parse_command_line(config: Config, arguments: Sequence[str], prog: str) -> Config:
-    """Apply command-line arguments to `config` as a program does: print help or errors and exit."""
-    return tyro.cli(Config, default=config, args=list(arguments), prog=prog, config=(tyro.conf.FlagConversionOff,))
-
-
-def read_config_file(path: str | Path) -> Config:
-    """Read an experiment from a YAML file; see `load_config`."""
-    return _read(Path(path))
-
-
-def from_yaml(text: str) -> Config:
-    """Read a config that `to_yaml` wrote; see `load_config` for what is refused."""
-    return typing.cast(Config, _build(Config, yaml.safe_load(text), ""))
-
-
-def to_yaml(config: Config) -> str:
-    """Write a resolved config as YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """Name every field that differs, as `section.key: old -> new`."""
-    before, after = _flatten(_plain(old)), _flatten(_plain(new))
-    return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in after if before[key] != after[key]]
-
-
-def _override(config: Config, arguments: list[str]) -> Config:
-    if not arguments:
-        return config
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            return parse_command_line(config, arguments, prog="overrides")
-    except SystemExit:
-        message = re.sub(r"[╭╮╰╯│─]+|-{3,}", " ", output.getvalue())
-        raise ValueError(f"bad overrides {arguments}: {' '.join(message.split())}") from None
-
-
-def _read(path: Path) -> Config:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        near = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ValueError(f"cannot read the config {str(path)!r}: {error.strerror}; found there: {near}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not plain YAML: {error}") from None
-    tree = {} if tree is None else tree
-    if isinstance(tree, dict):
-        tree = {"workdir": f"runs/{path.stem}", **tree}
-    try:
-        return typing.cast(Config, _build(Config, tree, ""))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _build(cls: type, tree: Any, prefix: str) -> Any:
-    """Make dataclass `cls` from a mapping; every key and type is checked, nothing is cast but int to float."""
-    where = prefix or "the config"
-    _require(isinstance(tree, dict), f"{where} must be a mapping of options, found {tree!r}")
-    hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    values = {}
-    for key, value in tree.items():
-        name = str(key)
-        _require(name in names, f"unknown option {_join(prefix, name)!r}{_suggestion(name, names)}")
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            values[name] = _build(typing.cast(type, hint), value, _join(prefix, name))
-        else:
-            values[name] = _typed(hint, value, _join(prefix, name))
-    return cls(**values)
-
-
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    """Return `value` as the annotated type or raise a ValueError that names the option."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        _require(value in arguments, f"{where} must be one of {', '.join(map(repr, arguments))}, found {value!r}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _typed(inner, value, where)
-    if origin is tuple:
-        _require(isinstance(value, list | tuple), f"{where} must be a list, found {value!r}")
-        return tuple(_typed(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads 3e-4 (no dot) as a string; the option's type says what was meant.
-        with contextlib.suppress(ValueError):
-            return float(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    _require(matches, f"{where} must be of type {hint.__name__}, found {value!r} of type {type(value).__name__}")
-    return value
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
-def _plain(config: Any) -> Any:
-    if dataclasses.is_dataclass(config):
-        return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    return list(config) if isinstance(config, tuple) else config
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = _join(prefix, key)
-        flat.update(_flatten(value, name) if isinstance(value, dict) else {name: value})
-    return flat

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from transmamba_jax import config as config_lib
-from transmamba_jax import data, schedule, sharding
+from transmamba_jax import config_file, data, schedule, sharding
+from transmamba_jax.config import Config
 from transmamba_jax.model import TransMamba
 from transmamba_jax.shapes import Array, Float32, Int
 
@@ -66,9 +66,7 @@ class EvalResult:
 class Evaluator:
     """Measures parameters on the held-out windows that the config names; compiles once."""
 
-    def __init__(
-        self, model: TransMamba, config: config_lib.Config, tokenizer: data.Tokenizer, mesh: Mesh | None = None
-    ) -> None:
+    def __init__(self, model: TransMamba, config: Config, tokenizer: data.Tokenizer, mesh: Mesh | None = None) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._mesh = mesh
@@ -166,11 +164,11 @@ def _nll_by_position(
     return jax.lax.map(summed, (cut(hidden), cut(batch["tokens"][:, 1:]), cut(weights))).reshape(-1)[:time]
 
 
-def _configured(saved: config_lib.Config, options: argparse.Namespace) -> config_lib.Config:
+def _configured(saved: Config, options: argparse.Namespace) -> Config:
     """Return the checkpoint's config with what the command line replaces; the architecture stays the checkpoint's."""
     config, transpoints = saved, saved.model.transpoints
     if options.config is not None:
-        given = config_lib.load_config(options.config)
+        given = config_file.load_config(options.config)
         config, transpoints = dataclasses.replace(saved, data=given.data, eval=given.eval), given.model.transpoints
     if options.schedule is not None:
         transpoints = schedule.named(options.schedule, config.data.seq_len)

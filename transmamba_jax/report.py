@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from transmamba_jax import schedule
-from transmamba_jax.config import Config, load_config
+from transmamba_jax.config import Config
+from transmamba_jax.config_file import load_config
 
 Record = dict[str, Any]
 Span = tuple[int, int, float]  # start, stop, nats per token

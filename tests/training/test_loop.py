@@ -8,7 +8,7 @@ import pytest
 
 import train as command
 from tests.training.support import Little, little_config
-from transmamba_jax import checkpoint, config
+from transmamba_jax import checkpoint, config_file
 from transmamba_jax.config import Config
 from transmamba_jax.training import loop
 
@@ -47,7 +47,7 @@ def test_a_run_leaves_its_files_and_a_second_start_only_reports_them(make, capsy
     settings = make(train={"log_every": 3})
     assert loop.train(settings) == 0
     folder = Path(settings.workdir)
-    assert config.read_config_file(folder / "config.yaml") == settings
+    assert config_file.read_config_file(folder / "config.yaml") == settings
     assert _steps(settings) == [8, 10]
     training = [line for line in _lines(settings) if "loss" in line]
     assert [line["step"] for line in training] == [3, 6, 9, 10]
@@ -89,7 +89,7 @@ def test_a_longer_run_continues_and_names_what_changed(make, capsys):
     assert "optimizer.beta2: 0.95 -> 0.99" in output
     assert "continuing from step 6" in output
     assert [line["step"] for line in _lines(settings) if "loss" in line] == list(range(1, 10))
-    assert config.read_config_file(Path(settings.workdir) / "config.yaml") == settings
+    assert config_file.read_config_file(Path(settings.workdir) / "config.yaml") == settings
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_kept(make, monkeypatch):
@@ -106,7 +106,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(make, monkeypatch):
     monkeypatch.setattr("transmamba_jax.data.tokenizers.ByteTokenizer.to_json", lambda _: "another")
     with pytest.raises(ValueError, match=r"data\.tokenizer differs"):
         loop.train(earlier)
-    assert config.read_config_file(Path(earlier.workdir) / "config.yaml") == earlier
+    assert config_file.read_config_file(Path(earlier.workdir) / "config.yaml") == earlier
     assert _steps(earlier) == [2]
 
 
@@ -136,7 +136,7 @@ def test_a_diverged_run_stops_and_keeps_the_good_checkpoint(make, monkeypatch, c
     assert np.all(np.isfinite(checkpoint.restore(Path(settings.workdir) / "checkpoints").params["embedding"]))
     output = capsys.readouterr().out
     assert output.count("skipped: loss") == 3
-    monkeypatch.setattr(command.config_lib, "read_config_file", lambda _: settings)
+    monkeypatch.setattr(command.config_file, "read_config_file", lambda _: settings)
     assert command.main(["--config", "here"]) == 1
     assert "train.py: 3 steps in a row up to step 4" in capsys.readouterr().err
 

@@ -16,8 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from transmamba_jax import config as config_lib
-from transmamba_jax import data, sharding
+from transmamba_jax import config_file, data, sharding
 from transmamba_jax.checkpoint import Checkpointer, Restored, complete_steps
 from transmamba_jax.config import Config
 from transmamba_jax.evaluate import EvaluationStopped, Evaluator
@@ -77,7 +76,7 @@ def train(config: Config) -> int:
             state, start = create_state(config, model, mesh), 0
         else:
             state, start = _continue(restored, batches, tokenizer)
-        (workdir / "config.yaml").write_text(config_lib.to_yaml(config), encoding="utf-8")
+        (workdir / "config.yaml").write_text(config_file.to_yaml(config), encoding="utf-8")
 
         # 3. Where numbers go.
         run = _Run(
@@ -213,7 +212,7 @@ class _Run:
             step,
             state,
             self.batches.get_state(),
-            config_lib.to_yaml(self.config),
+            config_file.to_yaml(self.config),
             self.tokenizer.to_json(),
             eval_loss,
         )
@@ -323,8 +322,8 @@ def _compare_with_earlier_run(config: Config, workdir: Path) -> None:
     if not saved.exists():
         workdir.mkdir(parents=True, exist_ok=True)
         return
-    earlier = config_lib.read_config_file(saved)
-    differences = config_lib.differences(earlier, config)
+    earlier = config_file.read_config_file(saved)
+    differences = config_file.differences(earlier, config)
     if not differences:
         return
     print(f"{saved} differs from this run:", *differences, sep="\n  ", flush=True)

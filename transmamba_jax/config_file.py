@@ -1,0 +1,148 @@
+"""Configs as YAML files and command lines: read, override, write, compare.
+
+Nothing outside this module reads YAML or knows how an option is spelt.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from transmamba_jax.config import Config, require, suggestion
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read an experiment from a YAML file and apply command-line overrides.
+
+    `overrides` are spelt as on the command line: `["--train.steps", "100", "--model.d-model", "256"]`.
+    `workdir` defaults to `runs/<file name>`.
+
+    Raises:
+        ValueError: the file cannot be read, an unknown key, a wrong type, or values that break a rule; the message
+            names the key, what was found, and the nearest valid name or the rule.
+    """
+    return _override(_read(Path(path)), list(overrides))
+
+
+def parse_command_line(config: Config, arguments: Sequence[str], prog: str) -> Config:
+    """Apply command-line arguments to `config` as a program does: print help or errors and exit."""
+    return tyro.cli(Config, default=config, args=list(arguments), prog=prog, config=(tyro.conf.FlagConversionOff,))
+
+
+def read_config_file(path: str | Path) -> Config:
+    """Read an experiment from a YAML file; see `load_config`."""
+    return _read(Path(path))
+
+
+def from_yaml(text: str) -> Config:
+    """Read a config that `to_yaml` wrote; see `load_config` for what is refused."""
+    return typing.cast(Config, _build(Config, yaml.safe_load(text), ""))
+
+
+def to_yaml(config: Config) -> str:
+    """Write a resolved config as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Name every field that differs, as `section.key: old -> new`."""
+    before, after = _flatten(_plain(old)), _flatten(_plain(new))
+    return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in after if before[key] != after[key]]
+
+
+def _override(config: Config, arguments: list[str]) -> Config:
+    if not arguments:
+        return config
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            return parse_command_line(config, arguments, prog="overrides")
+    except SystemExit:
+        message = re.sub(r"[╭╮╰╯│─]+|-{3,}", " ", output.getvalue())
+        raise ValueError(f"bad overrides {arguments}: {' '.join(message.split())}") from None
+
+
+def _read(path: Path) -> Config:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        near = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ValueError(f"cannot read the config {str(path)!r}: {error.strerror}; found there: {near}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not plain YAML: {error}") from None
+    tree = {} if tree is None else tree
+    if isinstance(tree, dict):
+        tree = {"workdir": f"runs/{path.stem}", **tree}
+    try:
+        return typing.cast(Config, _build(Config, tree, ""))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    """Make dataclass `cls` from a mapping; every key and type is checked, nothing is cast but int to float."""
+    where = prefix or "the config"
+    require(isinstance(tree, dict), f"{where} must be a mapping of options, found {tree!r}")
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    values = {}
+    for key, value in tree.items():
+        name = str(key)
+        require(name in names, f"unknown option {_join(prefix, name)!r}{suggestion(name, names)}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(typing.cast(type, hint), value, _join(prefix, name))
+        else:
+            values[name] = _typed(hint, value, _join(prefix, name))
+    return cls(**values)
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """Return `value` as the annotated type or raise a ValueError that names the option."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        require(value in arguments, f"{where} must be one of {', '.join(map(repr, arguments))}, found {value!r}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _typed(inner, value, where)
+    if origin is tuple:
+        require(isinstance(value, list | tuple), f"{where} must be a list, found {value!r}")
+        return tuple(_typed(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 3e-4 (no dot) as a string; the option's type says what was meant.
+        with contextlib.suppress(ValueError):
+            return float(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    require(matches, f"{where} must be of type {hint.__name__}, found {value!r} of type {type(value).__name__}")
+    return value
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _plain(config: Any) -> Any:
+    if dataclasses.is_dataclass(config):
+        return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    return list(config) if isinstance(config, tuple) else config
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = _join(prefix, key)
+        flat.update(_flatten(value, name) if isinstance(value, dict) else {name: value})
+    return flat
