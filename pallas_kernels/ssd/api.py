@@ -8,12 +8,13 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ssd import associative, decay, reference, sequential
+from pallas_kernels.ssd import associative, decay, pallas_tpu, reference, sequential
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
     "associative": associative,
     "sequential": sequential,
+    "pallas_tpu": pallas_tpu,
 }
 
 _COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)

@@ -1,0 +1,93 @@
+"""Block sizes of the TPU kernels, from shape and dtype: a table, no search at run time.
+
+A grid cell of the TPU kernels holds `heads` heads of `tokens` tokens and walks them in chunks of `chunk` tokens.
+
+- chunk = 128. The matrix unit's edge is 128 (v5e, v5p) or 256 (v6e) and a vector register has 128 lanes: a shorter
+  chunk leaves lanes of every Q x Q tile empty and fills the matrix unit worse, a longer one makes 2 Q (N + P) products
+  a token outgrow the memory traffic that bounds the operator. The argument chunk_size is not used.
+- tokens: 512 if it fits. The forward pass keeps one float32 state a cell for the backward pass, 4 N P / tokens bytes a
+  token and head: at 128 tokens (N = P = 96) that is a third of the traffic of the whole forward pass, at 512 a tenth.
+- heads: the most that fit, at most 8 (the products of all heads of a chunk are unrolled: more heads are more code to
+  compile and bring nothing), and whole register widths of 128 lanes (P = 96: 4 or 8 heads), so that a cell is cut out of
+  the arrays as they lie in memory, [B, T, H P]. Where no number of heads does that, blocks are cut from a transposed copy.
+- "fits": blocks of the backward pass, the larger one, with double buffering, and its scratch stay within 12 MiB. Default
+  limits for a kernel are 16 MiB (v5e, v5p) and 32 MiB (v6e): one table serves the three chips, which have the same 128
+  lanes and, at these sizes, all overlap copies with products.
+"""
+
+import dataclasses
+
+CHUNK = 128
+LANES = 128
+VMEM_BUDGET = 12 * 2**20
+
+_TOKENS = (512, 256, 128)
+_MAX_HEADS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """What one grid cell holds: `heads` heads, `tokens` tokens, walked in chunks of `chunk` tokens."""
+
+    heads: int
+    tokens: int
+    chunk: int = CHUNK
+
+
+def whole_lanes(width: int, full: int) -> bool:
+    """Say whether a block of `width` of the `full` last axis can be cut out of an array: whole lanes, or all of it."""
+    return width == full or width % LANES == 0
+
+
+def _padded(width: int) -> int:
+    return -(-width // LANES) * LANES
+
+
+def vmem_bytes(blocks: Blocks, groups: int, head_dim: int, state_dim: int, itemsize: int) -> int:
+    """Bytes of VMEM that a cell of the backward pass takes: blocks twice, scratch once, lanes padded to 128.
+
+    `groups` is the number of groups in the cell.
+    """
+    heads, tokens = blocks.heads, blocks.tokens
+    width, group_width = _padded(heads * head_dim), _padded(groups * state_dim)
+    state = 4 * state_dim * width
+    streamed = tokens * itemsize * (3 * width + 4 * group_width) + 4 * 4 * tokens * max(8, heads)
+    return 2 * (streamed + 4 * state) + state * (tokens // blocks.chunk + 1)
+
+
+def choose(length: int, num_heads: int, groups: int, head_dim: int, state_dim: int, itemsize: int) -> Blocks:
+    """Return the block sizes for a call; see the module's docstring for the reasons.
+
+    Raises:
+        ValueError: no block of these head and state dimensions fits VMEM.
+    """
+    ratio = num_heads // groups
+    needed = -(-length // CHUNK) * CHUNK
+    candidates = [
+        heads
+        for heads in range(1, num_heads + 1)
+        if num_heads % heads == 0 and (heads % ratio == 0 or ratio % heads == 0) and heads <= max(_MAX_HEADS, ratio)
+    ]
+
+    def copies(heads: int) -> int:
+        """How many of x and b need a transposed copy."""
+        in_cell = max(1, heads // ratio)
+        return (not whole_lanes(heads * head_dim, num_heads * head_dim)) + (
+            not whole_lanes(in_cell * state_dim, groups * state_dim)
+        )
+
+    for wanted in sorted({copies(heads) for heads in candidates}):
+        for tokens in _TOKENS:
+            fitting = [
+                heads
+                for heads in candidates
+                if heads <= _MAX_HEADS
+                and copies(heads) == wanted
+                and vmem_bytes(Blocks(heads, tokens), max(1, heads // ratio), head_dim, state_dim, itemsize)
+                <= VMEM_BUDGET
+            ]
+            if fitting:
+                return Blocks(max(fitting), min(tokens, needed))
+    raise ValueError(
+        f"pallas_tpu: no block of head_dim = {head_dim}, state_dim = {state_dim} fits {VMEM_BUDGET} bytes of VMEM"
+    )

@@ -1,0 +1,184 @@
+"""SSD as Pallas TPU kernels: one pass over x, b and c forwards, one over those and dy backwards.
+
+Grid cells of a TPU core run in order, so the float32 state stays in VMEM while a kernel walks a row; memory sees the
+inputs, the outputs and, for the backward pass, one state in 512 tokens. `pallas_tpu_forward.py` and
+`pallas_tpu_backward.py` have the equations, `block_sizes.py` the sizes of the cells. The kernels lower for a TPU
+whatever the default backend is, and run on a CPU under `jax.experimental.pallas.tpu.force_tpu_interpret_mode()`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ssd import block_sizes
+from pallas_kernels.ssd.pallas_tpu_backward import backward
+from pallas_kernels.ssd.pallas_tpu_forward import forward
+from pallas_kernels.ssd.pallas_tpu_tiles import Tiles
+
+_DTYPES = (jnp.float32, jnp.bfloat16)
+_MULTIPLE = 8
+"""Rows of a register: head and state dimensions are multiples of it."""
+
+
+def tiles_of(x: jax.Array, b: jax.Array) -> Tiles:
+    """Return how a call of these shapes is cut into grid cells.
+
+    Raises:
+        ValueError: the kernels cannot serve the call: dtype, or a head or state dimension.
+    """
+    batch, length, num_heads, head_dim = x.shape
+    groups, state_dim = b.shape[2:]
+    reasons = []
+    if x.dtype not in _DTYPES:
+        reasons.append(f"x must be float32 or bfloat16, found {x.dtype.name}: the matrix unit takes no other dtype")
+    for name, size in (("head_dim", head_dim), ("state_dim", state_dim)):
+        if size % _MULTIPLE:
+            reasons.append(f"{name} must be a multiple of {_MULTIPLE}, found {size}")
+    if reasons:
+        raise ValueError(f"implementation 'pallas_tpu' cannot serve this call: {'; '.join(reasons)}")
+    blocks = block_sizes.choose(length, num_heads, groups, head_dim, state_dim, x.dtype.itemsize)
+    return Tiles(batch, length, num_heads, groups, head_dim, state_dim, blocks)
+
+
+def _run(
+    tiles: Tiles,
+    x: jax.Array,
+    dt: jax.Array,
+    log_decay: jax.Array,
+    b: jax.Array,
+    c: jax.Array | None,
+    d: jax.Array | None,
+    h: jax.Array,
+    keep: bool,
+) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
+    """Run the forward kernel on arrays of the public shapes; see `forward` for the results (kept states: a view)."""
+    y, final, kept = forward(
+        tiles,
+        tiles.view(x, tiles.head_shape),
+        tiles.view_rows(dt),
+        tiles.view_rows(log_decay),
+        tiles.view(b, tiles.group_shape),
+        None if c is None else tiles.view(c, tiles.group_shape),
+        None if d is None else _skip_view(tiles, d),
+        tiles.view_state(h),
+        keep,
+    )
+    return (None if y is None else tiles.unview(y, tiles.head_shape)), tiles.unview_state(final), kept
+
+
+def _skip_view(tiles: Tiles, d: jax.Array) -> jax.Array:
+    whole = jnp.broadcast_to(d[:, None], (tiles.num_heads, tiles.head_dim))
+    return tiles.view(whole[None, None], tiles.head_shape)
+
+
+def _group_gradient(tiles: Tiles, gradient: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """[B, T, G, N] from the backward kernel's db or dc, summed where several cells share a group."""
+    if tiles.cells_per_group == 1:
+        return tiles.unview(gradient, tiles.group_shape)
+    parts = gradient.reshape(tiles.batch, tiles.groups, tiles.cells_per_group, tiles.length, tiles.state_dim)
+    return jnp.sum(parts, axis=2).transpose(0, 2, 1, 3).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(tiles, x, dt, log_decay, b, c, d, h):
+    y, final, _ = _run(tiles, x, dt, log_decay, b, c, d, h, keep=False)
+    return y, final
+
+
+def _scan_fwd(tiles, x, dt, log_decay, b, c, d, h):
+    y, final, kept = _run(tiles, x, dt, log_decay, b, c, d, h, keep=True)
+    return (y, final), (x, dt, log_decay, b, c, d, kept)
+
+
+def _scan_bwd(tiles, residuals, cotangents):
+    x, dt, log_decay, b, c, d, kept = residuals
+    dy, dfinal = cotangents
+    gradients = backward(
+        tiles,
+        tiles.view(x, tiles.head_shape),
+        tiles.view_rows(dt),
+        tiles.view_rows(log_decay),
+        tiles.view(b, tiles.group_shape),
+        tiles.view(c, tiles.group_shape),
+        _skip_view(tiles, d),
+        kept,
+        tiles.view(dy, tiles.head_shape),
+        tiles.view_state(dfinal),
+    )
+    return (
+        tiles.unview(gradients.x, tiles.head_shape),
+        tiles.unview_rows(gradients.dt),
+        tiles.unview_rows(gradients.log_decay),
+        _group_gradient(tiles, gradients.b, b.dtype),
+        _group_gradient(tiles, gradients.c, c.dtype),
+        jnp.sum(tiles.unview(gradients.skip, tiles.head_shape), axis=(0, 1, 3)),
+        tiles.unview_state(gradients.h),
+    )
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _final_state(tiles, x, dt, log_decay, b, h):
+    return _run(tiles, x, dt, log_decay, b, None, None, h, keep=False)[1]
+
+
+def _final_state_fwd(tiles, x, dt, log_decay, b, h):
+    _, final, kept = _run(tiles, x, dt, log_decay, b, None, None, h, keep=True)
+    return final, (x, dt, log_decay, b, kept)
+
+
+def _final_state_bwd(tiles, residuals, dfinal):
+    x, dt, log_decay, b, kept = residuals
+    gradients = backward(
+        tiles,
+        tiles.view(x, tiles.head_shape),
+        tiles.view_rows(dt),
+        tiles.view_rows(log_decay),
+        tiles.view(b, tiles.group_shape),
+        None,
+        None,
+        kept,
+        None,
+        tiles.view_state(dfinal),
+    )
+    return (
+        tiles.unview(gradients.x, tiles.head_shape),
+        tiles.unview_rows(gradients.dt),
+        tiles.unview_rows(gradients.log_decay),
+        _group_gradient(tiles, gradients.b, b.dtype),
+        tiles.unview_state(gradients.h),
+    )
+
+
+_final_state.defvjp(_final_state_fwd, _final_state_bwd)
+
+
+def scan(
+    x: jax.Array,
+    dt: jax.Array,
+    log_decay: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    d: jax.Array | None,
+    initial_state: jax.Array,
+    chunk_size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Chunked SSD on a TPU; shapes and result as `reference.scan`. Chunks are of 128 tokens (see `block_sizes.py`).
+
+    Raises:
+        ValueError: the kernels cannot serve the call (see `tiles_of`).
+    """
+    del chunk_size
+    skip = jnp.zeros((x.shape[2],), jnp.float32) if d is None else d
+    return _scan(tiles_of(x, b), x, dt, log_decay, b, c, skip, initial_state)
+
+
+def final_state(
+    x: jax.Array, dt: jax.Array, log_decay: jax.Array, b: jax.Array, initial_state: jax.Array, chunk_size: int
+) -> jax.Array:
+    """Return the last state of `scan` alone, float32 [B,H,P,N]. Errors as for `scan`."""
+    del chunk_size
+    return _final_state(tiles_of(x, b), x, dt, log_decay, b, initial_state)
