@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from pallas_kernels.ssd import implementations, ssd
+from pallas_kernels.ssd import ssd
 from tests.kernels import oracle
 
 HEADS, HEAD_DIM = 8, 64
+PORTABLE = ("associative", "sequential")
 PASSES = ("forward", "forward+backward")
 TOLERANCE = 1e-5
 """Largest relative L2 error against float64 of a contender that may race (the inputs are benign)."""
@@ -120,9 +121,7 @@ def _transformers(chunk: int) -> tuple[Run, Run]:
 
 def contenders(chunks: tuple[int, ...], peer_chunks: tuple[int, ...]) -> dict[str, tuple[Run, Run]]:
     """Name -> (forward, forward + backward); a peer's name ends in its chunk size."""
-    found = {
-        f"{name} {chunk}": _ours(name, chunk) for name in implementations() if name != "reference" for chunk in chunks
-    }
+    found = {f"{name} {chunk}": _ours(name, chunk) for name in PORTABLE for chunk in chunks}
     if peer_chunks and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
         found |= {f"transformers {chunk}": _transformers(chunk) for chunk in peer_chunks}
     if peer_chunks and importlib.util.find_spec("mamba2_jax"):
@@ -195,8 +194,8 @@ def _turns(run: Run, sets: list[Any]) -> timing.Contender:
 def race(args: argparse.Namespace, runs: dict[str, tuple[Run, Run]]) -> None:
     """Time every shape and pass, print one line each, then the geometric means of the ratios."""
     families = list(dict.fromkeys(name.rpartition(" ")[0] for name in runs))
-    ours = [family for family in families if family in implementations()]
-    peers = [family for family in families if family not in implementations()]
+    ours = [family for family in families if family in PORTABLE]
+    peers = [family for family in families if family not in PORTABLE]
     ratios: dict[tuple[str, str, str], list[float]] = {}
     for index, kind in enumerate(PASSES):
         if kind not in args.passes:
