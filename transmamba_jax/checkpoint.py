@@ -1,41 +1,43 @@
-"""Checkpoints: save asynchronously, restore onto any devices, list and inspect. The only module that knows orbax.
+"""Checkpoints: save asynchronously, restore onto any devices, verify. The only module that knows orbax; also a command.
 
-One step is one folder, `<directory>/<step>/`, of orbax items:
+One step is one folder, `<directory>/<step>/`, of orbax items and a manifest:
 
-    params      the parameters, a plain nested dict of arrays
-    state       every other leaf of the training state under its own path (optimizer state, step, random key)
-    data        JSON: {"processes": [the state of each process's data iterator]}
-    config      JSON: {"yaml": the resolved config}
-    tokenizer   JSON: {"json": the tokenizer}
-    metrics     JSON: {"eval_loss": held-out loss or null}
+    params         the parameters, a plain nested dict of arrays
+    state          every other leaf of the training state under its own path (optimizer state, step, random key)
+    data           JSON: {"processes": [the state of each process's data iterator]}
+    config         JSON: {"yaml": the resolved config}
+    tokenizer      JSON: {"json": the tokenizer}
+    manifest.json  what all of it must be, and the held-out loss (checkpoint_manifest.py)
 
-Orbax alone restores any of them: `ocp.StandardCheckpointer().restore("<directory>/<step>/params")`. A folder gets its
-final name only after everything in it is on disk, so a save that was killed leaves no step behind.
+Orbax alone restores any item: `ocp.StandardCheckpointer().restore("<directory>/<step>/params")`. A folder gets its
+final name only after the items are on disk, and its manifest after that: a save that was killed leaves no step behind,
+and a step that is not what was saved is never used.
 """
 
-import argparse
 import dataclasses
-import datetime
-import functools
 import json
-import math
-import operator
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from transmamba_jax import checkpoint_manifest as manifests
+from transmamba_jax import checkpoint_steps as steps
+from transmamba_jax import checkpoint_tree as trees
 from transmamba_jax import config_file
+from transmamba_jax.checkpoint_manifest import DamagedError, Leaf, Manifest
+from transmamba_jax.checkpoint_steps import SaveError, complete_steps
 from transmamba_jax.config import CheckpointConfig, Config
 
-_MAX_REPORTED = 10  # differences that a refusal spells out
+_PATIENCE_MS = 600_000  # how long processes wait for the one that writes the manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +46,13 @@ class Restored:
 
     step: int
     state: Any
+    """A leaf that is not in the checkpoint is the abstract one that was asked for; see `differences`."""
     data_state: dict[str, Any]
     """Of this process."""
     config_yaml: str
     tokenizer_json: str
+    differences: list[str]
+    """Each leaf that differs from the one asked for and was left out; empty unless `partial` was."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +77,24 @@ class Checkpointer:
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         self._directory = Path(directory).absolute()
+        self._config = config
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                # Orbax stores the metrics of a step only when it is given a ranking.
-                best_fn=lambda metrics: metrics["eval_loss"],
-                best_mode="min",
-                preservation_policy=_LatestAndBest(config.keep_latest, config.keep_best),
+                # Orbax deletes no step: an older one may go only when the new one has its manifest.
+                max_to_keep=None,
                 cleanup_tmp_directories=True,
+                lightweight_initialize=True,  # nothing in a step is read before it is verified
             ),
         )
+        if jax.process_index() == 0:
+            steps.delete_leftovers(self._directory)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
+        self._rejected: set[int] = set()
+        self._saves = 0
+        self.failed_saves = 0
+        """How many saves of this process failed."""
 
     def save(
         self,
@@ -95,306 +108,289 @@ class Checkpointer:
         """Copy the state to the host and write it in the background.
 
         `state` is a registered pytree with a `params` attribute. An earlier save still under way is waited for first.
+        The step exists for `steps`, `restore` and the rest only when its manifest is on disk.
 
         Raises:
             ValueError: `step` is not newer than every complete step; a leaf is not an array; `data_state` is not JSON.
-            OSError: (or what else broke it) the previous save failed in the background.
+            SaveError: the previous save failed in the background; or there is no space for this one, or no permission.
         """
         self.wait()
         done = self.steps()
         if done and step <= done[-1]:
             raise ValueError(f"step must be newer than the newest checkpoint {done[-1]}, found {step}")
-        items = _items(_entries(state), _physical)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(items["params"]),
-                state=ocp.args.StandardSave(items["state"]),
-                data=ocp.args.JsonSave({"processes": _gather(data_state)}),
-                config=ocp.args.JsonSave({"yaml": config_yaml}),
-                tokenizer=ocp.args.JsonSave({"json": tokenizer_json}),
-            ),
-            metrics={"eval_loss": eval_loss},
-            force=True,  # without it orbax may decide to save nothing and says so by returning False
-        )
+        arrays = trees.map_leaves(trees.physical, trees.entries(state))
+        processes = trees.gather_json(data_state)
+        # Only the errors of files: tensorstore reports those as ValueError.
+        try:
+            if jax.process_index() == 0:
+                nbytes = sum(array.nbytes for array in arrays.values())
+                steps.make_room(self._directory, step, nbytes, self._rejected)
+            self._manager.reload()
+            finish = manifests.start_digests(arrays)
+            items = trees.nested(arrays)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(items["params"]),
+                    state=ocp.args.StandardSave(items["state"]),
+                    data=ocp.args.JsonSave({"processes": processes}),
+                    config=ocp.args.JsonSave({"yaml": config_yaml}),
+                    tokenizer=ocp.args.JsonSave({"json": tokenizer_json}),
+                ),
+                force=True,  # without it orbax may decide to save nothing and says so by returning False
+            )
+        except (OSError, ValueError) as error:
+            raise self._failure(step, error) from error
+        leaves = {path: Leaf(str(array.dtype), array.shape, "") for path, array in arrays.items()}
+        self._pending = step, self._thread.submit(self._complete, step, finish, leaves, eval_loss)
 
-    def restore_newest(self, abstract_state: Any) -> Restored | None:
-        """Restore the newest complete step, or None where there is none.
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self._pending is not None and not self._pending[1].done()
+
+    def restore_newest(self, abstract_state: Any, *, partial: bool = False) -> Restored | None:
+        """Restore the newest step that is what was saved, or None where none was ever completed.
 
         Every leaf lands on the sharding of the same leaf of `abstract_state` (arrays or `ShapeDtypeStruct`s); a leaf
-        without one is replicated over all devices.
+        without one is replicated over all devices. A step that is damaged or was not completed is skipped, with a line.
+        With `partial`, leaves whose path, shape or dtype differ are left out and listed.
 
         Raises:
             ValueError: a path, shape or dtype differs, and the message names each with what was asked and what was
-                found; or another number of processes saved.
+                found; another number of processes saved; or there are steps and each of them is damaged.
         """
         self.wait()
-        if not self.steps():
-            return None
-        folder = _step_folder(self._directory, None)
-        entries = _entries(abstract_state)
-        targets = _items(entries, _target)
-        _refuse_differences(folder, targets)
-        arrays = {item: _read_arrays(folder / item, target) for item, target in targets.items()}
-        data_states = _read_json(folder, "data")["processes"]
-        if len(data_states) != jax.process_count():
-            found = f"{folder} has the data positions of {len(data_states)} processes"
-            raise ValueError(f"{found}, found {jax.process_count()} here; continue with as many")
-        leaves = [
-            _logical(functools.reduce(operator.getitem, entry.names, arrays[entry.item]), entry.leaf)
-            for entry in entries
-        ]
-        return Restored(
-            step=int(folder.name),
-            state=jax.tree.unflatten(jax.tree.structure(abstract_state), leaves),
-            data_state=data_states[jax.process_index()],
-            config_yaml=_read_json(folder, "config")["yaml"],
-            tokenizer_json=_read_json(folder, "tokenizer")["json"],
-        )
+        lost = []
+        for step in reversed(steps.folders(self._directory)):
+            folder = self._directory / str(step)
+            try:
+                return _restore(folder, abstract_state, partial)
+            except DamagedError as error:
+                steps.say(f"checkpoint {step} skipped: {error}")
+                self._rejected.add(step)
+                if not steps.saving_marker(self._directory, step).exists():
+                    lost.append(step)
+        if lost:
+            raise ValueError(
+                f"none of the checkpoints {lost} in {self._directory} is what was saved (see above); "
+                "restore the folder from a copy, or use another --workdir"
+            )
+        return None
 
     def steps(self) -> list[int]:
-        """Return the complete steps on disk, oldest first."""
-        return complete_steps(self._directory)
+        """Return the complete steps on disk, oldest first, without those that `restore_newest` found damaged."""
+        return [step for step in complete_steps(self._directory) if step not in self._rejected]
 
     def wait(self) -> None:
-        """Block until the save under way is complete; raise what broke it."""
-        self._manager.wait_until_finished()
+        """Block until the save under way is complete.
+
+        Raises:
+            SaveError: it failed.
+        """
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        error = future.exception()
+        if error is None:
+            return
+        with suppress(type(error)):
+            self._manager.wait_until_finished()  # raises the same once more in this thread
+        raise self._failure(step, error) from error
 
     def close(self) -> None:
         """Wait, raise what broke the last save, and stop the background threads."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._manager.close()
 
+    def _complete(self, step: int, finish: manifests.Finish, leaves: dict[str, Leaf], loss: float | None) -> None:
+        """Finish a save, in the background: digests, the last of orbax's files, the manifest; then delete old steps."""
+        digests, folder = finish(), self._directory / str(step)
+        self._saves += 1
+        try:
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                described = {path: dataclasses.replace(leaf, digest=digests[path]) for path, leaf in leaves.items()}
+                manifests.write(folder, step, loss, described)
+                steps.saving_marker(self._directory, step).unlink()
+                steps.delete_superseded(self._directory, self._config)
+        finally:
+            # No process takes the step for saved before the manifest is there. This thread may not use collectives.
+            ocp.multihost.get_barrier_sync_fn()(key=f"manifest-{self._saves}", timeout_ms=_PATIENCE_MS)
+        if not (folder / manifests.FILE).exists():
+            raise SaveError("process 0 did not complete it")
 
-class _LatestAndBest(NamedTuple):
-    """Keep the newest `latest` steps, and the `best` steps with the lowest finite held-out loss."""
-
-    latest: int
-    best: int
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Answer orbax: one bool a checkpoint, oldest first."""
-        del context
-        losses = [(info.metrics["eval_loss"], info) for info in checkpoints]
-        measured = [(loss, info) for loss, info in losses if loss is not None and math.isfinite(loss)]
-        ranked = [info for _, info in sorted(measured, key=operator.itemgetter(0))]
-        kept = {info.step for info in [*checkpoints[-self.latest :], *ranked[: self.best]]}
-        return [info.step in kept for info in checkpoints]
-
-
-def complete_steps(directory: str | Path) -> list[int]:
-    """Return the steps whose save finished, oldest first; none for a folder that does not exist."""
-    folder = Path(directory).absolute()
-    if not folder.is_dir():
-        return []
-    found = ocp.path.step.standard_name_format().find_all(folder)
-    # The marker is written last; a folder without it is a copy that is not complete.
-    marker = ocp.path.atomicity.COMMIT_SUCCESS_FILE
-    return sorted(step.step for step in found if (folder / str(step.step) / marker).exists())
+    def _failure(self, step: int, error: BaseException) -> SaveError:
+        """Count a failed save, remove what is left of it (the next one needs the space), and say what happened."""
+        self.failed_saves += 1
+        if jax.process_index() == 0:
+            for leftover in self._directory.glob(f"{step}{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        return SaveError(f"checkpoint {step} was not saved: {_one_line(error)}")
 
 
 def restore(directory: str | Path, step: int | None = None, *, params_only: bool = False) -> Checkpoint:
-    """Read a checkpoint, the newest complete one unless `step` is given, onto the devices of this process.
+    """Read a checkpoint onto the devices of this process: the newest that is what was saved, or that of `step`.
 
     The arrays are replicated over all devices, whatever devices they were saved from. With `params_only` the optimizer
-    state is not read and `state` is empty. A random key in `state` is {kind: its uint32 data}.
+    state is not read and `state` is empty. A random key in `state` is {kind: its uint32 data}. A damaged step is
+    skipped, with a line.
 
     Raises:
-        ValueError: no complete checkpoint is there, or not that step; the message lists those that are.
+        ValueError: no complete checkpoint is there, or not that step, and the message lists those that are; or it is
+            damaged, and the message names the leaf.
     """
-    folder = _step_folder(directory, step)
+    newest = steps.step_folder(directory, step)
+    older = [newest] if step is not None else [newest.parent / str(s) for s in reversed(complete_steps(directory))]
+    for folder in older:
+        try:
+            return _read(folder, params_only)
+        except DamagedError as error:
+            if folder == older[-1]:
+                raise ValueError(f"checkpoint {folder} is not what was saved: {error}") from None
+            steps.say(f"checkpoint {folder.name} skipped: {error}")
+    raise AssertionError("the loop returns or raises")
+
+
+def verify(folder: Path) -> Manifest:
+    """Compare everything in the folder of a step with its manifest, an array at a time; needs no device.
+
+    Raises:
+        DamagedError: something differs; the message names each leaf and file.
+    """
+    manifest = _open(folder)
+    manifests.raise_if(_bad_leaves(folder, manifest, manifest.leaves))
+    return manifest
+
+
+def _open(folder: Path) -> Manifest:
+    """Read the manifest and check the files, before orbax reads any of them."""
+    manifest = manifests.read(folder)
+    changed = manifests.changed_files(folder, manifest)
+    if not changed and str(manifest.step) == folder.name:
+        return manifest
+    reasons = [] if str(manifest.step) == folder.name else [f"{manifests.FILE} belongs to step {manifest.step}"]
+    # What a change of the arrays' own files did is said in terms of leaves; the others are needed to read any leaf.
+    data = [name for name in changed if "/d/" in name or name.endswith("manifest.ocdbt")]
+    if data and len(data) == len(changed):
+        items = {name.partition("/")[0] for name in data}
+        reasons += _bad_leaves(folder, manifest, [path for path in manifest.leaves if path.partition("/")[0] in items])
+    raise DamagedError("; ".join([*reasons, *(f"{name} {what}" for name, what in changed.items())]))
+
+
+def _bad_leaves(folder: Path, manifest: Manifest, paths: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Read leaves one at a time into host memory and describe those that are not what was saved."""
+    bad = []
+    for path in paths:
+        item = path.partition("/")[0]
+        try:
+            array = trees.flat(_load(folder / item, {path: ocp.RestoreArgs(restore_type=np.ndarray)}), item)[path]
+        except DamagedError as error:
+            bad.append(f"{path} cannot be read ({error})")
+            continue
+        found, saved = manifests.describe(array), manifest.leaves[path]
+        if found.kind != saved.kind:
+            bad.append(f"{path} is {found.kind}, saved was {saved.kind}")
+        elif found != saved:
+            bad.append(f"{path} has other values than were saved")
+    return bad
+
+
+def _restore(folder: Path, abstract_state: Any, partial: bool) -> Restored:
+    manifest = _open(folder)
+    entries = trees.entries(abstract_state)
+    targets = trees.map_leaves(trees.target, entries)
+    asked = {path: trees.kind(target) for path, target in targets.items()}
+    differences = trees.differences(asked, {path: leaf.kind for path, leaf in manifest.leaves.items()})
+    if differences and not partial:
+        raise ValueError("\n  ".join([f"the checkpoint {folder} does not fit:", *differences]))
+    data_states = _read_json(folder, "data")["processes"]
+    if len(data_states) != jax.process_count():
+        found = f"{folder} has the data positions of {len(data_states)} processes"
+        raise ValueError(f"{found}, found {jax.process_count()} here; continue with as many")
+    fitting = {path for path in targets if path in manifest.leaves and asked[path] == manifest.leaves[path].kind}
+    arrays = _load_verified(folder, manifest, {path: targets[path] for path in targets if path in fitting})
+    leaves = [trees.logical(arrays[path], leaf) if path in arrays else leaf for path, leaf in entries]
+    return Restored(
+        step=manifest.step,
+        state=jax.tree.unflatten(jax.tree.structure(abstract_state), leaves),
+        data_state=data_states[jax.process_index()],
+        config_yaml=_read_json(folder, "config")["yaml"],
+        tokenizer_json=_read_json(folder, "tokenizer")["json"],
+        differences=differences,
+    )
+
+
+def _read(folder: Path, params_only: bool) -> Checkpoint:
+    manifest = _open(folder)
+    wanted = {path: leaf for path, leaf in manifest.leaves.items() if path.startswith("params/") or not params_only}
+    on_all = trees.everywhere()
+    targets = {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype), sharding=on_all) for path, leaf in wanted.items()
+    }
+    arrays = trees.nested(_load_verified(folder, manifest, targets))
     return Checkpoint(
-        step=int(folder.name),
-        params=_read_arrays(folder / "params"),
-        state={} if params_only else _read_arrays(folder / "state"),
+        step=manifest.step,
+        params=arrays["params"],
+        state=arrays["state"],
         data_states=_read_json(folder, "data")["processes"],
         config=config_file.from_yaml(_read_json(folder, "config")["yaml"]),
         tokenizer_json=_read_json(folder, "tokenizer")["json"],
     )
 
 
-def _step_folder(directory: str | Path, step: int | None) -> Path:
-    folder = Path(directory).absolute()
-    done = complete_steps(folder)
-    if not done or (step is not None and step not in done):
-        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        inside = complete_steps(folder / "checkpoints")
-        hint = f"; {folder / 'checkpoints'} has the steps {inside}" if inside else ""
-        raise ValueError(f"no complete {wanted} in {folder}: its complete steps are {done}{hint}")
-    return folder / str(done[-1] if step is None else step)
+def _load_verified(folder: Path, manifest: Manifest, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """Read arrays and compare their digests."""
+    arrays: dict[str, Any] = {}
+    for item in trees.ITEMS:
+        of_item = {path: target for path, target in targets.items() if path.startswith(f"{item}/")}
+        if of_item:
+            try:
+                arrays |= trees.flat(_load(folder / item, _restore_args(of_item)), item)
+            except DamagedError:
+                manifests.raise_if(_bad_leaves(folder, manifest, of_item))
+                raise
+    found = manifests.start_digests(arrays)()
+    different = [path for path in arrays if found[path] != manifest.leaves[path].digest]
+    manifests.raise_if([f"{path} has other values than were saved" for path in different])
+    return arrays
 
 
-class _Entry(NamedTuple):
-    """One leaf of a training state and its place in the checkpoint."""
-
-    item: str  # "params" or "state"
-    names: tuple[str, ...]
-    leaf: Any
-
-
-def _entries(state: Any) -> list[_Entry]:
-    """List the leaves in the order of `jax.tree.leaves`."""
-    entries = []
-    for path, leaf in jax.tree.leaves_with_path(state):
-        names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-            raise ValueError(f"{'/'.join(names)} must be an array, found {leaf!r} of type {type(leaf).__name__}")
-        item, names = ("params", names[1:]) if names[0] == "params" else ("state", names)
-        if _is_key(leaf):
-            names = (*names, _key_kind(leaf))
-        entries.append(_Entry(item, names, leaf))
-    return entries
-
-
-def _items(entries: list[_Entry], convert: Any) -> dict[str, dict[str, Any]]:
-    """Build the nested dict of each item from `convert(leaf)`; plain dicts and arrays need no class to be read."""
-    trees: dict[str, dict[str, Any]] = {"params": {}, "state": {}}
-    for entry in entries:
-        node = trees[entry.item]
-        for name in entry.names[:-1]:
-            node = node.setdefault(name, {})
-        if entry.names[-1] in node:
-            raise ValueError(f"two leaves have the path {entry.item}/{'/'.join(entry.names)}")
-        node[entry.names[-1]] = convert(entry.leaf)
-    return trees
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _key_kind(leaf: Any) -> str:
-    """Name the generator of a typed key, concrete or abstract: "threefry2x32"."""
-    kinds: list[str] = []
-    jax.eval_shape(lambda key: kinds.append(str(jax.random.key_impl(key))), leaf)
-    return kinds[0]
-
-
-def _physical(leaf: Any) -> Any:
-    """Return what is stored: a typed key is stored as its uint32 data, which any program can read."""
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _logical(array: Any, like: Any) -> Any:
-    """Undo `_physical`."""
-    return jax.random.wrap_key_data(array, impl=_key_kind(like)) if _is_key(like) else array
-
-
-def _target(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Return the stored shape and dtype of a leaf and where it has to land."""
-    stored = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    sharding = None if isinstance(leaf, np.ndarray) else leaf.sharding
-    return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding or _everywhere())
-
-
-def _everywhere() -> jax.sharding.Sharding:
-    """Return the sharding that puts the whole array on every device."""
-    if jax.device_count() == 1:
-        return SingleDeviceSharding(jax.devices()[0])
-    return NamedSharding(Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec())
-
-
-def _metadata(folder: Path) -> dict[str, Any]:
-    """Read the shapes and dtypes of an item without its arrays."""
-    return ocp.StandardCheckpointHandler().metadata(folder).tree
-
-
-def _read_arrays(folder: Path, target: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read an item as `target` says, or onto every device."""
-    if target is None:
-        on_all = functools.partial(jax.ShapeDtypeStruct, sharding=_everywhere())
-        target = jax.tree.map(lambda leaf: on_all(leaf.shape, leaf.dtype), _metadata(folder))
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore(folder, target)
-
-
-def _gather(data_state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the data states of all processes, in order; every process calls it."""
-    try:
-        text = np.frombuffer(json.dumps(data_state).encode("utf-8"), np.uint8)
-    except TypeError as error:
-        raise ValueError(f"data_state must be plain JSON: {error}") from None
-    if jax.process_count() == 1:
-        return [data_state]
-    lengths = multihost_utils.process_allgather(np.int32(text.size))
-    padded = np.pad(text, (0, int(lengths.max()) - text.size))
-    texts = zip(multihost_utils.process_allgather(padded), lengths, strict=True)
-    return [json.loads(row[:length].tobytes()) for row, length in texts]
-
-
-def _read_json(folder: Path, item: str) -> Any:
-    name = "metrics" if item == "metrics" else "metadata"  # orbax's names for the files
-    return json.loads((folder / item / name).read_text(encoding="utf-8"))
-
-
-def _leaf_types(tree: dict[str, Any], prefix: str) -> dict[str, str]:
-    """Map the path of each leaf to its dtype and shape, as text."""
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+def _restore_args(targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     return {
-        f"{prefix}/{name(path)}": f"{leaf.dtype} {list(leaf.shape)}" for path, leaf in jax.tree.leaves_with_path(tree)
+        path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+        for path, leaf in targets.items()
     }
 
 
-def _refuse_differences(folder: Path, targets: dict[str, dict[str, Any]]) -> None:
-    """Raise unless the checkpoint has exactly the leaves asked for: orbax would cast a dtype without a word."""
-    asked: dict[str, str] = {}
-    found: dict[str, str] = {}
-    for item, target in targets.items():
-        asked |= _leaf_types(target, item)
-        found |= _leaf_types(_metadata(folder / item), item)
-    lines = [
-        f"{path}: asked {asked.get(path, 'nothing')}, found {found.get(path, 'nothing')}"
-        for path in [*asked, *(path for path in found if path not in asked)]
-        if asked.get(path) != found.get(path)
-    ]
-    if lines:
-        more = [f"and {len(lines) - _MAX_REPORTED} more"] if len(lines) > _MAX_REPORTED else []
-        raise ValueError("\n  ".join([f"the checkpoint {folder} does not fit:", *lines[:_MAX_REPORTED], *more]))
+def _load(folder: Path, restore_args: dict[str, Any]) -> Any:
+    """Read leaves of an item with orbax; the others are not touched."""
+    args = trees.nested(restore_args)[folder.name]
+    asked = jax.tree.map(lambda _: 0, args)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        try:
+            return reader.restore(folder, ocp.args.PyTreeRestore(item=asked, restore_args=args, partial_restore=True))
+        except Exception as error:  # orbax raises the bare class for a chunk that does not decompress
+            raise DamagedError(_one_line(error)) from error
 
 
-def _list(directory: Path) -> list[str]:
-    """Describe each complete step on a line."""
-    lines = [f"{'step':>10}  {'saved (UTC)':<19}  {'MiB':>10}  held-out loss"]
-    done = {info.step: info for info in ocp.path.step.standard_name_format().find_all(directory.absolute())}
-    for step in complete_steps(directory):
-        folder = directory / str(step)
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
-        loss = _read_json(folder, "metrics")["eval_loss"]
-        saved = done[step].commit_timestamp.astimezone(datetime.UTC)
-        lines.append(f"{step:>10}  {saved:%Y-%m-%d %H:%M:%S}  {size:>10.2f}  {'-' if loss is None else f'{loss:.4f}'}")
-    return lines
+def _read_json(folder: Path, item: str) -> Any:
+    return json.loads((folder / item / "metadata").read_text(encoding="utf-8"))
 
 
-def _inspect(directory: Path, step: int | None) -> list[str]:
-    """Describe each array of a step on a line."""
-    folder = _step_folder(directory, step)
-    lines = [f"step {folder.name} of {directory}"]
-    for item in ("params", "state"):
-        tree = _metadata(folder / item)
-        lines += [f"{path}  {kind}" for path, kind in _leaf_types(tree, item).items()]
-        counts = [(math.prod(leaf.shape), jnp.dtype(leaf.dtype).itemsize) for leaf in jax.tree.leaves(tree)]
-        size = sum(count * width for count, width in counts) / 2**20
-        lines.append(f"{item}: {len(counts)} arrays, {sum(count for count, _ in counts):,} numbers, {size:.2f} MiB")
-    return lines
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-195:]}"  # what happened is at the end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """List the steps of a checkpoint folder, or the arrays of one step."""
-    parser = argparse.ArgumentParser(prog="python -m transmamba_jax.checkpoint", description=main.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("list", "steps, dates, sizes, held-out losses"), ("inspect", "path, dtype, shape of arrays")):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("directory", type=Path, metavar="DIR", help="folder of checkpoints: <workdir>/checkpoints")
-        if name == "inspect":
-            command.add_argument("--step", type=int, default=None, help="step to look at (default: the newest)")
-    options = parser.parse_args(arguments)
-    try:
-        _step_folder(options.directory, None)
-        lines = _list(options.directory) if options.command == "list" else _inspect(options.directory, options.step)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print("\n".join(lines))
-    return 0
+    """List, inspect or verify checkpoints: `python -m transmamba_jax.checkpoint verify DIR`."""
+    from transmamba_jax import checkpoint_command  # it needs this module
+
+    return checkpoint_command.main(arguments)
 
 
 if __name__ == "__main__":

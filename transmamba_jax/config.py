@@ -257,6 +257,8 @@ class CheckpointConfig:
     """Newest checkpoints that are kept."""
     keep_best: int = 1
     """Checkpoints with the lowest held-out loss that are kept besides; 0: none."""
+    partial: bool = False
+    """Load what matches from a checkpoint of another configuration, and list the rest, which starts anew."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -16,13 +16,14 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from transmamba_jax import config_file, data, sharding
-from transmamba_jax.checkpoint import Checkpointer, Restored, complete_steps
+from transmamba_jax import config_file, data, run_lock, sharding
+from transmamba_jax.checkpoint import Checkpointer, SaveError
 from transmamba_jax.config import Config
 from transmamba_jax.evaluate import EvaluationStopped, Evaluator
 from transmamba_jax.generate import generate
 from transmamba_jax.model import TransMamba
 from transmamba_jax.report import write_report
+from transmamba_jax.training import resume
 from transmamba_jax.training.metrics import MetricsWriter, Record, Throughput, peak_memory_bytes
 from transmamba_jax.training.optimizer import make_optimizer
 from transmamba_jax.training.preemption import EXIT_PREEMPTED, Preemption
@@ -33,13 +34,14 @@ from transmamba_jax.training.step import (
     abstract_state,
     create_state,
     first_nonfinite,
-    init_state,
     leaf_name,
     make_train_step,
 )
 
 PROMPT_TOKENS = 64
 TEMPERATURE = 0.8
+EXIT_NOT_SAVED = 74
+"""Exit code of a run whose last state could not be saved: EX_IOERR."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -50,10 +52,11 @@ def train(config: Config) -> int:
     """Train to `train.steps`, continuing what is in the work directory, and return the process's exit code.
 
     0: the run is complete and its report is written. EXIT_PREEMPTED: a signal asked it to stop and it saved; the same
-    command goes on from there.
+    command goes on from there. EXIT_NOT_SAVED: it got to one of these ends, but its last state could not be saved.
 
     Raises:
-        ValueError: the configuration cannot run here, or is not that of the run in the work directory.
+        ValueError: the configuration cannot run here, or is not that of the run in the work directory; or another run
+            is using that directory.
         NonFiniteError: the run diverged; nothing was saved since.
     """
     with Preemption() as preemption, contextlib.ExitStack() as cleanup:
@@ -64,18 +67,23 @@ def train(config: Config) -> int:
         data.check_vocabulary(tokenizer, config.model.vocab_size)
         model = TransMamba(config.model)
         workdir = Path(config.workdir)
-        _compare_with_earlier_run(config, workdir)
+        if jax.process_index() == 0:
+            cleanup.enter_context(run_lock.hold(workdir))
+        resume.compare_with_earlier_run(config, model, workdir)
         batches = data.train_batches(config.data, tokenizer, jax.process_index(), jax.process_count())
         cleanup.callback(batches.close)
 
         # 2. The state: the newest checkpoint's, or a new one.
         checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint)
         cleanup.callback(checkpointer.close)
-        restored = checkpointer.restore_newest(abstract_state(config, model, mesh))
+        asked = abstract_state(config, model, mesh)
+        restored = checkpointer.restore_newest(asked, partial=config.checkpoint.partial)
         if restored is None:
             state, start = create_state(config, model, mesh), 0
         else:
-            state, start = _continue(restored, batches, tokenizer)
+            state, start = resume.proceed(restored, batches, tokenizer, config.checkpoint.partial)
+            if restored.differences:
+                state = resume.fill(state, create_state(config, model, mesh))
         (workdir / "config.yaml").write_text(config_file.to_yaml(config), encoding="utf-8")
 
         # 3. Where numbers go.
@@ -93,7 +101,10 @@ def train(config: Config) -> int:
             evaluator=Evaluator(model, config, tokenizer, mesh),
         )
         # 4. Steps, then the report.
-        state, step = run.train(state, start, saved_step=None if restored is None else start)
+        state, step = run.train(state, start)
+        if step not in checkpointer.steps():
+            run.console.say(f"step {step} is NOT saved; the checkpoints are {checkpointer.steps()}")
+            return EXIT_NOT_SAVED
         if preemption.requested:
             run.console.say(f"stopped at step {step}; the same command goes on from there")
             return EXIT_PREEMPTED
@@ -117,7 +128,7 @@ class _Run:
     console: "Console"
     evaluator: Evaluator
 
-    def train(self, state: TrainState, start: int, saved_step: int | None) -> tuple[TrainState, int]:
+    def train(self, state: TrainState, start: int) -> tuple[TrainState, int]:
         """Go from `start` to the last step, or to where a signal asks to stop; return the state and its step."""
         steps, stop = self.config.train.steps, self.preemption
         log = _Log(self)
@@ -137,6 +148,8 @@ class _Run:
 
             # b. The metrics of the step before are fetched: they are ready, so nobody waits. A diverged run ends here.
             log.push(step, metrics, state)
+            if not self.checkpointer.saving:
+                self._settle(step)
 
             # c. Evaluation, then the checkpoint: it knows its held-out loss, and every line up to its step is on disk.
             if self._evaluation_due(step) or self._checkpoint_due(step):
@@ -146,13 +159,14 @@ class _Run:
                 # A periodic checkpoint in the middle of bad steps would push out one from before them.
                 if step == steps or (self._checkpoint_due(step) and bad_steps == 0):
                     self._save(state, step, loss)
-                    saved_step = step
                 log.clock.resume()
 
-        # d. Asked to stop: wherever that was, the state of the last whole step is kept.
-        if saved_step != step:
+        # d. Asked to stop, wherever that was, or the last save failed: the state of the last whole step is kept.
+        self._settle(step)
+        if step not in self.checkpointer.steps():
             log.flush(state)
             self._save(state, step, None)
+            self._settle(step)
         return state, step
 
     def finish(self, state: TrainState, step: int, trained: bool) -> None:
@@ -208,14 +222,25 @@ class _Run:
         return result.loss
 
     def _save(self, state: TrainState, step: int, eval_loss: float | None) -> None:
-        self.checkpointer.save(
-            step,
-            state,
-            self.batches.get_state(),
-            config_file.to_yaml(self.config),
-            self.tokenizer.to_json(),
-            eval_loss,
-        )
+        """Start to save; what breaks is an alarm, and the next step that is due tries again."""
+        self._settle(step)
+        texts = config_file.to_yaml(self.config), self.tokenizer.to_json()
+        try:
+            self.checkpointer.save(step, state, self.batches.get_state(), *texts, eval_loss)
+        except SaveError as error:
+            self._alarm(step, error)
+
+    def _settle(self, step: int) -> None:
+        """Wait for the save under way, and raise the alarm where it failed."""
+        try:
+            self.checkpointer.wait()
+        except SaveError as error:
+            self._alarm(step, error)
+
+    def _alarm(self, step: int, error: SaveError) -> None:
+        failed = self.checkpointer.failed_saves
+        self.console.say(f"ALARM: {error}. Failed saves: {failed}. The checkpoints are {self.checkpointer.steps()}")
+        self.writer.write({"step": step, "checkpoint/failed_saves": failed})
 
     def _sample(self, state: TrainState, step: int) -> str:
         """Continue the beginning of the held-out text (of the training text, where nothing is held out)."""
@@ -314,50 +339,6 @@ class Console:
                 f"  gradient norm {record['grad_norm']:.3f}  learning rate {record['learning_rate']:.2e}"
                 f"  {record['tokens_per_second']:,.0f} tokens/s"
             )
-
-
-def _compare_with_earlier_run(config: Config, workdir: Path) -> None:
-    """Print every difference from the config of the run in `workdir`; refuse what its checkpoints cannot continue."""
-    saved = workdir / "config.yaml"
-    if not saved.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        return
-    earlier = config_file.read_config_file(saved)
-    differences = config_file.differences(earlier, config)
-    if not differences:
-        return
-    print(f"{saved} differs from this run:", *differences, sep="\n  ", flush=True)
-    if not complete_steps(workdir / "checkpoints"):
-        return
-    before, now = _shapes(earlier), _shapes(config)
-    changed = [path for path in {**before, **now} if before.get(path) != now.get(path)]
-    if changed:
-        path = changed[0]
-        named = [line for line in differences if line.startswith(("model.", "optimizer."))]
-        raise ValueError(
-            f"the checkpoints in {workdir} belong to another architecture or optimizer: {'; '.join(named)}; "
-            f"{len(changed)} arrays differ, the first is {path}: {before.get(path)} there, {now.get(path)} here; "
-            "use another --workdir, or the earlier values"
-        )
-
-
-def _shapes(config: Config) -> dict[str, str]:
-    state = jax.eval_shape(lambda: init_state(config, TransMamba(config.model)))
-    return {
-        sharding.path_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree.leaves_with_path(state)
-    }
-
-
-def _continue(restored: Restored, batches: data.BatchIterator, tokenizer: data.Tokenizer) -> tuple[TrainState, int]:
-    """Go on where a checkpoint stopped."""
-    if restored.tokenizer_json != tokenizer.to_json():
-        raise ValueError(
-            "data.tokenizer differs from the tokenizer in the checkpoint: its ids mean other text; "
-            "use the earlier tokenizer, or another --workdir"
-        )
-    batches.set_state(restored.data_state)
-    print(f"continuing from step {restored.step}", flush=True)
-    return restored.state, restored.step
 
 
 def _diagnosis(step: int, bad_steps: int, bad_leaf: int, values: Record, state: TrainState) -> str:

@@ -1,0 +1,267 @@
+"""The manifest of a checkpointed step: what was saved, so that what is read can be compared. Knows no orbax.
+
+`manifest.json` is written into the folder of a step after everything else there, and gets its name only when all of it
+is on disk. A step without one was never saved completely. It holds
+
+    leaves   path -> dtype, shape and digest of every array
+    files    path -> size of every file, and the digest of those up to 1 MiB (metadata, JSON); arrays have their own
+    step, eval_loss, and the digest of the manifest itself
+
+The digest of an array x of 32-bit words is a multilinear hash,
+
+    digest = sum_i x[i_1, ..., i_n] a_1[i_1] ... a_n[i_n]   (mod 2^64),    a_k odd, pseudorandom, fixed
+
+A sum does not depend on how the array is cut: every shard contributes its part, on any mesh. A change of one word
+changes the digest for certain (its weight is odd), anything else with probability 1 - 2^-32 or more. It is a check
+against accidents, not against an attacker.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FILE = "manifest.json"
+
+_DIGESTED_BYTES = 2**20
+_ROW = 2**8  # words of a row that the host multiplies with its weights, at least
+_BLOCK = 2**14  # words that it multiplies at one time, about: their 64-bit copy stays in the cache
+_SLAB = 2**22  # words of an array that it treats as one
+
+Finish = Callable[[], dict[str, str]]
+_Region = tuple[np.ndarray, Sequence[int]]  # part of an array, and where it starts in the whole
+
+
+class DamagedError(ValueError):
+    """A step is not what was saved; the message is one line that names the leaf or the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+    @property
+    def kind(self) -> str:
+        """Dtype and shape, as text: `float32 [7, 4]`."""
+        return f"{self.dtype} {list(self.shape)}"
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array in memory."""
+        return self.size * jnp.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a step consists of."""
+
+    step: int
+    eval_loss: float | None
+    leaves: dict[str, Leaf]
+    files: dict[str, tuple[int, str | None]]
+    """Size in bytes, and digest of a small file."""
+
+
+def start_digests(arrays: Mapping[str, Any]) -> Finish:
+    """Start to digest arrays and return the function that waits for the digests; another thread may call it.
+
+    The arrays may be donated as soon as this returns. On the CPU of one process the finishing thread does the work on
+    the arrays' own memory (numpy, which is several times faster there than compiled code, and nothing is compiled);
+    elsewhere the devices do it, in the order that the processes call this.
+
+    Raises:
+        ValueError: an element is not of 1, 2, 4 or 8 bytes.
+    """
+    pending = {path: _start(array) for path, array in arrays.items()}
+    return lambda: {path: f"{int(finish()):016x}" for path, finish in pending.items()}
+
+
+def describe(array: np.ndarray) -> Leaf:
+    """Describe an array in host memory."""
+    digest = _digest_regions([(array, [0] * array.ndim)])
+    return Leaf(str(array.dtype), array.shape, f"{digest:016x}")
+
+
+def _start(array: Any) -> Callable[[], Any]:
+    if isinstance(array, np.ndarray):
+        return functools.partial(_digest_regions, [(array.copy(), [0] * array.ndim)])
+    if jax.process_count() == 1 and all(device.platform == "cpu" for device in array.sharding.device_set):
+        once = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+        regions = [(np.asarray(shard.data), [part.start or 0 for part in shard.index]) for shard in once]
+        return functools.partial(_digest_regions, regions)
+    with jax.enable_x64(True):
+        weights = [_weights(axis, 0, size) for axis, size in enumerate(_word_shape(array.shape, array.dtype))]
+        total = _digest_on_device(array, weights)
+    return functools.partial(np.asarray, total)
+
+
+def _digest_regions(regions: Sequence[_Region]) -> int:
+    return sum(_digest_slab(*slab) for region in regions for slab in _slabs(*region)) % 2**64
+
+
+def _slabs(data: np.ndarray, start: Sequence[int]) -> Iterator[_Region]:
+    """Cut along the first axis: bounds the memory of copies and of weights."""
+    if data.ndim == 0:
+        yield data, start
+        return
+    length = max(1, len(data) * _SLAB // max(data.size, 1))
+    for top in range(0, len(data), length):
+        yield data[top : top + length], [start[0] + top, *start[1:]]
+
+
+def _digest_slab(data: np.ndarray, start: Sequence[int]) -> int:
+    """Sum the words of part of an array times their weights; `start` is where it lies in the whole array."""
+    shape = _word_shape(data.shape, data.dtype)
+    words = np.ascontiguousarray(data).reshape(-1).view(_word_type(data.dtype))
+    if words.size == 0:
+        return 0
+    weights = [_weights(axis, first, size) for axis, (first, size) in enumerate(zip([*start, 0], shape, strict=False))]
+    # Axes are merged from the last one on until a row is long enough for the loop over rows to be cheap.
+    row, outer = np.ones(1, np.uint64), len(shape)
+    while outer > 0 and row.size < _ROW:
+        outer -= 1
+        row = np.multiply.outer(weights[outer], row).reshape(-1)
+    rows = words.reshape(-1, row.size)
+    sums = np.empty(len(rows), np.uint64)
+    at_a_time = max(1, _BLOCK // row.size)
+    for top in range(0, len(rows), at_a_time):
+        block = rows[top : top + at_a_time].astype(np.uint64)
+        np.einsum("ij,j->i", block, row, out=sums[top : top + at_a_time])
+    sums = sums.reshape(shape[:outer])
+    for axis in reversed(range(outer)):
+        sums = np.einsum("...j,j->...", sums, weights[axis])
+    return int(sums)
+
+
+@jax.jit
+def _digest_on_device(array: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
+    """Compute the same sum where the array is, whole or in shards; the result is on every device."""
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    products = jax.lax.bitcast_convert_type(array, _word_type(array.dtype)).astype(jnp.uint64)
+    for axis, factors in enumerate(weights):
+        products *= factors.reshape([-1 if axis == other else 1 for other in range(products.ndim)])
+    return products.sum(dtype=jnp.uint64)
+
+
+def _word_type(dtype: Any) -> Any:
+    """Return the unsigned type that the bits of an element are read as; 8 bytes are two words."""
+    size = np.dtype(dtype).itemsize
+    if size not in (1, 2, 4, 8):
+        raise ValueError(f"an array of dtype {dtype} cannot be digested: elements must have 1, 2, 4 or 8 bytes")
+    return {1: np.uint8, 2: np.uint16}.get(size, np.uint32)
+
+
+def _word_shape(shape: Sequence[int], dtype: Any) -> tuple[int, ...]:
+    return (*shape, 2) if np.dtype(dtype).itemsize == 8 else tuple(shape)
+
+
+def _weights(axis: int, start: int, size: int) -> np.ndarray:
+    """Return odd 64-bit numbers for `size` indices of an axis, by SplitMix64 (Steele et al., OOPSLA 2014)."""
+    z = np.arange(start + 1, start + size + 1, dtype=np.uint64) + np.uint64((axis + 1) << 48)
+    z *= np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) | np.uint64(1)
+
+
+def write(folder: Path, step: int, eval_loss: float | None, leaves: dict[str, Leaf]) -> None:
+    """Describe the files of `folder` and put the manifest there, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    content = {
+        "step": step,
+        "eval_loss": eval_loss,
+        "leaves": {path: dataclasses.asdict(leaf) for path, leaf in leaves.items()},
+        "files": {name: _describe(path) for name, path in files.items() if name != FILE},
+    }
+    partial = folder / f"{FILE}.partial"
+    with partial.open("w", encoding="utf-8") as stream:
+        json.dump({**content, "digest": _digest_content(content)}, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(folder / FILE)
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def read(folder: Path) -> Manifest:
+    """Read the manifest of a step.
+
+    Raises:
+        DamagedError: there is none, or it is not what was written.
+    """
+    try:
+        content = json.loads((folder / FILE).read_bytes())
+        if content.pop("digest") != _digest_content(content):
+            raise DamagedError(f"{FILE} is damaged: its digest differs")
+        leaves = {
+            path: Leaf(leaf["dtype"], tuple(leaf["shape"]), leaf["digest"]) for path, leaf in content["leaves"].items()
+        }
+        files = {name: (size, hashed) for name, (size, hashed) in content["files"].items()}
+        return Manifest(content["step"], content["eval_loss"], leaves, files)
+    except FileNotFoundError:
+        raise DamagedError(f"it has no {FILE}: its save did not finish, or the file was deleted") from None
+    except OSError as error:
+        raise DamagedError(f"{FILE} cannot be read: {error.strerror}") from None
+    except DamagedError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or JSON of something else
+        raise DamagedError(f"{FILE} is damaged: {type(error).__name__}: {' '.join(str(error).split())}") from None
+
+
+def changed_files(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Return what is wrong with each file that is not as it was written; files that no manifest lists are ignored."""
+    changed = {}
+    for name, (size, expected) in manifest.files.items():
+        try:
+            found_size, found = _describe(folder / name)
+        except FileNotFoundError:
+            changed[name] = "is missing"
+        except OSError as error:
+            changed[name] = f"cannot be read: {error.strerror}"
+        else:
+            if found_size != size:
+                changed[name] = f"has {found_size:,} bytes, saved were {size:,}"
+            elif found != expected:
+                changed[name] = "has other bytes than were saved"
+    return changed
+
+
+def raise_if(reasons: Sequence[str]) -> None:
+    """Raise a DamagedError of all reasons, if there are any."""
+    if reasons:
+        raise DamagedError("; ".join(reasons))
+
+
+def _describe(path: Path) -> tuple[int, str | None]:
+    size = path.stat().st_size
+    return size, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if size <= _DIGESTED_BYTES else None
+
+
+def _digest_content(content: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,138 @@
+"""A training state as named arrays, and back. Knows no orbax."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+ITEMS = ("params", "state")
+"""The parts of a checkpoint that hold arrays; the path of a leaf starts with one of them."""
+
+
+class Entry(NamedTuple):
+    """One leaf of a training state and its place in the checkpoint, `state/opt_state/1/0/mu/embedding`."""
+
+    path: str
+    leaf: Any
+
+
+def entries(state: Any) -> list[Entry]:
+    """List the leaves in the order of `jax.tree.leaves`.
+
+    Raises:
+        ValueError: a leaf is not an array, or two have one path.
+    """
+    found: list[Entry] = []
+    for path, leaf in jax.tree.leaves_with_path(state):
+        names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            raise ValueError(f"{'/'.join(names)} must be an array, found {leaf!r} of type {type(leaf).__name__}")
+        if names[0] != "params":
+            names.insert(0, "state")
+        if _is_key(leaf):
+            names.append(_key_kind(leaf))
+        found.append(Entry("/".join(names), leaf))
+    paths = [entry.path for entry in found]
+    double = next((path for path in paths if paths.count(path) > 1), None)
+    if double is not None:
+        raise ValueError(f"two leaves have the path {double}")
+    return found
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Build the nested dict of each item from path -> leaf; plain dicts and arrays need no class to be read."""
+    trees: dict[str, dict[str, Any]] = {item: {} for item in ITEMS}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = trees
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return trees
+
+
+def flat(tree: Any, item: str) -> dict[str, Any]:
+    """Undo `nested` for one item."""
+    return {f"{item}/{leaf_path(path)}": leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def leaf_path(path: Iterable[Any]) -> str:
+    """Write a tree path as `layers/mixer/q/kernel`."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def differences(asked: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Describe every path whose dtype and shape differ, on a line each."""
+    return [
+        f"{path}: asked {asked.get(path, 'nothing')}, found {found.get(path, 'nothing')}"
+        for path in [*asked, *(path for path in found if path not in asked)]
+        if asked.get(path) != found.get(path)
+    ]
+
+
+def kind(leaf: Any) -> str:
+    """Write dtype and shape: `float32 [7, 4]`."""
+    return f"{leaf.dtype} {list(leaf.shape)}"
+
+
+def physical(leaf: Any) -> Any:
+    """Return what is stored: a typed key is stored as its uint32 data, which any program can read."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def logical(array: Any, like: Any) -> Any:
+    """Undo `physical`."""
+    return jax.random.wrap_key_data(array, impl=_key_kind(like)) if _is_key(like) else array
+
+
+def target(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Return the stored shape and dtype of a leaf and where it has to land."""
+    stored = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    sharding = None if isinstance(leaf, np.ndarray) else leaf.sharding
+    return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding or everywhere())
+
+
+def everywhere() -> jax.sharding.Sharding:
+    """Return the sharding that puts the whole array on every device."""
+    if jax.device_count() == 1:
+        return SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec())
+
+
+def gather_json(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the trees of all processes, in order; every process calls it.
+
+    Raises:
+        ValueError: `tree` is not plain JSON.
+    """
+    try:
+        text = np.frombuffer(json.dumps(tree).encode("utf-8"), np.uint8)
+    except TypeError as error:
+        raise ValueError(f"data_state must be plain JSON: {error}") from None
+    if jax.process_count() == 1:
+        return [tree]
+    lengths = multihost_utils.process_allgather(np.int32(text.size))
+    padded = np.pad(text, (0, int(lengths.max()) - text.size))
+    texts = zip(multihost_utils.process_allgather(padded), lengths, strict=True)
+    return [json.loads(row[:length].tobytes()) for row, length in texts]
+
+
+def map_leaves(convert: Callable[[Any], Any], found: list[Entry]) -> dict[str, Any]:
+    """Return path -> `convert(leaf)`."""
+    return {entry.path: convert(entry.leaf) for entry in found}
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_kind(leaf: Any) -> str:
+    """Name the generator of a typed key, concrete or abstract: "threefry2x32"."""
+    kinds: list[str] = []
+    jax.eval_shape(lambda key: kinds.append(str(jax.random.key_impl(key))), leaf)
+    return kinds[0]

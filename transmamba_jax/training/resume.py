@@ -1,0 +1,72 @@
+"""Resuming: what a run in a work directory may differ in from the one before it, and how it takes over its state."""
+
+from pathlib import Path
+
+import jax
+
+from transmamba_jax import config_file, data, sharding
+from transmamba_jax.checkpoint import Restored, complete_steps
+from transmamba_jax.config import Config
+from transmamba_jax.model import TransMamba
+from transmamba_jax.training.step import TrainState, init_state
+
+
+def compare_with_earlier_run(config: Config, model: TransMamba, workdir: Path) -> None:
+    """Print every difference from the config of the run in `workdir`; refuse what its checkpoints cannot continue."""
+    saved = workdir / "config.yaml"
+    if not saved.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        return
+    earlier = config_file.read_config_file(saved)
+    differences = config_file.differences(earlier, config)
+    if not differences:
+        return
+    print(f"{saved} differs from this run:", *differences, sep="\n  ", flush=True)
+    if config.checkpoint.partial or not complete_steps(workdir / "checkpoints"):
+        return
+    before, now = _shapes(earlier, type(model)(earlier.model)), _shapes(config, model)
+    changed = [path for path in {**before, **now} if before.get(path) != now.get(path)]
+    if changed:
+        path = changed[0]
+        named = [line for line in differences if line.startswith(("model.", "optimizer."))]
+        raise ValueError(
+            f"the checkpoints in {workdir} belong to another architecture or optimizer: {'; '.join(named)}; "
+            f"{len(changed)} arrays differ, the first is {path}: {before.get(path)} there, {now.get(path)} here; "
+            "use another --workdir, or the earlier values"
+        )
+
+
+def _shapes(config: Config, model: TransMamba) -> dict[str, str]:
+    state = jax.eval_shape(lambda: init_state(config, model))
+    return {
+        sharding.path_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree.leaves_with_path(state)
+    }
+
+
+def proceed(
+    restored: Restored, batches: data.BatchIterator, tokenizer: data.Tokenizer, partial: bool
+) -> tuple[TrainState, int]:
+    """Go on where a checkpoint stopped; with `partial`, list what of it was left behind."""
+    left = [*restored.differences]
+    if restored.tokenizer_json != tokenizer.to_json():
+        left.append(
+            "data.tokenizer differs from the tokenizer in the checkpoint: its ids mean other text; "
+            "use the earlier tokenizer, or another --workdir"
+        )
+        if not partial:
+            raise ValueError(left[-1])
+    try:
+        batches.set_state(restored.data_state)
+    except ValueError as error:
+        if not partial:
+            raise
+        left.append(f"{error}: the data start anew")
+    if left:
+        print(f"not taken from checkpoint {restored.step}:", *left, sep="\n  ", flush=True)
+    print(f"continuing from step {restored.step}", flush=True)
+    return restored.state, restored.step
+
+
+def fill(state: TrainState, new: TrainState) -> TrainState:
+    """Take from `new` the leaves that a partial restore left abstract."""
+    return jax.tree.map(lambda leaf, fresh: fresh if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, state, new)
