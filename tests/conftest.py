@@ -1,9 +1,18 @@
 """Rules of the suite: property tests repeat exactly, and a skip needs a hardware reason."""
 
+import os
 from collections.abc import Generator
 
 import hypothesis
 import pytest
+
+# The TPU's compiler (libtpu) runs on any machine. Without these it asks the network whether this is a TPU, and refuses
+# a second process on the machine, such as another worker of pytest.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# A callback from a jitted CPU program that converts its arguments, as the interpreter of TPU kernels has them, waits
+# for ever where the CPU client has one thread: a machine, or a process bound to, one core.
+os.environ.setdefault("NPROC", str(max(2, os.cpu_count() or 1)))
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")

@@ -3,6 +3,8 @@
 An implementation is a module with two functions, `scan` and `final_state`, of the signatures in `reference.py`.
 """
 
+import functools
+import logging
 from types import ModuleType
 
 import jax
@@ -16,6 +18,8 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "sequential": sequential,
     "pallas_tpu": pallas_tpu,
 }
+
+_LOGGER = logging.getLogger(__name__)
 
 _COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -57,20 +61,20 @@ def ssd(
             that the final state is the one after the last real token.
         chunk_size: tokens of one chunk, 1 or more: a matter of speed and memory, not of the result. An implementation
             may use a smaller one.
-        implementation: one of `implementations()`; None: "sequential" where the default backend is a CPU,
-            "associative" elsewhere.
+        implementation: one of `implementations()`; None: by the default backend, "sequential" on a CPU, "pallas_tpu" on
+            a TPU where it can serve the call (see `_automatic`), "associative" elsewhere.
 
     Returns:
         y [B, T, H, P] in x.dtype (at padding: finite, without meaning), final state float32 [B, H, P, N].
 
     Raises:
-        ValueError: a shape or dtype does not fit, T = 0, or the implementation does not exist.
+        ValueError: a shape or dtype does not fit, T = 0, or the implementation does not exist or cannot serve the call.
     """
     _check(x, dt, a, b, initial_state, segment_ids, chunk_size)
     _check_like("c", c, "b", b)
     if d is not None:
         _check_array("d", d, (x.shape[2],), (jnp.float32, x.dtype))
-    module = _module(implementation)
+    module = _module(implementation, x, b)
     dt, log_decay = decay.log_decays(dt, a, segment_ids)
     skip = None if d is None else d.astype(jnp.float32)
     return module.scan(x, dt, log_decay, b, c, skip, _state(x, b, initial_state), min(chunk_size, decay.MAX_CHUNK))
@@ -93,15 +97,36 @@ def ssd_state(
     Arguments and errors as for `ssd` -> float32 [B, H, P, N]. Differentiable in every float input.
     """
     _check(x, dt, a, b, initial_state, segment_ids, chunk_size)
-    module = _module(implementation)
+    module = _module(implementation, x, b)
     dt, log_decay = decay.log_decays(dt, a, segment_ids)
     return module.final_state(x, dt, log_decay, b, _state(x, b, initial_state), min(chunk_size, decay.MAX_CHUNK))
 
 
-def _module(implementation: str | None) -> ModuleType:
+def _automatic(x: jax.Array, b: jax.Array) -> str:
+    """Name the implementation that the default backend runs best of those that can serve the call.
+
+    A compiler cannot partition a kernel: on several devices "pallas_tpu" is chosen inside `jax.shard_map` only.
+    """
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return "sequential"
+    if backend == "tpu" and pallas_tpu.refusal(x, b) is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        if jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual):
+            return "pallas_tpu"
+    return "associative"
+
+
+@functools.cache
+def _log_choice(name: str) -> None:
+    _LOGGER.info("SSD runs as %r, chosen for the default backend %r", name, jax.default_backend())
+
+
+def _module(implementation: str | None, x: jax.Array, b: jax.Array) -> ModuleType:
     name = implementation
     if name is None:
-        name = "sequential" if jax.default_backend() == "cpu" else "associative"
+        name = _automatic(x, b)
+        _log_choice(name)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, found {name!r}")
     return IMPLEMENTATIONS[name]

@@ -1,18 +1,21 @@
-"""Block sizes of the TPU kernels, from shape and dtype: a table, no search at run time.
+"""Block sizes of the TPU kernels, from shape and dtype: a table of candidates in order, no search at run time.
 
 A grid cell of the TPU kernels holds `heads` heads of `tokens` tokens and walks them in chunks of `chunk` tokens.
 
 - chunk = 128. The matrix unit's edge is 128 (v5e, v5p) or 256 (v6e) and a vector register has 128 lanes: a shorter
   chunk leaves lanes of every Q x Q tile empty and fills the matrix unit worse, a longer one makes 2 Q (N + P) products
   a token outgrow the memory traffic that bounds the operator. The argument chunk_size is not used.
-- tokens: 512 if it fits. The forward pass keeps one float32 state a cell for the backward pass, 4 N P / tokens bytes a
-  token and head: at 128 tokens (N = P = 96) that is a third of the traffic of the whole forward pass, at 512 a tenth.
-- heads: the most that fit, at most 8 (the products of all heads of a chunk are unrolled: more heads are more code to
-  compile and bring nothing), and whole register widths of 128 lanes (P = 96: 4 or 8 heads), so that a cell is cut out of
-  the arrays as they lie in memory, [B, T, H P]. Where no number of heads does that, blocks are cut from a transposed copy.
-- "fits": blocks of the backward pass, the larger one, with double buffering, and its scratch stay within 12 MiB. Default
-  limits for a kernel are 16 MiB (v5e, v5p) and 32 MiB (v6e): one table serves the three chips, which have the same 128
-  lanes and, at these sizes, all overlap copies with products.
+- tokens: the most that fit, at most 1024. The forward pass keeps one float32 state a cell for the backward pass,
+  4 N P / tokens bytes a token and head: at 128 tokens (N = P = 96) that is a third of the traffic of the whole forward
+  pass, at 512 a tenth.
+- heads: the most that fit beside that, at most 4 (the products of all heads of a chunk are unrolled: more heads are
+  more code to compile), and whole registers of 128 lanes (4 heads of P = 96, 2 or 4 of 64), so that a cell is cut out
+  of the arrays as they lie in memory, [B, T, H P]. Where no number of heads does that, blocks are cut from a copy.
+- "fits": blocks of the backward pass, the larger one, with double buffering, and its scratch stay within 12 MiB. The
+  compiler's limit for a kernel is 16 MiB by default (v5e, v5p; 32 MiB on v6e), and it needs some for itself.
+
+The chip is no argument: the three have 128 lanes and the limit above in common, and a program lowered for a topology
+is traced before its chip is known.
 """
 
 import dataclasses
@@ -21,8 +24,8 @@ CHUNK = 128
 LANES = 128
 VMEM_BUDGET = 12 * 2**20
 
-_TOKENS = (512, 256, 128)
-_MAX_HEADS = 8
+_TOKENS = (1024, 512, 256, 128)
+_MAX_HEADS = 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,25 @@ import jax.numpy as jnp
 from pallas_kernels.ssd import block_sizes
 from pallas_kernels.ssd.pallas_tpu_backward import backward
 from pallas_kernels.ssd.pallas_tpu_forward import forward
-from pallas_kernels.ssd.pallas_tpu_tiles import Tiles
+from pallas_kernels.ssd.pallas_tpu_tiles import Tiles, vary_alike
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
 _MULTIPLE = 8
 """Rows of a register: head and state dimensions are multiples of it."""
+
+_MAX_DIM = 256
+"""Blocks of every head and state dimension up to it fit the VMEM budget of `block_sizes.py`."""
+
+
+def refusal(x: jax.Array, b: jax.Array) -> str | None:
+    """Say why the kernels cannot serve a call of these shapes and dtypes; None: they can."""
+    reasons = []
+    if x.dtype not in _DTYPES:
+        reasons.append(f"x must be float32 or bfloat16, found {x.dtype.name}: the matrix unit takes no other dtype")
+    for name, size in (("the head dim P of x", x.shape[3]), ("the state dim N of b", b.shape[3])):
+        if size % _MULTIPLE or size > _MAX_DIM:
+            reasons.append(f"{name} must be a multiple of {_MULTIPLE} up to {_MAX_DIM}, found {size}")
+    return "; ".join(reasons) or None
 
 
 def tiles_of(x: jax.Array, b: jax.Array) -> Tiles:
@@ -27,16 +41,11 @@ def tiles_of(x: jax.Array, b: jax.Array) -> Tiles:
     Raises:
         ValueError: the kernels cannot serve the call: dtype, or a head or state dimension.
     """
+    reason = refusal(x, b)
+    if reason is not None:
+        raise ValueError(f"implementation 'pallas_tpu' cannot serve this call: {reason}")
     batch, length, num_heads, head_dim = x.shape
     groups, state_dim = b.shape[2:]
-    reasons = []
-    if x.dtype not in _DTYPES:
-        reasons.append(f"x must be float32 or bfloat16, found {x.dtype.name}: the matrix unit takes no other dtype")
-    for name, size in (("head_dim", head_dim), ("state_dim", state_dim)):
-        if size % _MULTIPLE:
-            reasons.append(f"{name} must be a multiple of {_MULTIPLE}, found {size}")
-    if reasons:
-        raise ValueError(f"implementation 'pallas_tpu' cannot serve this call: {'; '.join(reasons)}")
     blocks = block_sizes.choose(length, num_heads, groups, head_dim, state_dim, x.dtype.itemsize)
     return Tiles(batch, length, num_heads, groups, head_dim, state_dim, blocks)
 
@@ -107,13 +116,13 @@ def _scan_bwd(tiles, residuals, cotangents):
         tiles.view_state(dfinal),
     )
     return (
-        tiles.unview(gradients.x, tiles.head_shape),
-        tiles.unview_rows(gradients.dt),
-        tiles.unview_rows(gradients.log_decay),
-        _group_gradient(tiles, gradients.b, b.dtype),
-        _group_gradient(tiles, gradients.c, c.dtype),
-        jnp.sum(tiles.unview(gradients.skip, tiles.head_shape), axis=(0, 1, 3)),
-        tiles.unview_state(gradients.h),
+        tiles.unview(gradients["x"], tiles.head_shape),
+        tiles.unview_rows(gradients["dt"]),
+        tiles.unview_rows(gradients["log_decay"]),
+        _group_gradient(tiles, gradients["b"], b.dtype),
+        _group_gradient(tiles, gradients["c"], c.dtype),
+        jnp.sum(tiles.unview(gradients["skip"], tiles.head_shape), axis=(0, 1, 3)),
+        tiles.unview_state(gradients["h"]),
     )
 
 
@@ -145,11 +154,11 @@ def _final_state_bwd(tiles, residuals, dfinal):
         tiles.view_state(dfinal),
     )
     return (
-        tiles.unview(gradients.x, tiles.head_shape),
-        tiles.unview_rows(gradients.dt),
-        tiles.unview_rows(gradients.log_decay),
-        _group_gradient(tiles, gradients.b, b.dtype),
-        tiles.unview_state(gradients.h),
+        tiles.unview(gradients["x"], tiles.head_shape),
+        tiles.unview_rows(gradients["dt"]),
+        tiles.unview_rows(gradients["log_decay"]),
+        _group_gradient(tiles, gradients["b"], b.dtype),
+        tiles.unview_state(gradients["h"]),
     )
 
 
@@ -173,7 +182,7 @@ def scan(
     """
     del chunk_size
     skip = jnp.zeros((x.shape[2],), jnp.float32) if d is None else d
-    return _scan(tiles_of(x, b), x, dt, log_decay, b, c, skip, initial_state)
+    return _scan(tiles_of(x, b), *vary_alike(x, dt, log_decay, b, c, skip, initial_state))
 
 
 def final_state(
@@ -181,4 +190,4 @@ def final_state(
 ) -> jax.Array:
     """Return the last state of `scan` alone, float32 [B,H,P,N]. Errors as for `scan`."""
     del chunk_size
-    return _final_state(tiles_of(x, b), x, dt, log_decay, b, initial_state)
+    return _final_state(tiles_of(x, b), *vary_alike(x, dt, log_decay, b, initial_state))

@@ -5,7 +5,8 @@ get the states before each of them, then backwards. With dh [N, P] the gradient 
 VMEM from cell to cell), W_ji = exp(s_i - s_j) for i >= j, S_ji = b_j . c_i and G_ji = x_j . dy_i:
 
     dx_j = dt_j sum_i S_ji W_ji dy_i + dt_j exp(s_Q - s_j) b_j dh + d dy_j
-    db_j = sum_i dt_j G_ji W_ji c_i + dt_j exp(s_Q - s_j) x_j dh^T      dc_i = sum_j dt_j G_ji W_ji b_j + exp(s_i) dy_i h^T
+    db_j = sum_i dt_j G_ji W_ji c_i + dt_j exp(s_Q - s_j) x_j dh^T
+    dc_i = sum_j dt_j G_ji W_ji b_j + exp(s_i) dy_i h^T
     dh'  = exp(s_Q) dh + sum_i c_i^T exp(s_i) dy_i
 
 The gradient of l_k is the sum over everything whose decay spans token k: pairs j < k <= i, reads of h at i >= k, writes
@@ -14,7 +15,7 @@ under strong decay.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +23,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssd.pallas_tpu_forward import next_state
-from pallas_kernels.ssd.pallas_tpu_tiles import Chunk, Decays, Tiles, dot, piece, products, sums_before, sums_since
-
-
-class Gradients(NamedTuple):
-    """Gradients of the views; dc and dskip are None without outputs."""
-
-    x: jax.Array
-    dt: jax.Array
-    log_decay: jax.Array
-    b: jax.Array
-    c: jax.Array | None
-    skip: jax.Array | None
-    h: jax.Array
+from pallas_kernels.ssd.pallas_tpu_tiles import (
+    Chunk,
+    Decays,
+    Tiles,
+    dot,
+    piece,
+    products,
+    result,
+    sums_before,
+    sums_since,
+)
 
 
 def _spanning(pairs: jax.Array) -> jax.Array:
@@ -110,34 +109,39 @@ def _head(
     )
 
 
+def _total(heads: list[_Head], name: str) -> jax.Array:
+    """Sum one result over the heads of a group, which share b and c."""
+    return functools.reduce(jnp.add, (getattr(head, name) for head in heads))
+
+
 class _Refs(NamedTuple):
     """Blocks of a cell, by name."""
 
-    x: object
-    dt: object
-    log_decay: object
-    b: object
-    c: object
-    skip: object
-    dy: object
-    kept: object
-    dfinal: object
-    dx: object
-    ddt: object
-    dlog_decay: object
-    db: object
-    dc: object
-    dskip: object
-    dinitial: object
-    states: object
-    dh: object
+    x: Any
+    dt: Any
+    log_decay: Any
+    b: Any
+    c: Any
+    skip: Any
+    dy: Any
+    kept: Any
+    dfinal: Any
+    dx: Any
+    ddt: Any
+    dlog_decay: Any
+    db: Any
+    dc: Any
+    dskip: Any
+    dinitial: Any
+    states: Any
+    dh: Any
 
     @classmethod
     def make(cls, refs, outputs: bool) -> "_Refs":
         """Name the refs of a kernel; those of y are missing without outputs."""
         missing = () if outputs else ("c", "skip", "dy", "dc", "dskip")
-        refs = iter(refs)
-        return cls(*(None if name in missing else next(refs) for name in cls._fields))
+        given = iter(refs)
+        return cls(*(None if name in missing else next(given) for name in cls._fields))
 
 
 def _store_rows(refs: _Refs, chunk: Chunk, heads: list[_Head]) -> None:
@@ -175,11 +179,11 @@ def _chunk(tiles: Tiles, refs: _Refs, chunk: Chunk, k: jax.Array) -> None:
             x, h, dh = (piece(value, head, tiles.head_dim) for value in (x_all, h_all, dh_all))
             outputs = (c, piece(dy_all, head, tiles.head_dim), scores) if has_outputs else None
             members.append(_head(decays, head, x, b, h, dh, outputs))
-        db = sum(member.db for member in members)
+        db = _total(members, "db")
         if has_outputs:
-            dscores = sum(member.products for member in members)
+            dscores = _total(members, "products")
             db += dot(dscores, c, dtype)
-            dc_all.append(sum(member.dc for member in members) + dot(dscores, b, dtype, left_axis=0))
+            dc_all.append(_total(members, "dc") + dot(dscores, b, dtype, left_axis=0))
         db_all.append(db)
         heads += members
     dx = jnp.concatenate([head.dx for head in heads], axis=1)
@@ -255,36 +259,36 @@ def backward(
     kept: jax.Array,
     dy: jax.Array | None,
     dfinal: jax.Array,
-) -> Gradients:
-    """Return the gradients of the views, from those of y (with c) and of the last state.
+) -> dict[str, jax.Array]:
+    """Return the gradients of the views by name, from those of y (with c) and of the last state.
 
-    db and dc are [B, head blocks, T, N] float32, to be summed, where several head blocks share a group.
+    Those of b and c are [B, head blocks, T, N] float32, to be summed, where several head blocks share a group.
     """
     outputs = c is not None
-    shared = tiles.cells_per_group > 1
     x_spec, b_spec = (tiles.token_spec(shape, reverse=True) for shape in (tiles.head_shape, tiles.group_shape))
     row_spec, state_spec = tiles.row_spec(reverse=True), tiles.state_spec()
-    if shared:
-        db_shape = jax.ShapeDtypeStruct((tiles.batch, tiles.grid[1], tiles.length, tiles.state_dim), jnp.float32)
-        db_spec = tiles.partial_spec()
-    else:
-        db_shape, db_spec = jax.ShapeDtypeStruct(b.shape, b.dtype), b_spec
-    rows, state = jax.ShapeDtypeStruct(dt.shape, jnp.float32), jax.ShapeDtypeStruct(dfinal.shape, jnp.float32)
-    dskip = jax.ShapeDtypeStruct(tiles.state_shape(tiles.batch, rows=1), jnp.float32)
-
-    def present(always: list, when_outputs: dict[int, object]) -> list:
-        for place, value in when_outputs.items():
-            if outputs:
-                always.insert(place, value)
-        return always
-
-    operands = [x, dt, log_decay, b, *((c, skip, dy) if outputs else ()), kept, dfinal]
+    operands: list[Any] = [x, dt, log_decay, b, *((c, skip, dy) if outputs else ()), kept, dfinal]
     in_specs = [x_spec, row_spec, row_spec, b_spec]
     in_specs += [*((b_spec, tiles.skip_spec(), x_spec) if outputs else ()), tiles.kept_spec(reverse=True), state_spec]
-    out_shape = present([jax.ShapeDtypeStruct(x.shape, x.dtype), rows, rows, db_shape, state], {4: db_shape, 5: dskip})
-    out_specs = present([x_spec, row_spec, row_spec, db_spec, state_spec], {4: db_spec, 5: tiles.state_spec(rows=1)})
-    width = tiles.blocks.heads * tiles.head_dim
-    chunks = tiles.blocks.tokens // tiles.blocks.chunk
+
+    if tiles.cells_per_group > 1:
+        partial = (tiles.batch, tiles.grid[1], tiles.length, tiles.state_dim)
+        of_group = (result(x, partial, jnp.float32), tiles.partial_spec())
+    else:
+        of_group = (result(x, b.shape, b.dtype), b_spec)
+    of_skip = (result(x, tiles.state_shape(tiles.batch, rows=1), jnp.float32), tiles.state_spec(rows=1))
+    of_rows = (result(x, dt.shape, jnp.float32), row_spec)
+    outs: dict[str, Any] = {
+        "x": (result(x, x.shape, x.dtype), x_spec),
+        "dt": of_rows,
+        "log_decay": of_rows,
+        "b": of_group,
+    }
+    outs |= {"c": of_group, "skip": of_skip} if outputs else {}
+    outs |= {"h": (result(x, dfinal.shape, jnp.float32), state_spec)}
+    out_shape, out_specs = ([out[place] for out in outs.values()] for place in (0, 1))
+
+    width, chunk = tiles.blocks.heads * tiles.head_dim, tiles.blocks.chunk
     results = pl.pallas_call(
         functools.partial(_kernel, tiles=tiles, outputs=outputs),
         grid=tiles.grid,
@@ -292,17 +296,15 @@ def backward(
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=[
-            pltpu.VMEM((chunks, tiles.state_dim, width), jnp.float32),
+            pltpu.VMEM((tiles.blocks.tokens // chunk, tiles.state_dim, width), jnp.float32),
             pltpu.VMEM((tiles.state_dim, width), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=products(tiles, outputs)[1],
             bytes_accessed=sum(value.size * value.dtype.itemsize for value in (*operands, *out_shape)),
-            transcendentals=tiles.batch * tiles.padded_length * tiles.num_heads * (tiles.blocks.chunk if outputs else 4),
+            transcendentals=tiles.batch * tiles.padded_length * tiles.num_heads * (chunk if outputs else 4),
         ),
         name="ssd_backward" if outputs else "ssd_state_backward",
     )(*operands)
-    dx, ddt, dlog_decay, db, *rest = results
-    dc, dskip = rest[:2] if outputs else (None, None)
-    return Gradients(dx, ddt, dlog_decay, db, dc, dskip, rest[-1])
+    return dict(zip(outs, results, strict=True))

@@ -7,13 +7,14 @@ Of a chunk of Q tokens, with s the running sum of l and h [N, P] the state befor
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ssd.pallas_tpu_tiles import Chunk, Decays, Tiles, dot, piece, products
+from pallas_kernels.ssd.pallas_tpu_tiles import Chunk, Decays, Tiles, dot, piece, products, result
 
 
 def next_state(h: jax.Array, x: jax.Array, b: jax.Array, decays: Decays, head: int) -> jax.Array:
@@ -52,14 +53,14 @@ def _chunk(tiles: Tiles, chunk: Chunk, x_ref, dt_ref, l_ref, b_ref, c_ref, skip_
 
 
 def _kernel(*refs, tiles: Tiles, outputs: bool, keep: bool) -> None:
-    refs = iter(refs)
-    x_ref, dt_ref, l_ref, b_ref = (next(refs) for _ in range(4))
-    c_ref, skip_ref = (next(refs), next(refs)) if outputs else (None, None)
-    initial_ref = next(refs)
-    y_ref = next(refs) if outputs else None
-    final_ref = next(refs)
-    kept_ref = next(refs) if keep else None
-    h_ref = next(refs)
+    given = iter(refs)
+    x_ref, dt_ref, l_ref, b_ref = (next(given) for _ in range(4))
+    c_ref, skip_ref = (next(given), next(given)) if outputs else (None, None)
+    initial_ref = next(given)
+    y_ref = next(given) if outputs else None
+    final_ref = next(given)
+    kept_ref = next(given) if keep else None
+    h_ref = next(given)
     token_block = pl.program_id(2)
 
     @pl.when(token_block == 0)
@@ -96,21 +97,18 @@ def forward(
     Every array is a view of `tiles`.
     """
     outputs = c is not None
-    operands = [x, dt, log_decay, b, *((c, skip) if outputs else ()), h]
+    operands: list[Any] = [x, dt, log_decay, b, *((c, skip) if outputs else ()), h]
     x_spec, b_spec = tiles.token_spec(tiles.head_shape), tiles.token_spec(tiles.group_shape)
     row_spec, state_spec = tiles.row_spec(), tiles.state_spec()
     in_specs = [x_spec, row_spec, row_spec, b_spec, *((b_spec, tiles.skip_spec()) if outputs else ()), state_spec]
 
-    def out(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    final = out(tiles.state_shape(tiles.batch), jnp.float32)
-    kept = out(tiles.state_shape(tiles.batch, tiles.grid[2]), jnp.float32)
-    out_shape = [*([out(x.shape, x.dtype)] if outputs else []), final, *([kept] if keep else [])]
+    final = result(x, tiles.state_shape(tiles.batch), jnp.float32)
+    kept = result(x, tiles.state_shape(tiles.batch, tiles.grid[2]), jnp.float32)
+    out_shape = [*([result(x, x.shape, x.dtype)] if outputs else []), final, *([kept] if keep else [])]
     out_specs = [*([x_spec] if outputs else []), state_spec, *([tiles.kept_spec()] if keep else [])]
     moved = sum(value.size * value.dtype.itemsize for value in (*operands, *out_shape))
     chunk_pairs = tiles.batch * tiles.padded_length * tiles.num_heads * tiles.blocks.chunk
-    results = pl.pallas_call(
+    results: Any = pl.pallas_call(
         functools.partial(_kernel, tiles=tiles, outputs=outputs, keep=keep),
         grid=tiles.grid,
         in_specs=in_specs,

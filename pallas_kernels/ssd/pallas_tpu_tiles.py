@@ -1,7 +1,7 @@
 """What the forward and the backward TPU kernel share: how arrays are cut into blocks, and the decays of one chunk.
 
-The grid is (batch, blocks of heads, blocks of tokens); the last axis is walked in order. Arrays lie in memory as they do
-in a model, [B, T, H P] and [B, T, G N], with whole heads side by side in the lanes: no lane is padding and nothing is
+The grid is (batch, blocks of heads, blocks of tokens); the last axis is walked in order. Arrays lie in memory as they
+do in a model, [B, T, H P] and [B, T, G N], whole heads side by side in the lanes: no lane is padding, nothing is
 transposed. One scalar a token and head (dt, l and their gradients) is [B, head blocks, heads, T], tokens in the lanes.
 States are [N, H P]. Below, "rows" are [heads, Q] and "columns" [Q, 1].
 """
@@ -110,7 +110,7 @@ class Tiles:
         flat, last = self._flat(shape), self.grid[2] - 1
 
         def index(b, h, t):
-            h = h // share if share > 1 else h
+            h = jax.lax.div(h, jnp.int32(share)) if share > 1 else h  # `//` asks the default backend for its kind
             t = last - t if reverse else t
             return (b, 0, t, h) if flat else (b, h, t, 0)
 
@@ -133,15 +133,14 @@ class Tiles:
         """Block [N, heads P] of `view_state`, one for all blocks of tokens; `rows` instead of N."""
         flat = self._flat(self.head_shape)
         width = self.blocks.heads * self.head_dim
-        return pl.BlockSpec(
-            (None, None, rows or self.state_dim, width), lambda b, h, t: (b, 0, 0, h) if flat else (b, h, 0, 0)
-        )
+        index = lambda b, h, _: (b, 0, 0, h) if flat else (b, h, 0, 0)
+        return pl.BlockSpec((None, None, rows or self.state_dim, width), index)
 
     def skip_spec(self) -> pl.BlockSpec:
         """Block [1, heads P] of the view of the skip [1, 1, H, P]: the same for every row of the batch."""
         flat = self._flat(self.head_shape)
         width = self.blocks.heads * self.head_dim
-        return pl.BlockSpec((None, None, 1, width), lambda b, h, t: (0, 0, 0, h) if flat else (0, h, 0, 0))
+        return pl.BlockSpec((None, None, 1, width), lambda _, h, __: (0, 0, 0, h) if flat else (0, h, 0, 0))
 
     def kept_spec(self, reverse: bool = False) -> pl.BlockSpec:
         """Block [N, heads P] of the states kept before each block of tokens, [B, token blocks, ...]."""
@@ -159,6 +158,25 @@ class Tiles:
         if self._flat(self.head_shape):
             return (*lead, 1, rows, self.num_heads * self.head_dim)
         return (*lead, self.grid[1], rows, self.blocks.heads * self.head_dim)
+
+
+def vary_alike(*values: jax.Array) -> tuple[jax.Array, ...]:
+    """Make all values vary over the mesh axes of any, inside `jax.shard_map`; elsewhere change nothing.
+
+    A kernel's operands and results vary over the same axes; the gradient of what did not is summed on the way back.
+    """
+    axes = frozenset().union(*(jax.typeof(value).manual_axis_type.varying for value in values))
+
+    def vary(value: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - jax.typeof(value).manual_axis_type.varying))
+        return jax.lax.pcast(value, missing, to="varying") if missing else value
+
+    return tuple(vary(value) for value in values)
+
+
+def result(like: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
+    """Type of a kernel's result, varying over the mesh axes as the operand `like`."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def dot(left: jax.Array, right: jax.Array, dtype: jnp.dtype, left_axis: int = 1, right_axis: int = 0) -> jax.Array:
@@ -220,8 +238,8 @@ class Decays(NamedTuple):
         from_start = jnp.exp(coarse + fine)
         columns = jnp.concatenate([coarse, fine, from_start, dt, to_end], axis=0).T
         heads = dt.shape[0]
-        parts = (columns[:, k * heads : (k + 1) * heads] for k in range(5))
-        return cls(coarse, fine, *parts, whole=from_start[:, -1:])
+        parts = [columns[:, k * heads : (k + 1) * heads] for k in range(5)]
+        return cls(coarse, fine, parts[0], parts[1], parts[2], parts[3], parts[4], from_start[:, -1:])
 
     def pairs(self, head: int) -> jax.Array:
         """exp(s_i - s_j) at [i, j] for i >= j, else 0: [Q, Q]. Masked before the exponential, which could overflow."""

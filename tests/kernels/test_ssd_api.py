@@ -76,9 +76,21 @@ def test_every_name_is_an_implementation() -> None:
         np.testing.assert_allclose(result, results[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("backend", "expected"), [("cpu", "sequential"), ("tpu", "associative")])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "devices", "expected"),
+    [
+        ("cpu", jnp.float32, 1, "sequential"),
+        ("gpu", jnp.float32, 1, "associative"),
+        ("tpu", jnp.bfloat16, 1, "pallas_tpu"),
+        ("tpu", jnp.float16, 1, "associative"),
+        ("tpu", jnp.bfloat16, 4, "associative"),
+    ],
+)
 def test_automatic_choice_goes_by_the_default_backend(
-    monkeypatch: pytest.MonkeyPatch, backend: str, expected: str
+    monkeypatch: pytest.MonkeyPatch, backend: str, dtype: Any, devices: int, expected: str
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert api._module(None) is api.IMPLEMENTATIONS[expected]
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    arguments = _arguments()
+    chosen = api._module(None, arguments["x"].astype(dtype), arguments["b"].astype(dtype))
+    assert chosen is api.IMPLEMENTATIONS[expected]
