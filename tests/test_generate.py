@@ -1,70 +1,147 @@
 """Generation against the definition: take the forward's last logits, choose, append, again."""
 
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import transmamba_jax as tm
-from tests.test_model import make
-from transmamba_jax.generate import keep_likely
+from tests.test_decode import SMALL, TOTAL, TWO, decoder_of, logits_of, make, random_params
+from transmamba_jax import checkpoint, data
+from transmamba_jax.config import Config
+from transmamba_jax.config_file import to_yaml
+from transmamba_jax.decode import DecodeState
+from transmamba_jax.generate import Sampling, _Output, keep_likely, stream
+from transmamba_jax.generate import __main__ as command
+from transmamba_jax.sampling import choose, row_keys
 
-PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9]]
+# The TransPoints of the model are between the lengths of the prompts, so that one row comes to it later, and never.
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8]]
+NEW = 6
+
+
+def generate(prompts: list[list[int]] = PROMPTS, new: int = NEW, **options: Any) -> list[list[int]]:
+    return tm.generate(*make(TWO), prompts, new, **options)
+
+
+def next_logits(row: list[int]) -> np.ndarray:
+    # Read at its own position in a longer row: what follows a token cannot change its logits.
+    return logits_of(TWO, np.pad(row, (0, TOTAL - len(row)))[None], TWO.transpoints)[0, len(row) - 1]
 
 
 def test_greedy_equals_the_forward_token_by_token() -> None:
-    model, params = make()
-    forward = jax.jit(model.apply)
-    for prompt, new in zip(PROMPTS, tm.generate(model, params, PROMPTS, max_new_tokens=9), strict=True):
+    for prompt, new in zip(PROMPTS, generate(), strict=True):
         row = list(prompt)
-        for _ in range(9):
-            # Read at its own position in a longer row: what follows a token cannot change its logits.
-            logits = forward({"params": params}, jnp.array([row + [0] * (18 - len(row))]))[0, len(row) - 1]
-            row.append(int(jnp.argmax(logits)))
-        assert new == row[len(prompt) :]
+        for token in new:
+            assert token == int(np.argmax(next_logits(row)))
+            row.append(token)
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone() -> None:
+    key = jax.random.key(1)
+    greedy, sampled = generate(new=3), generate(new=3, temperature=2.0, key=key)
+    assert sampled != greedy
+    assert generate(PROMPTS[1:2], 3) == greedy[1:2]
+    assert generate(PROMPTS[1:2], 3, temperature=2.0, key=jax.random.fold_in(key, 1)[None]) == sampled[1:2]
 
 
 def test_sampling_is_reproducible_and_follows_the_key() -> None:
-    model, params = make()
-    draw = lambda seed: tm.generate(
-        model, params, PROMPTS, max_new_tokens=12, temperature=1.5, key=jax.random.key(seed)
-    )
+    draw = lambda seed: generate(new=3, temperature=2.0, key=jax.random.key(seed))
     assert draw(0) == draw(0)
     assert draw(0) != draw(1)
+    assert generate(new=3, temperature=2.0, key=jax.random.PRNGKey(0)) == draw(0)  # a key of the older kind
 
 
-def test_samples_follow_the_models_distribution() -> None:
-    model, params = make()
-    prompt = PROMPTS[0]
-    logits = model.apply({"params": params}, jnp.array([prompt]))[0, -1]
-    probabilities = np.asarray(jax.nn.softmax(logits / 2))
-    new = tm.generate(model, params, [prompt] * 2000, max_new_tokens=1, temperature=2.0, key=jax.random.key(3))
-    counts = np.bincount(np.array(new)[:, 0], minlength=len(probabilities))
-    deviation = (counts - 2000 * probabilities) / np.sqrt(2000 * probabilities * (1 - probabilities))
-    assert np.abs(deviation).max() < 5
+def test_one_prompt_is_continued_in_several_ways() -> None:
+    decoder = decoder_of(TWO)
+    state = decoder.prefill(PROMPTS[:1])
+    forked = state.rows([0, 0, 0])
+    draw = lambda seed: decoder.decode(forked, 3, Sampling(temperature=2.0), jax.random.key(seed))[0].tolist()
+    first = draw(0)
+    assert first == draw(0)
+    assert len({tuple(row) for row in first}) > 1
+
+
+LOGITS = jnp.log(jnp.array([[0.5, 0.1, 0.3, 0.06, 0.04]]))
+
+
+def pick(rows: int = 1, seen: Sequence[int] = (), **options: Any) -> np.ndarray:
+    sampling = Sampling(**options)
+    logits, there = jnp.repeat(LOGITS, rows, axis=0), np.zeros((rows, 5), bool)
+    there[:, list(seen)] = True
+    keys = row_keys(jax.random.key(3), rows, sampling)
+    places = jnp.zeros(rows, jnp.int32)
+    return np.asarray(choose(logits, jnp.asarray(there), keys, places, sampling.numbers(), sampling.top_k))
+
+
+def test_samples_follow_the_distribution() -> None:
+    sharpened = np.array([0.5, 0.1, 0.3, 0.06, 0.04]) ** 0.5
+    expected = 4000 * sharpened / sharpened.sum()
+    counts = np.bincount(pick(4000, temperature=2.0), minlength=5)
+    assert np.abs((counts - expected) / np.sqrt(expected)).max() < 5
 
 
 def test_one_likely_token_is_greedy() -> None:
-    model, params = make()
-    greedy = tm.generate(model, params, PROMPTS, max_new_tokens=5)
-    for option in ({"top_k": 1}, {"top_p": 1e-6}):
-        assert tm.generate(model, params, PROMPTS, 5, temperature=1.0, key=jax.random.key(0), **option) == greedy
+    for option in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert pick(50, temperature=3.0, **option).tolist() == [0] * 50
 
 
-def test_top_k_and_top_p_sets() -> None:
-    logits = jnp.log(jnp.array([[0.5, 0.1, 0.3, 0.06, 0.04]]))
-    kept = lambda **options: np.isfinite(np.asarray(keep_likely(logits, **options)))[0].nonzero()[0].tolist()
+def test_top_k_top_p_and_min_p_sets() -> None:
+    kept = lambda **options: np.isfinite(np.asarray(keep_likely(LOGITS, **options)))[0].nonzero()[0].tolist()
     assert kept(top_k=2) == [0, 2]
     assert kept(top_k=9) == [0, 1, 2, 3, 4]
     assert kept(top_p=0.45) == [0]
     assert kept(top_p=0.7) == [0, 2]
     assert kept(top_p=0.85) == [0, 1, 2]
     assert kept(top_p=1.0) == [0, 1, 2, 3, 4]
+    assert kept(min_p=0.0) == [0, 1, 2, 3, 4]
+    assert kept(min_p=0.11) == [0, 1, 2, 3]
+    assert kept(min_p=0.5) == [0, 2]
+
+
+def test_repetition_penalty_divides_or_multiplies_what_is_there() -> None:
+    # All these logits are negative: log 0.5 · 2 is below log 0.3, and log 0.3 · 2 below log 0.1.
+    assert pick(seen=[0], repetition_penalty=1.7).tolist() == [0]
+    assert pick(seen=[0], repetition_penalty=1.8).tolist() == [2]
+    assert pick(seen=[0, 2], repetition_penalty=1.8).tolist() == [0]
+    logits, there = jnp.array([[2.0, 1.5, -1.0]]), jnp.array([[True, False, False]])
+    for penalty, token in ((1.3, 0), (1.4, 1)):
+        numbers = Sampling(penalty).numbers()
+        assert choose(logits, there, None, jnp.zeros(1, jnp.int32), numbers, None).tolist() == [token]
+
+
+def test_stop_sequences_end_a_row_and_are_left_out() -> None:
+    output = _Output([[1, 2], [2, 3, 4], [9]])
+    # 1 and 2 3 might have begun a stop sequence; 2 3 4 is one.
+    assert [output.take([token], last=False) for token in (1, 5, 2, 3, 2)] == [[], [1, 5], [], [], [2, 3]]
+    assert output.take([3, 4, 7], last=False) == []
+    assert output.stopped
+    assert output.take([8], last=True) == []
+    assert _Output([[1, 2]]).take([5, 1], last=True) == [5, 1]
+    greedy = generate()
+    stopped = generate(stop=[greedy[0][2:4], [*greedy[1][:3], 49]])
+    end = next(place for place in range(NEW) if greedy[0][place : place + 2] == greedy[0][2:4])
+    assert stopped[0] == greedy[0][:end]
+    assert stopped[1] == greedy[1]
+
+
+def test_a_stream_gives_the_tokens_as_they_come() -> None:
+    greedy = generate()
+    decoder = decoder_of(TWO)
+    state = decoder.prefill(PROMPTS)
+    steps = list(stream(decoder, state, NEW))
+    assert len(steps) == NEW
+    assert [[token for step in steps for token in step[row]] for row in range(3)] == greedy
 
 
 def test_no_new_tokens() -> None:
-    model, params = make()
-    assert tm.generate(model, params, PROMPTS, max_new_tokens=0) == [[], [], []]
+    assert generate(new=0) == [[], [], []]
 
 
 @pytest.mark.parametrize(
@@ -73,15 +150,123 @@ def test_no_new_tokens() -> None:
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": [[1], []]}, r"prompts\[1\] is empty"),
         ({"prompts": [[1, 50]]}, r"prompts\[0\] has token 50, outside the vocabulary 0..49"),
-        ({"max_new_tokens": -1}, "max_new_tokens must be >= 0, found -1"),
+        ({"new": -1}, "max_new_tokens must be >= 0, found -1"),
         ({"temperature": -0.5}, "temperature must be >= 0, found -0.5"),
         ({"temperature": float("nan")}, "temperature must be >= 0, found nan"),
         ({"temperature": 1.0}, "needs a random key"),
+        ({"temperature": 1.0, "key": jax.random.split(jax.random.key(0))}, r"shape \(\) or \(3,\), found \(2,\)"),
         ({"top_k": 0}, "top_k must be >= 1, found 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], found 0.0"),
+        ({"min_p": 1.5}, r"min_p must be in \[0, 1\], found 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, found 0.0"),
+        ({"stop": [[]]}, r"stop\[0\] is empty"),
+        ({"transpoints": (-1,)}, "transpoints"),
     ],
 )
-def test_bad_options_are_refused(options, message: str) -> None:
-    model, params = make()
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tm.generate(model, params, **{"prompts": PROMPTS, **options})
+        generate(**options)
+
+
+def test_characters_come_out_when_their_last_byte_is_there() -> None:
+    tokenizer = data.tokenizer_from_json(data.load_tokenizer("bytes").to_json())
+    text = command.Text(tokenizer)
+    pieces = [text.take([byte]) for byte in "aé€😀z".encode()]
+    assert pieces == ["a", "", "é", "", "", "€", "", "", "", "😀", "z"]
+    broken = command.Text(tokenizer)
+    assert broken.take([0xF0]) == ""
+    assert broken.take([], last=True) == "\N{REPLACEMENT CHARACTER}"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+    params: Any
+    step: Any
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of an untrained byte model of one layer, as training writes them."""
+    config = Config(model=dataclasses.replace(SMALL, vocab_size=256, transpoints=(20,)))
+    state = State(params=random_params(config.model), step=jnp.int32(3))
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    writer = checkpoint.Checkpointer(directory, config.checkpoint)
+    writer.save(3, state, {}, to_yaml(config), data.load_tokenizer("bytes").to_json())
+    writer.close()
+    return directory
+
+
+def test_command_continues_the_prompt(
+    saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--checkpoint", str(saved), "--max-new-tokens", "8"]
+    assert command.main([*arguments, "--prompt", "def f"]) == 0
+    shown = capsys.readouterr().out
+    restored = checkpoint.restore(saved, params_only=True)
+    model = tm.TransMamba(restored.config.model)
+    options = {"temperature": 0.8, "key": jax.random.key(0), "stop": [[0]]}
+    (new,) = tm.generate(model, restored.params, [list(b"def f")], 8, **options)
+    assert shown == "def f" + bytes(new).decode(errors="replace") + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("def f"))
+    assert command.main([*arguments, "--prompt", "-"]) == 0
+    assert capsys.readouterr().out == shown
+    assert command.main([*arguments, "--prompt", "def f", "--schedule", "mamba2"]) == 0
+    (new,) = tm.generate(model, restored.params, [list(b"def f")], 8, **options, transpoints=(0,))
+    assert capsys.readouterr().out == "def f" + bytes(new).decode(errors="replace") + "\n"
+
+
+def test_session_goes_on_and_forgets(
+    saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    lines = iter(["", "def f", "", ":back", "", ":back", ":back", ":back", "def f"])
+
+    def typed(_prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    after = []
+    show = command.Terminal.show
+
+    def shown(terminal: command.Terminal, state: DecodeState) -> DecodeState:
+        after.append(show(terminal, state))
+        return after[-1]
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(command.Terminal, "show", shown)
+    assert command.main(["--checkpoint", str(saved), "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out.startswith("A line is added to the text")
+    # After "def f", after an empty line, after the same line again, and anew from the beginning.
+    first, second, again, anew = (int(state.lengths[0]) for state in after)
+    assert 5 < first == anew < second == again
+    np.testing.assert_array_equal(after[1].logits, after[2].logits)
+    np.testing.assert_array_equal(after[0].logits, after[3].logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "a", "--top-p", "2"], r"top_p must be in (0, 1], found 2.0"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be >= 1, found 0"),
+        (["--prompt", "a", "--schedule", "v0"], "unknown schedule 'v0'"),
+        (["--prompt", "a", "--step", "4"], "no complete checkpoint of step 4"),
+        (["--prompt", "a", "--checkpoint", "/nowhere"], "no complete checkpoint in /nowhere"),
+        ([], "--prompt is needed"),
+    ],
+)
+def test_command_reports_what_is_wrong(
+    saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert command.main(["--checkpoint", str(saved), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

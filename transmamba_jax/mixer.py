@@ -6,6 +6,7 @@ t >= P:  y_t = RMSNorm((C_t h_t + D x_t) ∘ SiLU(z_t)),      h_P from the Memor
 output:  y W_o                                              arXiv 2503.24067 §3.1
 """
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -13,12 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ssd import ssd
+from transmamba_jax import cache as memory
 from transmamba_jax.attention import causal_attention
+from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.convolution import causal_conv
 from transmamba_jax.memory_converter import memory_converter
 from transmamba_jax.rotary import rotate
-from transmamba_jax.shapes import Array, Float, Hidden, QueryKey, SegmentIds, State, Step, TransPoint, Value
+from transmamba_jax.shapes import Array, Float, Hidden, Int, QueryKey, SegmentIds, State, Step, TransPoint, Value
 
 # U(±1/√fan_in), as Mamba-2 and PyTorch's linear layers are initialised.
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -56,7 +59,9 @@ class ShortConv(nn.Module):
     param_dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T C"], segment_ids: SegmentIds | None) -> Float[Array, "B T C"]:
+    def __call__(
+        self, x: Float[Array, "B T C"], segment_ids: SegmentIds | None, history: Float[Array, "B J C"] | None = None
+    ) -> Float[Array, "B T C"]:
         """Convolve each channel with its own taps; the last tap is the current token."""
         bound = 1 / math.sqrt(self.width)
 
@@ -65,7 +70,7 @@ class ShortConv(nn.Module):
 
         kernel = self.param("kernel", uniform, (self.width, x.shape[-1]), self.param_dtype)
         bias = self.param("bias", uniform, (x.shape[-1],), self.param_dtype)
-        return nn.silu(causal_conv(x, kernel, bias, segment_ids))
+        return nn.silu(causal_conv(x, kernel, bias, segment_ids, history))
 
 
 class Mixer(nn.Module):
@@ -106,6 +111,103 @@ class Mixer(nn.Module):
         before = jnp.arange(x.shape[1]) < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
         return over_tokens(self.out, jnp.where(before[..., None], attended, scanned))
 
+    def extend(
+        self,
+        x: Hidden,
+        cache: LayerCache,
+        start: Int[Array, ""],
+        valid: Int[Array, "B"],
+        split: int,
+        fresh: bool,
+    ) -> tuple[Hidden, LayerCache]:
+        """Mix n more tokens, those after the ones that `cache` remembers, and remember them too.
+
+        Args:
+            x: the layer's input at the new tokens.
+            cache: what is kept of the tokens before. Attention needs room for the new ones, except when `fresh`; the
+                SSM needs the state.
+            start: position of the first new token.
+            valid: how many of the new tokens are real, a row; the others leave no trace.
+            split: the first `split` of the n tokens go through attention, the rest through the SSM.
+            fresh: nothing is before the new tokens.
+
+        Raises:
+            ValueError: the cache lacks what is needed.
+        """
+        length = x.shape[1]
+        positions = start + jnp.arange(length)
+        q, k, v, window = self._continue(x, cache.window, positions, valid)
+        cache = dataclasses.replace(cache, window=window)
+        real = jnp.arange(length) < valid[:, None]
+        dt = jnp.where(real[..., None], self._step(x), 0)
+        parts = []
+        if split > 0:
+            past = slice(None), slice(split)
+            attended, cache = self._extend_attention(
+                q[past], k[past], v[past], dt[past], positions[:split], cache, fresh
+            )
+            parts.append(attended)
+        if split < length:
+            if cache.state is None:
+                raise ValueError(
+                    "cache must hold the SSM state of the tokens before; convert what attention kept first"
+                )
+            rest = slice(None), slice(split, None)
+            scanned, state = self._scan_to_state(x[rest], q[rest], k[rest], v[rest], dt[rest], cache.state, None)
+            parts.append(scanned)
+            cache = dataclasses.replace(cache, state=state)
+        return over_tokens(self.out, jnp.concatenate(parts, axis=1)), cache
+
+    def _continue(
+        self, x: Hidden, window: Array, positions: Int[Array, "T"], valid: Int[Array, "B"]
+    ) -> tuple[QueryKey, QueryKey, Value, Array]:
+        """Project and convolve tokens whose convolutions reach back into `window`, and move the window on."""
+        cfg = self.config
+        inputs = [over_tokens(dense, x) for dense in (self.q, self.k, self.v)]
+        past = jnp.split(window, (cfg.d_key, 2 * cfg.d_key), axis=-1)
+        convolved = [
+            conv(new, None, old)
+            for conv, new, old in zip((self.conv_q, self.conv_k, self.conv_v), inputs, past, strict=True)
+        ]
+        counts = (cfg.num_groups, cfg.num_groups, cfg.num_heads)
+        q, k, v = (y.reshape(*y.shape[:2], count, -1) for y, count in zip(convolved, counts, strict=True))
+        if cfg.rotary == "both":
+            q, k = self._rotate(q, k, positions)
+        return q, k, v, memory.shift_window(window, jnp.concatenate(inputs, axis=-1), valid)
+
+    def _extend_attention(
+        self,
+        q: QueryKey,
+        k: QueryKey,
+        v: Value,
+        dt: Step,
+        positions: Int[Array, "T"],
+        cache: LayerCache,
+        fresh: bool,
+    ) -> tuple[Float[Array, "B T HP"], LayerCache]:
+        state = cache.state
+        if state is not None:
+            state = memory_converter(
+                k,
+                v,
+                dt,
+                self._decay(),
+                initial_state=state,
+                chunk_size=self.config.chunk_size,
+                implementation=self.config.kernel,
+            )
+        if self.config.rotary == "attention":
+            q, k = self._rotate(q, k, positions)
+        cache = memory.write(dataclasses.replace(cache, state=state), k, v, dt, positions[0])
+        if fresh:
+            y = causal_attention(q, k, v)
+        elif cache.keys is None or cache.values is None:
+            raise ValueError("cache must hold the keys and values of the tokens before; it was made without room")
+        else:
+            y = memory.cached_attention(q, cache.keys, cache.values, positions[0])
+        y = y.reshape(*y.shape[:2], -1)
+        return self._normalise(y) if self.config.attention_norm else y, cache
+
     def _sliced(
         self, x: Hidden, q: QueryKey, k: QueryKey, v: Value, point: int, segment_ids: SegmentIds | None
     ) -> Float[Array, "B T HP"]:
@@ -140,8 +242,8 @@ class Mixer(nn.Module):
         v = heads(self.conv_v(over_tokens(self.v, x), segment_ids), cfg.num_heads)
         return (*self._rotate(q, k), v) if cfg.rotary == "both" else (q, k, v)
 
-    def _rotate(self, q: QueryKey, k: QueryKey) -> tuple[QueryKey, QueryKey]:
-        positions = jnp.arange(q.shape[1])
+    def _rotate(self, q: QueryKey, k: QueryKey, positions: Int[Array, "T"] | None = None) -> tuple[QueryKey, QueryKey]:
+        positions = jnp.arange(q.shape[1]) if positions is None else positions
         return rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta)
 
     def _step(self, x: Hidden) -> Step:
@@ -167,18 +269,36 @@ class Mixer(nn.Module):
         state: State | None,
         segment_ids: SegmentIds | None,
     ) -> Float[Array, "B T HP"]:
-        y, _ = ssd(
+        return self._scan_to_state(x, q, k, v, dt, state, segment_ids)[0]
+
+    def _scan_to_state(
+        self,
+        x: Hidden,
+        q: QueryKey,
+        k: QueryKey,
+        v: Value,
+        dt: Step,
+        state: State | None,
+        segment_ids: SegmentIds | None,
+    ) -> tuple[Float[Array, "B T HP"], State]:
+        y, final = ssd(
             v,
             dt,
             self._decay(),
             k,
             q,
-            d=self.skip.astype(jnp.float32) if self.config.skip else None,
+            d=self._skip(),
             initial_state=state,
             segment_ids=segment_ids,
             chunk_size=self.config.chunk_size,
             implementation=self.config.kernel,
         )
+        return self._gate(x, y), final
+
+    def _skip(self) -> Float[Array, "H"] | None:
+        return self.skip.astype(jnp.float32) if self.config.skip else None
+
+    def _gate(self, x: Hidden, y: Value) -> Float[Array, "B T HP"]:
         return self._normalise(y.reshape(*y.shape[:2], -1) * nn.silu(over_tokens(self.z, x)))
 
     def _normalise(self, y: Float[Array, "B T HP"]) -> Float[Array, "B T HP"]:

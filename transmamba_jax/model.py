@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from transmamba_jax import schedule
+from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.mixer import Mixer, fan_in_uniform, over_tokens, residual_uniform
-from transmamba_jax.shapes import Array, Hidden, Int, Logits, SegmentIds, Tokens, TransPoint
+from transmamba_jax.shapes import Array, Float, Hidden, Int, Logits, SegmentIds, Tokens, TransPoint
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -46,15 +47,25 @@ class Block(nn.Module):
 
     config: ModelConfig
 
-    @nn.compact
-    def __call__(self, x: Hidden, transpoint: TransPoint, segment_ids: SegmentIds | None = None) -> Hidden:
-        """Apply the layer with its TransPoint."""
+    def setup(self) -> None:
+        """Declare the parts."""
         cfg = self.config
         norm = partial(nn.RMSNorm, epsilon=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
-        x = x + Mixer(cfg, name="mixer")(norm(name="mixer_norm")(x), transpoint, segment_ids)
-        if cfg.mlp_dim == 0:
-            return x
-        return x + GatedMLP(cfg, name="mlp")(norm(name="mlp_norm")(x))
+        self.mixer_norm, self.mixer = norm(), Mixer(cfg)
+        if cfg.mlp_dim:
+            self.mlp_norm, self.mlp = norm(), GatedMLP(cfg)
+
+    def __call__(self, x: Hidden, transpoint: TransPoint, segment_ids: SegmentIds | None = None) -> Hidden:
+        """Apply the layer with its TransPoint."""
+        return self._after(x + self.mixer(self.mixer_norm(x), transpoint, segment_ids))
+
+    def extend(self, x: Hidden, cache: LayerCache, *arguments: Any) -> tuple[Hidden, LayerCache]:
+        """Apply the layer to tokens that follow those in `cache`; arguments as for the mixer's `extend`."""
+        mixed, cache = self.mixer.extend(self.mixer_norm(x), cache, *arguments)
+        return self._after(x + mixed), cache
+
+    def _after(self, x: Hidden) -> Hidden:
+        return x + self.mlp(self.mlp_norm(x)) if self.config.mlp_dim else x
 
 
 class TransMamba(nn.Module):
@@ -120,6 +131,49 @@ class TransMamba(nn.Module):
         """Project hidden states onto the vocabulary, accumulated and returned in float32."""
         kernel = self.embedding.T if self.config.tie_embeddings else self.lm_head
         return jnp.matmul(hidden, kernel.astype(self.config.dtype), preferred_element_type=jnp.float32)
+
+    def extend(
+        self,
+        tokens: Tokens,
+        layers: tuple[LayerCache, ...],
+        start: Int[Array, ""],
+        valid: Int[Array, "B"],
+        splits: schedule.Schedule,
+        fresh: bool,
+    ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
+        """Read more tokens of every row, the first of them at position `start`.
+
+        Args:
+            tokens: the new ones, of which the first `valid` of each row are real.
+            layers: what each layer remembers of the tokens before.
+            start: the number of tokens before.
+            valid: real tokens a row, from 0 on.
+            splits: how many of the new tokens go through attention, a layer; the rest goes through the SSM.
+            fresh: `start` is 0, which saves a look into the past.
+
+        Returns:
+            The normalised output of the last layer at each row's last real token (without meaning where there is
+            none), and what the layers remember then.
+        """
+        x = self.embedding.astype(self.config.dtype)[tokens]
+        kinds = [(split, jax.tree.map(jnp.shape, layer)) for split, layer in zip(splits, layers, strict=True)]
+        period = schedule.smallest_period([kinds.index(kind) for kind in kinds])
+        regroup = lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:])
+        stacked = tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[i::period]) for i in range(period))
+
+        def block(x: Hidden, xs: tuple[Any, tuple[LayerCache, ...]]) -> tuple[Hidden, tuple[LayerCache, ...]]:
+            params, caches = xs
+            done = []
+            for index, cache in enumerate(caches):
+                layer = {"params": jax.tree.map(lambda leaf: leaf[index], params)}  # noqa: B023
+                x, cache = self._block().apply(layer, x, cache, start, valid, splits[index], fresh, method="extend")
+                done.append(cache)
+            return x, tuple(done)
+
+        x, stacked = jax.lax.scan(block, x, (jax.tree.map(regroup, self.layers), stacked))
+        take = lambda index: jax.tree.map(lambda leaf: leaf[index // period], stacked[index % period])
+        last = jnp.take_along_axis(x, jnp.maximum(valid - 1, 0)[:, None, None], axis=1)
+        return self.final_norm(last)[:, 0], tuple(take(index) for index in range(len(layers)))
 
     def _init_layers(self, key: jax.Array) -> Any:
         dummy = jnp.zeros((1, 1, self.config.d_model), self.config.dtype)

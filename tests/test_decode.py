@@ -1,0 +1,254 @@
+"""Prefill and decode against the model's own forward, which is tested against float64; and what the memory is."""
+
+import dataclasses
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import transmamba_jax as tm
+from tests import oracle
+from transmamba_jax import cache as memory
+from transmamba_jax import step
+from transmamba_jax.config import ModelConfig
+from transmamba_jax.decode import Decoder, DecodeState
+
+PROMPT, TOTAL = 12, 20
+# TransPoints inside the prompt, at its last token and inside the continuation; never and 0 are among the schedules.
+POINTS = (5, 12, 16)
+CONFIG = ModelConfig(
+    vocab_size=50,
+    num_layers=3,
+    d_model=16,
+    num_heads=2,
+    num_groups=1,
+    head_dim=6,
+    state_dim=4,
+    mlp_dim=20,
+    chunk_size=8,
+    transpoints=POINTS,
+    dtype="float32",
+    kernel="reference",
+)
+# One layer whose TransPoint is inside the continuation.
+SMALL = dataclasses.replace(CONFIG, num_layers=1, mlp_dim=0, tie_embeddings=False, transpoints=(16,))
+TWO = dataclasses.replace(SMALL, num_layers=2, transpoints=(4, 99))
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (1, TOTAL))
+
+
+def random_params(config: ModelConfig) -> Any:
+    """Parameters of about the sizes of a trained model's, drawn by numpy: nothing to compile."""
+    shapes = jax.eval_shape(tm.TransMamba(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    draw = np.random.default_rng(1)
+
+    def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
+        name, normal = path[-1].key, draw.normal(size=shape.shape)
+        if name in ("scale", "skip"):
+            normal = 1 + normal / 5
+        elif name == "dt_bias":
+            normal = normal - 2
+        elif name == "kernel":
+            normal = normal / np.sqrt(shape.shape[-2])
+        return jnp.asarray(normal, shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+@cache
+def make(config: ModelConfig = CONFIG) -> tuple[tm.TransMamba, Any]:
+    return tm.TransMamba(config), random_params(config)
+
+
+@partial(jax.jit, static_argnums=0)
+def forward(config: ModelConfig, params: Any, tokens: Any, points: Any) -> jax.Array:
+    return tm.TransMamba(config).apply({"params": params}, tokens, points)
+
+
+def logits_of(config: ModelConfig, tokens: np.ndarray, points: tuple[int, ...]) -> np.ndarray:
+    """The forward at every position, [B, T, V]; any schedule without compiling again."""
+    config = dataclasses.replace(config, transpoints=(0,))  # given as an argument, so not part of the program
+    _, params = make(config)
+    return np.asarray(forward(config, params, tokens, np.array(tm.schedule.expand(points, config.num_layers))))
+
+
+def read_on(decoder: Decoder, state: DecodeState, tokens: np.ndarray) -> tuple[np.ndarray, DecodeState]:
+    """Read the tokens one by one and return the logits after each, [B, n, V], and the last state."""
+    logits = []
+    for column in tokens.T:
+        state = decoder.extend(state, column[:, None].tolist(), total=TOTAL)
+        logits.append(np.asarray(state.logits))
+    return np.stack(logits, axis=1), state
+
+
+@cache
+def decoder_of(config: ModelConfig = CONFIG, points: tuple[int, ...] | None = None, lazy: bool = True) -> Decoder:
+    return Decoder(*make(config), points, lazy)
+
+
+@pytest.mark.parametrize(("config", "lazy"), [(CONFIG, True), (SMALL, False)], ids=["lazy", "eager"])
+def test_prefill_and_decode_equal_the_forward_at_every_position(config: ModelConfig, lazy: bool) -> None:
+    expected = logits_of(config, TOKENS, config.transpoints)
+    decoder = decoder_of(config, lazy=lazy)
+    state = decoder.prefill(TOKENS[:, :PROMPT].tolist(), total=TOTAL)
+    assert oracle.relative_error(state.logits, expected[:, PROMPT - 1]) < 2e-6
+    logits, state = read_on(decoder, state, TOKENS[:, PROMPT:])
+    for position in range(PROMPT, TOTAL):
+        assert oracle.relative_error(logits[:, position - PROMPT], expected[:, position]) < 2e-6, position
+    assert state.lengths.tolist() == [TOTAL]
+    assert all(layer.keys is None for layer in state.cache.layers)
+
+
+def test_lazy_conversion_gives_the_eager_state() -> None:
+    states = []
+    for lazy in (True, False):
+        decoder = decoder_of(SMALL, lazy=lazy)
+        state = decoder.prefill(TOKENS[:, :PROMPT].tolist(), total=TOTAL)
+        assert (state.cache.layers[0].state is None) == lazy
+        _, state = read_on(decoder, state, TOKENS[:, PROMPT:16])
+        states.append(state.cache.layers[0].state)
+    assert oracle.relative_error(states[0], states[1]) < 1e-6
+
+
+def test_any_split_of_the_prompt_gives_the_same_state() -> None:
+    expected = logits_of(SMALL, TOKENS, SMALL.transpoints)[:, -1]
+    states = []
+    # Pieces that are all before the TransPoint, hold it, and are all after it.
+    for piece in (7, TOTAL):
+        state = decoder_of(SMALL).prefill(TOKENS.tolist(), piece)
+        assert oracle.relative_error(state.logits, expected) < 2e-6
+        states.append(state.cache.layers)
+    assert oracle.relative_error(states[0], states[1]) < 2e-6
+
+
+def test_a_piece_after_others_continues_them() -> None:
+    # Rows of different lengths: the second piece begins before the TransPoint, and only one row comes to it.
+    decoder = decoder_of(SMALL)
+    prompts = [TOKENS[0, :19].tolist(), TOKENS[0, ::-1][:14].tolist()]
+    state = decoder.prefill(prompts, piece=11)
+    assert state.lengths.tolist() == [19, 14]
+    assert state.cache.layers[0].room >= 16
+    for row, prompt in enumerate(prompts):
+        padded = np.pad(prompt, (0, TOTAL - len(prompt)))[None]
+        expected = logits_of(SMALL, padded, SMALL.transpoints)[0, len(prompt) - 1]
+        assert oracle.relative_error(state.logits[row], expected) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"transpoints": tm.schedule.transformer(99), "num_layers": 2},
+        {"transpoints": tm.schedule.mamba2()},
+        {"transpoints": (0, 99), "num_layers": 2},
+        {"dtype": "bfloat16"},
+        {"rotary": "both", "attention_norm": False, "skip": False},
+    ],
+    ids=["never", "zero", "hybrid", "bfloat16", "options"],
+)
+def test_schedules_dtypes_and_options_equal_the_forward(change: dict[str, Any]) -> None:
+    config = dataclasses.replace(SMALL, **change)
+    decoder = decoder_of(config)
+    expected = logits_of(config, TOKENS, config.transpoints)
+    state = decoder.prefill(TOKENS[:, :PROMPT].tolist(), total=TOTAL)
+    logits, after = read_on(decoder, state, TOKENS[:, PROMPT:])
+    together = np.concatenate([np.asarray(state.logits)[:, None], logits], axis=1)
+    tolerance = 2e-6 if config.dtype == "float32" else 1.5e-2
+    assert oracle.relative_error(together, expected[:, PROMPT - 1 :]) < tolerance
+    assert after.logits.dtype == jnp.float32
+    for point, layer in zip(decoder.transpoints, after.cache.layers, strict=True):
+        assert layer.window.dtype == config.dtype
+        assert (layer.state is None) == (point > TOTAL)
+        assert layer.state is None or layer.state.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
+def test_cache_bytes_equal_the_formula(lazy: bool) -> None:
+    # As many tokens as there is room for, so that the formula's length is the room.
+    for room in (0, 4, 5, 13, 99):
+        cache = memory.init_cache(CONFIG, 3, room, POINTS, lazy)
+        for point, layer in zip(POINTS, cache.layers, strict=True):
+            tokens = min(point, room)
+            assert memory.nbytes(layer) == _formula(3, tokens, lazy and tokens > 0)
+            if room < point and room > 0:
+                assert memory.nbytes(layer) == memory.cache_bytes(CONFIG, 3, room, point, lazy)
+            assert layer.room == tokens
+
+
+def _formula(batch: int, tokens: int, pending: bool) -> int:
+    window = 3 * (4 + 4 + 12) * 4
+    state = 0 if pending else 2 * 6 * 4 * 4
+    return batch * (window + state + tokens * ((4 + 12) * 4 + (2 * 4 if pending else 0)))
+
+
+def test_memory_falls_at_every_transpoint_and_stays() -> None:
+    decoder = decoder_of()
+    state = decoder.prefill(TOKENS[:, :PROMPT].tolist(), total=TOTAL)
+    after = {PROMPT: state}
+    for position in range(PROMPT, TOTAL):
+        state = decoder.extend(state, TOKENS[:, position : position + 1].tolist(), total=TOTAL)
+        after[position + 1] = state
+    rooms = {length: [layer.room for layer in state.cache.layers] for length, state in after.items()}
+    assert rooms[12] == [0, 0, 16]
+    assert rooms[15] == [0, 0, 16]
+    assert rooms[16] == [0, 0, 0]
+    assert memory.nbytes(after[16].cache) == memory.nbytes(after[20].cache)
+    rest = sum(memory.cache_bytes(CONFIG, 1, 20, point) for point in POINTS)
+    assert memory.nbytes(after[20].cache.layers) == rest
+
+
+def test_states_are_kept_forked_and_rolled_back() -> None:
+    decoder = decoder_of()
+    kept = decoder.prefill(TOKENS[:, :PROMPT].tolist(), total=TOTAL)
+    before = jax.tree.map(np.array, kept)
+    first, later = decoder.decode(kept, 8)
+    again, _ = decoder.decode(kept, 8)
+    np.testing.assert_array_equal(first, again)
+    for leaf, old in zip(jax.tree.leaves(kept), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(leaf, old)
+    forked = later.rows([0, 0])
+    left, right = (
+        read_on(decoder_of(), forked.rows([0]), np.array([[7]])),
+        read_on(decoder_of(), later, np.array([[7]])),
+    )
+    np.testing.assert_array_equal(left[0], right[0])
+    assert forked.lengths.tolist() == [TOTAL, TOTAL]
+    with pytest.raises(ValueError, match=r"indices must name rows 0..0, found \[1\]"):
+        kept.rows([1])
+
+
+def test_blocks_of_steps_do_not_matter() -> None:
+    decoder = decoder_of()
+    state = decoder.prefill(TOKENS[:, :PROMPT].tolist(), total=TOTAL)
+    whole, end = decoder.decode(state, 8)
+    parts = []
+    for steps in (3, 0, 1, 4):
+        tokens, state = decoder.decode(state, steps)
+        parts.append(tokens)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+    np.testing.assert_array_equal(state.logits, end.logits)
+
+
+def test_bad_arguments_are_refused() -> None:
+    decoder = decoder_of()
+    empty = decoder.start(2)
+    with pytest.raises(ValueError, match="prompts must be one a row, found 1 for 2 rows"):
+        decoder.extend(empty, [[1]])
+    with pytest.raises(ValueError, match=r"prompts\[1\] has token 50, outside the vocabulary 0..49"):
+        decoder.extend(empty, [[1], [50]])
+    with pytest.raises(ValueError, match="piece must be >= 1, found 0"):
+        decoder.extend(empty, [[1], [2]], piece=0)
+    with pytest.raises(ValueError, match="read a prompt first"):
+        decoder.decode(empty, 1)
+    with pytest.raises(ValueError, match="steps must be >= 0, found -1"):
+        decoder.decode(empty, -1)
+    with pytest.raises(ValueError, match=r"state must come from a decoder with the TransPoints \(5, 12, 16\), found"):
+        decoder.decode(decoder_of(SMALL).start(1), 1)
+    uneven = dataclasses.replace(empty, cache=dataclasses.replace(empty.cache, lengths=jnp.array([1, 2])))
+    with pytest.raises(ValueError, match=r"rows must have one length .* found lengths \[1, 2\]"):
+        decoder.extend(uneven, [[1], [2]])
+    with pytest.raises(ValueError, match="batch must be >= 1 and room >= 0"):
+        memory.init_cache(CONFIG, 0, 4)
+    with pytest.raises(ValueError, match="keys, values and steps"):
+        step.convert(CONFIG, decoder._weights.layers[0], memory.init_layer(CONFIG, 1, 0, True))

@@ -1,0 +1,296 @@
+"""What a model remembers between two calls: windows, states, and the keys and values of layers that still attend.
+
+A layer with TransPoint P keeps, for rows of n tokens so far,
+
+    window   the last K - 1 inputs of its convolutions                      always
+    keys, values   of min(P, n) tokens at most, keys as attention reads them   while a row is before P
+    state    the SSM state after n tokens, float32                           from P on; before P too when kept eagerly
+    steps    Δ of those tokens, float32                                      while the state is left for later
+
+so the memory of a layer falls to window and state once every row is past P. The state is either carried along from the
+first token (eager) or computed from keys, values and steps when P is reached (lazy); it is the same state.
+"""
+
+import dataclasses
+import math
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transmamba_jax import schedule
+from transmamba_jax.config import ModelConfig
+from transmamba_jax.shapes import Array, Float, Float32, HeadScalar, Int, QueryKey, State, Step, Value
+
+Keys: TypeAlias = Float[Array, "B G S N"]
+Values: TypeAlias = Float[Array, "B H S P"]
+
+_BLOCK = 512  # keys, and queries, that scores exist for at one time
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """One layer's memory; None is what it does not need (any more, or yet). S is the room for tokens."""
+
+    window: Float[Array, "B J C"]
+    """Last J = K - 1 inputs of the convolutions over q, k and v, side by side, compute dtype."""
+    state: State | None = None
+    keys: Keys | None = None
+    values: Values | None = None
+    steps: Float32[Array, "B S H"] | None = None
+    """0 where no token is: a step of 0 leaves a state alone."""
+
+    @property
+    def room(self) -> int:
+        """Tokens that there is room for in keys and values."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The memory of a model, one row a sequence; sequences may have different lengths."""
+
+    layers: tuple[LayerCache, ...]
+    lengths: Int[Array, "B"]
+    """Tokens read so far."""
+    transpoints: schedule.Schedule = dataclasses.field(metadata={"static": True})
+    """One for each layer."""
+
+
+def init_cache(
+    config: ModelConfig,
+    batch: int,
+    room: int = 0,
+    transpoints: schedule.Schedule | None = None,
+    lazy: bool = True,
+) -> Cache:
+    """Return the memory of `batch` empty rows, with room for min(TransPoint, room) tokens in each layer.
+
+    Args:
+        config: the model's.
+        batch: rows.
+        room: tokens that may follow before the cache has to grow.
+        transpoints: schedule, repeated over the layers; None: the config's.
+        lazy: compute the SSM state at the TransPoint from what attention keeps, instead of carrying it along.
+
+    Raises:
+        ValueError: the schedule is invalid, or batch < 1 or room < 0.
+    """
+    if batch < 1 or room < 0:
+        raise ValueError(f"batch must be >= 1 and room >= 0, found batch={batch}, room={room}")
+    points = schedule.expand(config.transpoints if transpoints is None else transpoints, config.num_layers)
+    layers = tuple(init_layer(config, batch, min(point, room), lazy) for point in points)
+    return Cache(layers, jnp.zeros(batch, jnp.int32), points)
+
+
+def init_layer(config: ModelConfig, batch: int, room: int, lazy: bool) -> LayerCache:
+    """Return the memory of one layer before any token, with room for `room`; `lazy` matters when there is room."""
+    # Zeros by numpy: each shape made by XLA would be a program to compile.
+    zeros = lambda dtype, *shape: jnp.array(np.zeros((batch, *shape), jnp.dtype(dtype)))
+    attends, pending = room > 0, room > 0 and lazy
+    return LayerCache(
+        window=zeros(config.dtype, config.conv_width - 1, 2 * config.d_key + config.d_inner),
+        state=None if pending else zeros("float32", config.num_heads, config.head_dim, config.state_dim),
+        keys=zeros(config.dtype, config.num_groups, room, config.state_dim) if attends else None,
+        values=zeros(config.dtype, config.num_heads, room, config.head_dim) if attends else None,
+        steps=zeros("float32", room, config.num_heads) if pending else None,
+    )
+
+
+def cache_bytes(config: ModelConfig, batch: int, length: int, point: int, lazy: bool = True) -> int:
+    """Return the bytes that one layer with TransPoint `point` needs after `length` tokens: the formula.
+
+        B · [ (K - 1)(2GN + HP) d  +  4 HPN (state)  +  S ((GN + HP) d  +  4 H if lazy) ],   S = length if length < P
+
+    d bytes of the compute dtype. The state is absent before P when lazy, keys and values from P on.
+    """
+    itemsize = jnp.dtype(config.dtype).itemsize
+    attends = length < point
+    total = (config.conv_width - 1) * (2 * config.d_key + config.d_inner) * itemsize
+    if not attends or not lazy:
+        total += 4 * config.d_inner * config.state_dim
+    if attends:
+        total += length * ((config.d_key + config.d_inner) * itemsize + 4 * config.num_heads * lazy)
+    return batch * total
+
+
+def nbytes(tree: object) -> int:
+    """Return the bytes of the arrays of a cache, or of anything else."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def widen(layer: LayerCache, room: int) -> LayerCache:
+    """Return the layer with room for `room` tokens, which it may already have."""
+    if layer.keys is None or layer.values is None or room <= layer.room:
+        return layer
+    more = room - layer.room
+    grow = lambda array, axis: jnp.pad(array, [(0, more if i == axis else 0) for i in range(array.ndim)])
+    return dataclasses.replace(
+        layer,
+        keys=grow(layer.keys, 2),
+        values=grow(layer.values, 2),
+        steps=None if layer.steps is None else grow(layer.steps, 1),
+    )
+
+
+def write(layer: LayerCache, keys: QueryKey, values: Value, dt: Step, start: Int[Array, ""]) -> LayerCache:
+    """Store n tokens of every row from place `start` on; there must be room for them."""
+    if layer.keys is None or layer.values is None:
+        return layer
+    put = lambda whole, part, axis: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis)
+    return dataclasses.replace(
+        layer,
+        keys=put(layer.keys, keys.swapaxes(1, 2), 2),  # [B, n, G, N] -> [B, G, n, N]
+        values=put(layer.values, values.swapaxes(1, 2), 2),
+        steps=None if layer.steps is None else put(layer.steps, dt, 1),
+    )
+
+
+def write_one(
+    layer: LayerCache,
+    keys: Float[Array, "B G N"],
+    values: Float[Array, "B H P"],
+    dt: Float32[Array, "B H"],
+    positions: Int[Array, "B"],
+) -> LayerCache:
+    """Store one token of each row at its position; a row that is past its room is left alone."""
+    if layer.keys is None or layer.values is None:
+        return layer
+    return dataclasses.replace(
+        layer,
+        keys=_put_rows(layer.keys, keys[:, :, None], positions, 2),
+        values=_put_rows(layer.values, values[:, :, None], positions, 2),
+        steps=None if layer.steps is None else _put_rows(layer.steps, dt[:, None], positions, 1),
+    )
+
+
+def _put_rows(whole: Array, parts: Array, positions: Int[Array, "B"], axis: int) -> Array:
+    """Write parts[b], one token, at positions[b] of row b; row by row, because XLA's scatter copies the whole."""
+
+    def put(row: Array | int, whole: Array) -> Array:
+        place = [0] * whole.ndim
+        place[0], place[axis] = row, positions[row]
+        part = jax.lax.dynamic_slice_in_dim(parts, row, 1)
+        old = jax.lax.dynamic_slice(whole, place, part.shape)
+        return jax.lax.dynamic_update_slice(whole, jnp.where(positions[row] < whole.shape[axis], part, old), place)
+
+    if len(parts) == 1:
+        return put(0, whole)
+    return jax.lax.fori_loop(0, len(parts), put, whole)
+
+
+def shift_window(
+    window: Float[Array, "B J C"], inputs: Float[Array, "B n C"], valid: Int[Array, "B"] | None
+) -> Float[Array, "B J C"]:
+    """Return the last J inputs after the first `valid` of the new ones (None: after all of them)."""
+    joined = jnp.concatenate([window, inputs], axis=1)
+    if valid is None:
+        return joined[:, inputs.shape[1] :]
+    places = valid[:, None] + jnp.arange(window.shape[1])
+    return jnp.take_along_axis(joined, places[..., None], axis=1)
+
+
+def attend_once(
+    q: Float[Array, "B G N"], keys: Keys, values: Values, positions: Int[Array, "B"]
+) -> Float[Array, "B H P"]:
+    """Attend from the token at each row's position to the cached tokens up to and including it.
+
+    All of the room is read: two plain products of a vector, at the speed of memory, are faster than a loop over the
+    blocks that hold tokens. Scores, statistics and accumulation are float32.
+    """
+    heads, groups = values.shape[1], keys.shape[1]
+    operand = _operand(q.dtype)
+    score = jnp.einsum("bgn,bgsn->bgs", q.astype(operand), keys.astype(operand), preferred_element_type=jnp.float32)
+    seen = jnp.arange(keys.shape[2]) <= positions[:, None, None]
+    weight = jax.nn.softmax(jnp.where(seen, score / math.sqrt(q.shape[-1]), -jnp.inf), axis=-1)
+    weight = jnp.repeat(weight, heads // groups, axis=1).astype(operand)
+    read = jnp.einsum("bhs,bhsp->bhp", weight, values.astype(operand), preferred_element_type=jnp.float32)
+    return read.astype(values.dtype)
+
+
+def _operand(dtype: jnp.dtype) -> jnp.dtype:
+    # XLA's CPU products of bfloat16 take 1.5 times as long as a cast to float32 and its product.
+    return jnp.promote_types(dtype, jnp.float32) if jax.default_backend() == "cpu" else dtype
+
+
+def cached_attention(q: QueryKey, keys: Keys, values: Values, start: Int[Array, ""]) -> Value:
+    """Attend from the tokens at start + i to the cached tokens up to and including each.
+
+        y_i = Σ_{s <= start + i} softmax_s(q_i · k_s / √N) v_s
+
+    Online softmax over blocks of keys, of which only those are visited that a query can see. Scores, statistics and
+    accumulation are float32. The queries' own keys and values are in the cache already.
+
+    Returns:
+        [B, n, H, P] in the dtype of `values`.
+    """
+    batch, length = q.shape[:2]
+    positions = jnp.broadcast_to(start + jnp.arange(length), (batch, length))
+    if length <= _BLOCK:
+        return _attend(q, keys, values, positions)
+    count = math.ceil(length / _BLOCK)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, count * _BLOCK - length)) + ((0, 0),) * (x.ndim - 2), mode="edge")
+    split = lambda x: jnp.moveaxis(pad(x).reshape(batch, count, _BLOCK, *x.shape[2:]), 1, 0)
+    out = jax.lax.map(lambda xs: _attend(xs[0], keys, values, xs[1]), (split(q), split(positions)))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, count * _BLOCK, *out.shape[3:])[:, :length]
+
+
+def _attend(q: QueryKey, keys: Keys, values: Values, positions: Int[Array, "B n"]) -> Value:
+    batch, length, groups, width = q.shape
+    heads, room, channels = values.shape[1:]
+    operand = _operand(q.dtype)
+    block = min(room, _BLOCK)
+    query = q.swapaxes(1, 2).astype(operand)
+    values = values.reshape(batch, groups, heads // groups, room, channels)
+
+    def visit(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, out = carry
+        # The last block begins early where blocks do not fill the room; what it shares with the one before is masked.
+        first = jnp.minimum(index * block, room - block)
+        key = jax.lax.dynamic_slice_in_dim(keys, first, block, axis=2).astype(operand)
+        value = jax.lax.dynamic_slice_in_dim(values, first, block, axis=3).astype(operand)
+        score = jnp.einsum("bgqn,bgsn->bgqs", query, key, preferred_element_type=jnp.float32) / math.sqrt(width)
+        slots = first + jnp.arange(block)
+        seen = (slots >= index * block) & (slots <= positions[..., None])  # [B, n, S]
+        score = jnp.where(seen[:, None], score, -jnp.inf)
+        higher = jnp.maximum(top, score.max(-1))
+        weight, keep = jnp.exp(score - higher[..., None]), jnp.exp(top - higher)
+        read = jnp.einsum("bgqs,bgrsp->bgrqp", weight.astype(operand), value, preferred_element_type=jnp.float32)
+        return higher, total * keep + weight.sum(-1), out * keep[:, :, None, :, None] + read
+
+    # Block 0 holds slot 0, which every query sees: the maximum is finite from the first visit on.
+    top = jnp.full((batch, groups, length), -jnp.inf)
+    carry = top, jnp.zeros_like(top), jnp.zeros((batch, groups, heads // groups, length, channels))
+    if block == room:
+        _, total, out = visit(jnp.int32(0), carry)
+    else:
+        stop = jnp.minimum(jnp.max(positions), room - 1) // block + 1
+        _, total, out = jax.lax.fori_loop(0, stop, visit, carry)
+    out = (out / total[:, :, None, :, None]).reshape(batch, heads, length, channels)
+    return out.swapaxes(1, 2).astype(values.dtype)
+
+
+def step_state(
+    state: State, dt: Float32[Array, "B H"], a: HeadScalar, b: Float[Array, "B G N"], x: Float[Array, "B H P"]
+) -> State:
+    """Return h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t b_tᵀ, the recurrence of one token, in float32."""
+    heads, groups = x.shape[1], b.shape[1]
+    b = jnp.repeat(b.astype(jnp.float32), heads // groups, axis=1)
+    written = dt[..., None] * x.astype(jnp.float32)
+    return jnp.exp(dt * a)[..., None, None] * state + written[..., None] * b[:, :, None, :]
+
+
+def read_state(state: State, c: Float[Array, "B G N"]) -> Float32[Array, "B H P"]:
+    """Return h_t c_t."""
+    batch, heads, channels, width = state.shape
+    grouped = state.reshape(batch, c.shape[1], -1, width)
+    return jnp.einsum("bgpn,bgn->bgp", grouped, c.astype(jnp.float32)).reshape(batch, heads, channels)
+
+
+def bucket(tokens: int) -> int:
+    """Round a number of tokens up, by a quarter at most beyond 64, so that few lengths are ever compiled for."""
+    step = max(16, 1 << max(int(tokens).bit_length() - 3, 0))
+    return -(-tokens // step) * step

@@ -1,0 +1,364 @@
+"""Reading prompts and continuing them, with memory that falls at every TransPoint.
+
+A stage is the set of layers that still attend. Each stage has its own compiled program, for which room, kinds of layers
+and batch are static and the number of steps is not; between two programs `_ready` drops keys and values that no row
+needs any more, computes states that are needed now, and makes room.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool
+
+from transmamba_jax import cache as memory
+from transmamba_jax import sampling as choice
+from transmamba_jax import schedule, step
+from transmamba_jax.cache import Cache
+from transmamba_jax.config import ModelConfig
+from transmamba_jax.model import TransMamba
+from transmamba_jax.sampling import Sampling
+from transmamba_jax.shapes import Array, Float, Float32, Int
+from transmamba_jax.step import Kind, LayerWeights
+
+BLOCK_STEPS = 32
+"""Tokens of one call of a compiled program, at most."""
+_SMALL_ROOM = 2048  # tokens; room that is made at once, however few tokens there are
+
+PIECE = 2048
+"""Prompt tokens read at a time, which bounds the memory of a long prompt."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Where rows have got to: plain data, to be kept, copied, sliced (`rows`) or written to a file."""
+
+    cache: Cache
+    logits: Float32[Array, "B V"]
+    """Of each row's next token."""
+    seen: Bool[Array, "B V"]
+    """Tokens that a row has."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row so far."""
+        return np.asarray(self.cache.lengths)
+
+    def rows(self, indices: Sequence[int]) -> "DecodeState":
+        """Return the state of these rows; one named several times goes on in several ways."""
+        picked = np.asarray(indices, np.int32)
+        if picked.ndim != 1 or picked.size == 0 or picked.min() < 0 or picked.max() >= len(self.lengths):
+            raise ValueError(f"indices must name rows 0..{len(self.lengths) - 1}, found {list(indices)}")
+        return jax.tree.map(lambda leaf: leaf[picked], self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """Parameters as a step reads them: each layer's apart, since a slice of a stack is a copy."""
+
+    embedding: Float[Array, "V D"]
+    head: Float[Array, "D V"] | None
+    final_norm: Float[Array, "D"]
+    layers: tuple[LayerWeights, ...]
+
+
+class Decoder:
+    """Reads prompts and continues them with one model under one schedule.
+
+    Holds a copy of the parameters that is laid out for single tokens. Every method returns a new state and leaves the
+    given one as it was, unless told that it may be consumed, which saves a copy of the cache.
+    """
+
+    def __init__(
+        self, model: TransMamba, params: Any, transpoints: Sequence[int] | None = None, lazy: bool = True
+    ) -> None:
+        """Lay out the parameters; `transpoints` None: the config's; `lazy`: see `cache`.
+
+        Raises:
+            ValueError: the schedule is invalid.
+        """
+        self.config = model.config
+        self._model, self._params, self._lazy = model, params, lazy
+        points = model.config.transpoints if transpoints is None else tuple(transpoints)
+        self.transpoints = schedule.expand(points, model.config.num_layers)
+        self._weights = _lay_out(model.config, params)
+
+    def start(self, batch: int) -> DecodeState:
+        """Return the state of `batch` rows without any token."""
+        cache = memory.init_cache(self.config, batch, 0, self.transpoints, self._lazy)
+        size = (batch, self.config.vocab_size)
+        return DecodeState(cache, jnp.zeros(size, jnp.float32), jnp.zeros(size, bool))
+
+    def prefill(self, prompts: Sequence[Sequence[int]], piece: int = PIECE, *, total: int | None = None) -> DecodeState:
+        """Read prompts of any lengths; arguments and errors as for `extend`."""
+        check_prompts(prompts, self.config.vocab_size)
+        return self.extend(self.start(len(prompts)), prompts, piece, total=total, consume=True)
+
+    def extend(
+        self,
+        state: DecodeState,
+        prompts: Sequence[Sequence[int]],
+        piece: int = PIECE,
+        *,
+        total: int | None = None,
+        consume: bool = False,
+    ) -> DecodeState:
+        """Read more tokens of each row; the rows have one length so far.
+
+        Args:
+            state: where the rows are.
+            prompts: tokens of each row, of any lengths.
+            piece: tokens that are read at a time: a matter of speed and memory, not of the result.
+            total: as for `decode`.
+            consume: `state` is not needed any more.
+
+        Raises:
+            ValueError: a prompt is empty or has an id outside the vocabulary, there is not one a row, the rows differ
+                in length or come from another schedule, or piece < 1.
+        """
+        check_prompts(prompts, self.config.vocab_size)
+        self._check_schedule(state)
+        lengths = state.lengths
+        if len(prompts) != len(lengths):
+            raise ValueError(f"prompts must be one a row, found {len(prompts)} for {len(lengths)} rows")
+        if lengths.min() != lengths.max():
+            raise ValueError(f"rows must have one length to be read on together, found lengths {lengths.tolist()}")
+        if piece < 1:
+            raise ValueError(f"piece must be >= 1, found {piece}")
+        news = np.array([len(prompt) for prompt in prompts])
+        if lengths[0] > 0 and news.min() == news.max() <= BLOCK_STEPS:
+            # A few tokens cost less one after another than a program for them would.
+            return self._go(state, np.array(prompts, np.int32), Sampling(), None, total or 0, consume)[1]
+        end = int(lengths[0] + news.max())
+        seen = np.array(state.seen)
+        for row, prompt in enumerate(prompts):
+            seen[row, prompt] = True
+        state = dataclasses.replace(state, seen=jnp.array(seen))
+        for offset in range(0, int(news.max()), piece):
+            # A piece is padded up to a length that other prompts share; padding leaves no trace.
+            width = min(piece, memory.bucket(int(news.max()) - offset))
+            valid = np.clip(news - offset, 0, width).astype(np.int32)
+            tokens = np.zeros((len(prompts), width), np.int32)
+            for row, prompt in enumerate(prompts):
+                tokens[row, : valid[row]] = prompt[offset : offset + width]
+            consume = consume or offset > 0
+            state = self._read(state, int(lengths[0]) + offset, tokens, valid, max(total or 0, end), consume)
+        return state
+
+    def decode(
+        self,
+        state: DecodeState,
+        steps: int,
+        sampling: Sampling = Sampling(),  # noqa: B008
+        key: jax.Array | None = None,
+        *,
+        total: int | None = None,
+        consume: bool = False,
+    ) -> tuple[np.ndarray, DecodeState]:
+        """Add `steps` tokens to each row and return them, int32 [B, steps], with the state after them.
+
+        Args:
+            state: where the rows are.
+            steps: tokens to add.
+            sampling: how tokens are chosen.
+            key: one random key, or one a row; needed when the temperature is not 0. A row's token at a position
+                depends on its key, its position and the model alone.
+            total: length that the longest row is going to have, when more steps will follow: room is made at once.
+            consume: `state` is not needed any more.
+
+        Raises:
+            ValueError: steps < 0, a key is missing or of a wrong shape, or the state is empty or another schedule's.
+        """
+        if steps < 0:
+            raise ValueError(f"steps must be >= 0, found {steps}")
+        self._check_schedule(state)
+        if state.lengths.min() == 0:
+            raise ValueError("state must have at least one token a row; read a prompt first")
+        keys = choice.row_keys(key, len(state.lengths), sampling)
+        unknown = np.full((len(state.lengths), steps), -1, np.int32)
+        return self._go(state, unknown, sampling, keys, total or 0, consume)
+
+    def _go(
+        self,
+        state: DecodeState,
+        given: np.ndarray,
+        sampling: Sampling,
+        keys: jax.Array | None,
+        total: int,
+        consume: bool,
+    ) -> tuple[np.ndarray, DecodeState]:
+        """Read the given tokens, -1 where one is to be chosen, one after another."""
+        steps, done = given.shape[1], 0
+        total = max(int(state.lengths.max()) + steps, total)
+        read = np.zeros_like(given)
+        while done < steps:
+            lengths = state.lengths
+            count = min(steps - done, BLOCK_STEPS, self._until_event(lengths))
+            kinds = tuple(_kind(point, lengths) for point in self.transpoints)
+            state = self._ready(state, int(lengths.max()) + count, int(lengths.min()), total)
+            if not consume and done == 0:
+                state = jax.tree.map(jnp.copy, state)
+            block = np.full((len(given), BLOCK_STEPS), -1, np.int32)
+            block[:, :count] = given[:, done : done + count]
+            tokens, state = _decode_block(
+                self._weights, state, block, keys, sampling.numbers(), count, self.config, kinds, sampling.top_k
+            )
+            read[:, done : done + count] = np.asarray(tokens)[:, :count]
+            done += count
+            state = self._settle(state)
+        return read, state
+
+    def _check_schedule(self, state: DecodeState) -> None:
+        if state.cache.transpoints != self.transpoints:
+            raise ValueError(
+                f"state must come from a decoder with the TransPoints {self.transpoints}, "
+                f"found {state.cache.transpoints}: what it remembers fits no other schedule"
+            )
+
+    def _until_event(self, lengths: np.ndarray) -> int:
+        """Count the steps until the first or the last row comes to a TransPoint."""
+        ahead = [point - length for point in self.transpoints for length in (lengths.min(), lengths.max())]
+        return int(min((distance for distance in ahead if distance > 0), default=BLOCK_STEPS))
+
+    def _settle(self, state: DecodeState) -> DecodeState:
+        """Drop what the next token does not need."""
+        return self._ready(state, int(state.lengths.max()) + 1, int(state.lengths.min()), 0, grow=False)
+
+    def _ready(self, state: DecodeState, end: int, shortest: int, total: int, grow: bool = True) -> DecodeState:
+        """Fit the layers' memories for tokens up to position `end`.
+
+        Drop keys and values where the shortest row, of `shortest` tokens, needs them no more, compute the states that
+        are needed, and make room: up to the next TransPoint, after which fewer layers need any, or for `total` tokens,
+        but not for many more than twice the tokens there are, because attention reads all of it.
+        """
+        double = max(_SMALL_ROOM, 1 << (end - 1).bit_length())
+        room = min([double, memory.bucket(max(total, end)), *(point for point in self.transpoints if point >= end)])
+        empty = state.lengths.max() == 0
+        layers = []
+        for index, (point, layer) in enumerate(zip(self.transpoints, state.cache.layers, strict=True)):
+            size = min(point, room) if shortest < point else 0
+            if empty:
+                layer = memory.init_layer(self.config, len(state.lengths), size, self._lazy and end <= point)
+            elif layer.state is None and end > point:
+                converted = _convert(self.config, self._weights.layers[index], layer)
+                layer = dataclasses.replace(layer, state=converted, steps=None)
+            if size == 0:
+                layer = dataclasses.replace(layer, keys=None, values=None)
+            layers.append(memory.widen(layer, size) if grow else layer)
+        return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=tuple(layers)))
+
+    def _read(
+        self, state: DecodeState, start: int, tokens: np.ndarray, valid: np.ndarray, total: int, consume: bool
+    ) -> DecodeState:
+        """Read one piece of every row, of which `valid` tokens are real."""
+        width, fresh = tokens.shape[1], start == 0
+        # What attention reads of the first piece is the piece itself: a cache is only for the tokens that follow.
+        shortest = int((state.lengths + valid).min() if fresh else state.lengths.min())
+        state = self._ready(state, start + width, shortest, total)
+        if not consume:
+            state = jax.tree.map(jnp.copy, state)
+        splits = tuple(min(max(point - start, 0), width) for point in self.transpoints)
+        state = _read_piece(self._params, state, tokens, jnp.int32(start), valid, self._model, splits, fresh)
+        return self._settle(state)
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, name: str = "prompts") -> None:
+    """Refuse no prompts, an empty prompt and a token outside the vocabulary.
+
+    Raises:
+        ValueError: one of these.
+    """
+    if len(prompts) == 0:
+        raise ValueError(f"{name} must hold at least one prompt, found none")
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"{name}[{index}] is empty; it needs at least one token")
+        outside = [token for token in prompt if not 0 <= token < vocab_size]
+        if outside:
+            raise ValueError(f"{name}[{index}] has token {outside[0]}, outside the vocabulary 0..{vocab_size - 1}")
+
+
+def _kind(point: int, lengths: np.ndarray) -> Kind:
+    """Tell what a layer does at the next token: "attention", "ssm", or its TransPoint where rows differ."""
+    attending = lengths < point
+    if attending.all():
+        return "attention"
+    return point if attending.any() else "ssm"
+
+
+@partial(jax.jit, static_argnums=0)
+def _lay_out(config: ModelConfig, params: Any) -> _Weights:
+    layer = lambda index: step.lay_out(config, jax.tree.map(lambda leaf: leaf[index], params["layers"]))
+    return _Weights(
+        embedding=params["embedding"].astype(config.dtype),
+        head=None if config.tie_embeddings else params["lm_head"].astype(config.dtype),
+        final_norm=params["final_norm"]["scale"],
+        layers=tuple(layer(index) for index in range(config.num_layers)),
+    )
+
+
+_convert = jax.jit(step.convert, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=(5, 6, 7), donate_argnums=1)
+def _read_piece(
+    params: Any,
+    state: DecodeState,
+    tokens: Int[Array, "B T"],
+    start: Int[Array, ""],
+    valid: Int[Array, "B"],
+    model: TransMamba,
+    splits: schedule.Schedule,
+    fresh: bool,
+) -> DecodeState:
+    arguments = (tokens, state.cache.layers, start, valid, splits, fresh)
+    hidden, layers = model.apply({"params": params}, *arguments, method="extend")
+    logits = model.apply({"params": params}, hidden, method="logits")
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(state.cache, layers=layers, lengths=state.cache.lengths + valid),
+        logits=jnp.where(valid[:, None] > 0, logits, state.logits),
+    )
+
+
+@partial(jax.jit, static_argnums=(6, 7, 8), donate_argnums=1)
+def _decode_block(
+    weights: _Weights,
+    state: DecodeState,
+    given: Int[Array, "B S"],
+    keys: jax.Array | None,
+    numbers: choice.Numbers,
+    steps: Int[Array, ""] | int,
+    config: ModelConfig,
+    kinds: tuple[Kind, ...],
+    top_k: int | None,
+) -> tuple[Int[Array, "B S"], DecodeState]:
+    """Read `steps` tokens, those that are `given` or else (-1) chosen ones; return them with the state after them."""
+    rows = jnp.arange(state.logits.shape[0])
+    head = weights.embedding.T if weights.head is None else weights.head
+
+    def read_one(index: Array, carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        tokens, state = carry
+        positions = state.cache.lengths
+        chosen = choice.choose(state.logits, state.seen, keys, positions, numbers, top_k)
+        token = jnp.where(given[:, index] < 0, chosen, given[:, index])
+        x = weights.embedding[token]
+        layers = []
+        for layer_weights, layer, kind in zip(weights.layers, state.cache.layers, kinds, strict=True):
+            x, layer = step.layer_step(config, layer_weights, x, layer, positions, kind)
+            layers.append(layer)
+        hidden = step.rms_norm(x, weights.final_norm, config)
+        following = DecodeState(
+            cache=dataclasses.replace(state.cache, layers=tuple(layers), lengths=positions + 1),
+            logits=jnp.matmul(hidden, head, preferred_element_type=jnp.float32),
+            seen=state.seen.at[rows, token].set(True),
+        )
+        return tokens.at[:, index].set(token), following
+
+    return jax.lax.fori_loop(0, steps, read_one, (jnp.zeros_like(given), state))

@@ -1,0 +1,157 @@
+"""Text generation: continuations of prompts of any lengths, whole or as a stream; the command is in `__main__`.
+
+The work is done by `decode.Decoder`, which reads the prompts in pieces and then goes on token by token; here are its
+plain entries, and stop sequences.
+"""
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import jax
+
+from transmamba_jax import decode
+from transmamba_jax.decode import Decoder, DecodeState
+from transmamba_jax.model import TransMamba
+from transmamba_jax.sampling import Sampling, keep_likely, row_keys
+
+__all__ = ["Sampling", "generate", "keep_likely", "stream"]
+
+
+def generate(
+    model: TransMamba,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    *,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: Sequence[Sequence[int]] = (),
+    transpoints: Sequence[int] | None = None,
+    piece: int = decode.PIECE,
+) -> list[list[int]]:
+    """Continue each prompt by `max_new_tokens` tokens, or up to a stop sequence, and return the new tokens.
+
+    Prompts of different lengths in one call give the tokens that each gives alone (sampled ones under its own key).
+
+    Args:
+        model: the model.
+        params: its parameters.
+        prompts: token ids, at least one a prompt; lengths may differ.
+        max_new_tokens: tokens to add to each prompt.
+        temperature: 0 takes the most likely token; above, logits are divided by it and sampled.
+        top_k: sample among the k most likely tokens only.
+        top_p: sample among the fewest tokens whose probabilities reach this sum.
+        key: random key, needed when temperature > 0; the same key gives the same tokens. An array of keys, one a
+            prompt, or one key, of which each prompt gets its own, by its place among the prompts.
+        min_p: sample among tokens at least this fraction as likely as the most likely one.
+        repetition_penalty: divide the positive logits of tokens that are there already by this, multiply the negative.
+        stop: token sequences that end a continuation, which is returned without them.
+        transpoints: schedule to run under; None: the config's.
+        piece: prompt tokens that are read at a time, which bounds memory.
+
+    Raises:
+        ValueError: a prompt or stop sequence is empty or has an id outside the vocabulary, or an option is out of
+            range.
+    """
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+    rows: list[list[int]] = [[] for _ in prompts]
+    decoder = Decoder(model, params, transpoints)
+    options: Any = {"stop": stop, "piece": piece, "block": decode.BLOCK_STEPS}
+    for news in stream(decoder, prompts, max_new_tokens, sampling, key, **options):
+        for row, new in zip(rows, news, strict=True):
+            row.extend(new)
+    return rows
+
+
+def stream(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]] | DecodeState,
+    max_new_tokens: int = 64,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    key: jax.Array | None = None,
+    *,
+    stop: Sequence[Sequence[int]] = (),
+    piece: int = decode.PIECE,
+    block: int = 1,
+) -> Generator[list[list[int]], None, DecodeState]:
+    """Yield the new tokens of every row as they come, after every `block` steps; arguments as for `generate`.
+
+    Tokens that may turn out to be the beginning of a stop sequence are held back until that is clear. The generator
+    ends when every row has stopped or has its tokens, and returns the state then, in which rows that stopped have gone
+    on. Instead of prompts it takes a state, which it leaves as it was.
+
+    Raises:
+        ValueError: as for `generate`, when called and not at the first token.
+    """
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be >= 0, found {max_new_tokens}")
+    if block < 1:
+        raise ValueError(f"block must be >= 1, found {block}")
+    if stop:
+        decode.check_prompts(stop, decoder.config.vocab_size, "stop")
+    given = prompts if isinstance(prompts, DecodeState) else None
+    rows = len(prompts.lengths) if isinstance(prompts, DecodeState) else len(prompts)
+    if not isinstance(prompts, DecodeState):
+        decode.check_prompts(prompts, decoder.config.vocab_size)
+    keys = row_keys(key, rows, sampling)
+
+    def run() -> Generator[list[list[int]], None, DecodeState]:
+        if isinstance(prompts, DecodeState):
+            state, total = prompts, int(prompts.lengths.max()) + max_new_tokens
+        else:
+            total = max(map(len, prompts)) + max_new_tokens
+            state = decoder.prefill(prompts, piece, total=total)
+        outputs = [_Output(stop) for _ in range(rows)]
+        done = 0
+        while done < max_new_tokens and not all(output.stopped for output in outputs):
+            steps = min(block, max_new_tokens - done)
+            tokens, state = decoder.decode(state, steps, sampling, keys, total=total, consume=state is not given)
+            done += steps
+            yield [
+                output.take(row, last=done == max_new_tokens)
+                for output, row in zip(outputs, tokens.tolist(), strict=True)
+            ]
+        return state
+
+    return run()
+
+
+class _Output:
+    """Lets the tokens of one row out, up to its first stop sequence."""
+
+    def __init__(self, stop: Sequence[Sequence[int]]) -> None:
+        self.stopped = False
+        self._stop = [list(sequence) for sequence in stop]
+        self._held: list[int] = []
+
+    def take(self, tokens: list[int], last: bool) -> list[int]:
+        """Return what is certain not to be part of a stop sequence; `last`: nothing will follow."""
+        ready: list[int] = []
+        for token in tokens:
+            if self.stopped:
+                return ready
+            self._held.append(token)
+            ends = [sequence for sequence in self._stop if self._held[-len(sequence) :] == sequence]
+            if ends:
+                self.stopped = True
+                return ready + self._held[: -max(map(len, ends))]
+            free = len(self._held) - self._begun()
+            ready += self._held[:free]
+            self._held = self._held[free:]
+        if last and not self.stopped:
+            ready += self._held
+        return ready
+
+    def _begun(self) -> int:
+        """Count the last tokens that are the beginning of a stop sequence."""
+        lengths = [
+            length
+            for sequence in self._stop
+            for length in range(1, min(len(sequence), len(self._held) + 1))
+            if self._held[-length:] == sequence[:length]
+        ]
+        return max(lengths, default=0)

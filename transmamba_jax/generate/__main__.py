@@ -1,0 +1,167 @@
+"""Continue a text with a checkpoint.
+
+python -m transmamba_jax.generate --checkpoint runs/tiny/checkpoints --prompt "def main("
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from transmamba_jax import data, decode, schedule
+from transmamba_jax.decode import Decoder, DecodeState
+from transmamba_jax.generate import stream
+from transmamba_jax.model import TransMamba
+from transmamba_jax.sampling import Sampling
+
+_CHARACTER_BYTES = 4  # of UTF-8, at most: tokens that a character can wait for
+
+
+class Text:
+    """Turns tokens into text as they come, a character when its last byte is there."""
+
+    def __init__(self, tokenizer: data.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._shown = 0
+
+    def take(self, tokens: Sequence[int], last: bool = False) -> str:
+        """Return the text that is complete now; `last`: all of it."""
+        self._tokens += tokens
+        # Tokens already shown are decoded with the new ones, because a space may depend on its neighbour.
+        before = self._tokenizer.decode(self._tokens[: self._shown])
+        text = self._tokenizer.decode(self._tokens)[len(before) :]
+        waiting = len(self._tokens) - self._shown
+        if not last and text.endswith("\N{REPLACEMENT CHARACTER}") and waiting < _CHARACTER_BYTES:
+            return ""
+        self._tokens = self._tokens[self._shown :]
+        self._shown = len(self._tokens)
+        return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m transmamba_jax.generate",
+        description="Continue a text with a checkpoint, as it comes. Without --prompt, in a terminal: a session.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="<workdir>/checkpoints")
+    add("--step", type=int, default=None, help="step of the checkpoint; None: the newest")
+    add("--prompt", default=None, metavar="TEXT", help="text to continue; -: standard input")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to add")
+    add("--temperature", type=float, default=0.8, help="0: the most likely token, always")
+    add("--top-k", type=int, default=None, metavar="K", help="sample among the K most likely tokens")
+    add("--top-p", type=float, default=None, metavar="P", help="among the fewest whose probabilities reach P")
+    add(
+        "--min-p", type=float, default=None, metavar="P", help="among those at least P times as likely as the likeliest"
+    )
+    add("--repetition-penalty", type=float, default=None, metavar="X", help="above 1: avoid tokens already there")
+    add("--seed", type=int, default=0, help="of the sampling")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add(
+        "--schedule",
+        default=None,
+        metavar="NAME",
+        help=f"run under {', '.join(schedule.NAMED)}; None: the checkpoint's",
+    )
+    add("--seq-len", type=int, default=None, metavar="T", help="tokens --schedule is scaled to; None: data.seq_len")
+    add("--piece", type=int, default=decode.PIECE, metavar="N", help="prompt tokens read at a time")
+    return parser
+
+
+class Terminal:
+    """A checkpoint and the options of the command line."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Load the checkpoint.
+
+        Raises:
+            ValueError: it is not there, or an option is out of range.
+        """
+        from transmamba_jax import checkpoint  # orbax takes seconds to import
+
+        self.sampling = Sampling(
+            options.repetition_penalty, options.temperature, options.top_k, options.top_p, options.min_p
+        )
+        if options.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens must be >= 1, found {options.max_new_tokens}")
+        saved = checkpoint.restore(options.checkpoint, options.step, params_only=True)
+        self.options, self.key = options, jax.random.key(options.seed)
+        self.tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
+        self.stop = [[self.tokenizer.end_of_document], *(self.encode(text) for text in options.stop)]
+        transpoints = None
+        if options.schedule is not None:
+            seq_len = saved.config.data.seq_len if options.seq_len is None else options.seq_len
+            transpoints = schedule.named(options.schedule, seq_len)
+        self.decoder = Decoder(TransMamba(saved.config.model), saved.params, transpoints)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text.
+
+        Raises:
+            ValueError: there are none.
+        """
+        tokens = self.tokenizer.encode(text)
+        if not tokens:
+            raise ValueError("the prompt is empty; it needs at least one token")
+        return tokens
+
+    def show(self, state: DecodeState) -> DecodeState:
+        """Continue a state and print the text as it comes; return the state after it."""
+        options, text = self.options, Text(self.tokenizer)
+        tokens = stream(self.decoder, state, options.max_new_tokens, self.sampling, self.key, stop=self.stop)
+        while True:
+            try:
+                (new,) = next(tokens)
+            except StopIteration as end:
+                print(text.take([], last=True), flush=True)
+                return end.value
+            print(text.take(new), end="", flush=True)
+
+    def session(self) -> None:
+        """Read lines from the terminal, each of which goes on where the text so far has ended."""
+        print("A line is added to the text and continued; an empty one continues; :back forgets a turn; Ctrl-D ends.")
+        states = [self.decoder.start(1)]
+        while True:
+            try:
+                line = input("> ")
+            except EOFError:
+                print()
+                return
+            if line == ":back":
+                states = states[:-1] or states
+                continue
+            state = self.decoder.extend(states[-1], [self.encode(line)], self.options.piece) if line else states[-1]
+            if state.lengths.min() == 0:
+                continue
+            states.append(self.show(state))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Continue a prompt, standard input, or what is typed, and print the text as it comes."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.prompt is None and not sys.stdin.isatty():
+            raise ValueError("--prompt is needed where standard input is no terminal; --prompt - reads standard input")
+        terminal = Terminal(options)
+        if options.prompt is None:
+            terminal.session()
+            return 0
+        text = sys.stdin.read() if options.prompt == "-" else options.prompt
+        state = terminal.decoder.prefill([terminal.encode(text)], options.piece)
+        print(text, end="", flush=True)
+        terminal.show(state)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

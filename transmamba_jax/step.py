@@ -1,0 +1,180 @@
+"""One token through one layer, from weights laid out for that: the mixer and the MLP with few, large products.
+
+The equations are those of `mixer.py`, with what a single token does not need left out; the tests hold the two together.
+Time goes into reading the weights, so each is read once: q, k, v and Δ come from one product, both halves of the gated
+MLP from another, and the gate z is read only where the SSM runs.
+"""
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from transmamba_jax import cache as memory
+from transmamba_jax.cache import LayerCache
+from transmamba_jax.config import ModelConfig
+from transmamba_jax.memory_converter import memory_converter
+from transmamba_jax.rotary import rotate
+from transmamba_jax.shapes import Array, Float, Float32, HeadScalar, Int, State
+
+Kind: TypeAlias = int | str
+"""What a layer does at the next token: "attention", "ssm", or its TransPoint, where some rows are before it."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MLPWeights:
+    """The gated MLP; matrices in the compute dtype, the norm's scale as stored."""
+
+    norm: Float[Array, "D"]
+    gate_up: Float[Array, "D 2M"]
+    down: Float[Array, "M D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerWeights:
+    """One layer; C = 2GN + HP channels of q, k and v side by side. Matrices in the compute dtype, the rest float32."""
+
+    norm: Float[Array, "D"]
+    inputs: Float[Array, "D C+H"]
+    """q, k, v and Δ."""
+    taps: Float32[Array, "K C"]
+    bias: Float32[Array, "C"]
+    dt_bias: HeadScalar
+    a: HeadScalar
+    """Decay rates, negative."""
+    skip: HeadScalar | None
+    gate: Float[Array, "D HP"]
+    out_norm: Float[Array, "G _"]
+    out: Float[Array, "HP D"]
+    mlp: MLPWeights | None
+
+
+def lay_out(config: ModelConfig, params: Any) -> LayerWeights:
+    """Arrange the parameters of one block."""
+    mixer = params["mixer"]
+    matrix = lambda *parts: jnp.concatenate([part["kernel"] for part in parts], axis=1).astype(config.dtype)
+    wide = lambda array: array.astype(jnp.float32)
+    convolutions = [mixer[f"conv_{name}"] for name in "qkv"]
+    mlp = None
+    if config.mlp_dim:
+        parts = params["mlp"]
+        mlp = MLPWeights(params["mlp_norm"]["scale"], matrix(parts["gate"], parts["up"]), matrix(parts["down"]))
+    return LayerWeights(
+        norm=params["mixer_norm"]["scale"],
+        inputs=matrix(mixer["q"], mixer["k"], mixer["v"], mixer["dt"]),
+        taps=wide(jnp.concatenate([conv["kernel"] for conv in convolutions], axis=1)),
+        bias=wide(jnp.concatenate([conv["bias"] for conv in convolutions])),
+        dt_bias=wide(mixer["dt_bias"]),
+        a=-jnp.exp(wide(mixer["a_log"])),
+        skip=wide(mixer["skip"]) if config.skip else None,
+        gate=matrix(mixer["z"]),
+        out_norm=mixer["norm"]["scale"],
+        out=matrix(mixer["out"]),
+        mlp=mlp,
+    )
+
+
+def layer_step(
+    config: ModelConfig,
+    weights: LayerWeights,
+    x: Float[Array, "B D"],
+    cache: LayerCache,
+    positions: Int[Array, "B"],
+    kind: Kind,
+) -> tuple[Float[Array, "B D"], LayerCache]:
+    """Apply one block to the token at each row's position and remember it."""
+    mixed, cache = _mix(config, weights, rms_norm(x, weights.norm, config), cache, positions, kind)
+    x = x + mixed @ weights.out
+    if weights.mlp is None:
+        return x, cache
+    gate, up = jnp.split(rms_norm(x, weights.mlp.norm, config) @ weights.mlp.gate_up, 2, axis=-1)
+    return x + (jax.nn.silu(gate) * up) @ weights.mlp.down, cache
+
+
+def rms_norm(x: Float[Array, "... C"], scale: Float[Array, "... C"], config: ModelConfig) -> Float[Array, "... C"]:
+    """Divide by the root of the mean square over the last axis, in float32, and return the compute dtype."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * (jax.lax.rsqrt(mean_square + config.norm_eps) * scale)).astype(config.dtype)
+
+
+def convert(config: ModelConfig, weights: LayerWeights, cache: LayerCache) -> State:
+    """Return the SSM state after the cached tokens: the Memory Converter, from what attention kept.
+
+    Raises:
+        ValueError: the cache has no keys, values or steps.
+    """
+    if cache.keys is None or cache.values is None or cache.steps is None:
+        raise ValueError("cache must hold keys, values and steps to be converted")
+    keys = cache.keys.swapaxes(1, 2)
+    if config.rotary == "attention":
+        # The SSM's keys are not rotated: turn them back, in float32 so that nothing is rounded again.
+        keys = rotate(keys.astype(jnp.float32), -jnp.arange(keys.shape[1]), config.rope_theta)
+    values = cache.values.swapaxes(1, 2).astype(keys.dtype)
+    options: dict[str, Any] = {"chunk_size": config.chunk_size, "implementation": config.kernel}
+    return memory_converter(keys, values, cache.steps, weights.a, **options)
+
+
+def _mix(
+    config: ModelConfig,
+    weights: LayerWeights,
+    x: Float[Array, "B D"],
+    cache: LayerCache,
+    positions: Int[Array, "B"],
+    kind: Kind,
+) -> tuple[Float[Array, "B HP"], LayerCache]:
+    projected = x @ weights.inputs
+    channels = weights.taps.shape[1]
+    taps = jnp.concatenate([cache.window, projected[:, None, :channels]], axis=1)  # [B, K, C]
+    convolved = jnp.sum(taps.astype(jnp.float32) * weights.taps, axis=1) + weights.bias
+    q, k, v = jnp.split(jax.nn.silu(convolved.astype(x.dtype)), (config.d_key, 2 * config.d_key), axis=-1)
+    q, k = (y.reshape(-1, config.num_groups, config.state_dim) for y in (q, k))
+    v = v.reshape(-1, config.num_heads, config.head_dim)
+    dt = jax.nn.softplus(projected[:, channels:].astype(jnp.float32) + weights.dt_bias)
+    turn = lambda y: rotate(y[:, None], positions[:, None], config.rope_theta)[:, 0]
+    if config.rotary == "both":
+        q, k = turn(q), turn(k)
+    state = cache.state
+    if state is not None:
+        state = memory.step_state(state, dt, weights.a, k, v)
+    cache = dataclasses.replace(cache, window=taps[:, 1:], state=state)
+    scanned = None if kind == "attention" else _read(config, weights, x, q, v, state)
+    if scanned is not None and kind == "ssm":
+        return scanned, cache
+    if config.rotary == "attention":
+        q, k = turn(q), turn(k)
+    cache = memory.write_one(cache, k, v, dt, positions)
+    if cache.keys is None or cache.values is None:
+        raise ValueError("cache must have room for the keys and values of a layer that attends")
+    attended = memory.attend_once(q, cache.keys, cache.values, positions).reshape(x.shape[0], -1)
+    if config.attention_norm:
+        attended = _normalise(config, weights, attended)
+    if scanned is None or isinstance(kind, str):
+        return attended, cache
+    return jnp.where((positions < kind)[:, None], attended, scanned), cache
+
+
+def _read(
+    config: ModelConfig,
+    weights: LayerWeights,
+    x: Float[Array, "B D"],
+    q: Float[Array, "B G N"],
+    v: Float[Array, "B H P"],
+    state: State | None,
+) -> Float[Array, "B HP"]:
+    """Return the SSM's output at the token after which the state is `state`."""
+    if state is None:
+        raise ValueError("cache must hold the SSM state of the tokens before; convert what attention kept first")
+    y = memory.read_state(state, q)
+    if weights.skip is not None:
+        y = y + weights.skip[:, None] * v.astype(jnp.float32)
+    y = y.astype(v.dtype).reshape(x.shape[0], -1)
+    return _normalise(config, weights, y * jax.nn.silu(x @ weights.gate))
+
+
+def _normalise(config: ModelConfig, weights: LayerWeights, y: Float[Array, "B HP"]) -> Float[Array, "B HP"]:
+    grouped = y.reshape(y.shape[0], config.num_groups, -1)
+    return rms_norm(grouped, weights.out_norm, config).reshape(y.shape)
