@@ -12,7 +12,8 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # A callback from a jitted CPU program that converts its arguments, as the interpreter of TPU kernels has them, waits
 # for ever where the CPU client has one thread: a machine, or a process bound to, one core.
-os.environ.setdefault("NPROC", str(max(2, os.cpu_count() or 1)))
+if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
+    os.environ.setdefault("NPROC", "2")
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")

@@ -35,10 +35,10 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 # The suite's lengths and chunk sizes are about chunks of any size; these have 128 tokens, cells at most 1024.
 SPECS = (
-    suite.Spec(groups=1, length=1),
+    suite.Spec(rows=1, heads=1, groups=1, length=1),
     suite.Spec(length=200, heads=2, head_dim=96, state_dim=64, chunk_size=128),
     suite.Spec(rows=1, length=129, heads=2, groups=1, head_dim=32, state_dim=128, chunk_size=256),
-    suite.Spec(length=200, regime="bursts", chunk_size=128),
+    suite.Spec(length=200, heads=2, groups=1, regime="bursts", chunk_size=128),
     suite.Spec(rows=6, length=70, documents=True, regime="strong", groups=4, chunk_size=128),
     # Cells of 3 heads cut from transposed copies; three cells share a group.
     suite.Spec(rows=1, length=150, heads=18, groups=2, regime="slow"),
