@@ -149,37 +149,36 @@ def write(layer: LayerCache, keys: QueryKey, values: Value, dt: Step, start: Int
     )
 
 
-def write_one(
-    layer: LayerCache,
-    keys: Float[Array, "B G N"],
-    values: Float[Array, "B H P"],
-    dt: Float32[Array, "B H"],
-    positions: Int[Array, "B"],
-) -> LayerCache:
-    """Store one token of each row at its position; a row that is past its room is left alone."""
+def recent_layer(layer: LayerCache, steps: int) -> LayerCache:
+    """Return an empty place for the next `steps` tokens of a layer that attends, beside its large cache.
+
+    Within a program the large cache is only read: XLA would copy it whole for each token that is both written and read.
+    """
     if layer.keys is None or layer.values is None:
-        return layer
-    return dataclasses.replace(
-        layer,
-        keys=_put_rows(layer.keys, keys[:, :, None], positions, 2),
-        values=_put_rows(layer.values, values[:, :, None], positions, 2),
-        steps=None if layer.steps is None else _put_rows(layer.steps, dt[:, None], positions, 1),
+        return LayerCache(window=layer.window[:, :0])
+    like = lambda array, axis: jnp.zeros((*array.shape[:axis], steps, *array.shape[axis + 1 :]), array.dtype)
+    return LayerCache(
+        window=layer.window[:, :0],
+        keys=like(layer.keys, 2),
+        values=like(layer.values, 2),
+        steps=None if layer.steps is None else like(layer.steps, 1),
     )
 
 
-def _put_rows(whole: Array, parts: Array, positions: Int[Array, "B"], axis: int) -> Array:
-    """Write parts[b], one token, at positions[b] of row b; row by row, because XLA's scatter copies the whole."""
-
-    def put(row: Array | int, whole: Array) -> Array:
-        place = [0] * whole.ndim
-        place[0], place[axis] = row, positions[row]
-        part = jax.lax.dynamic_slice_in_dim(parts, row, 1)
-        old = jax.lax.dynamic_slice(whole, place, part.shape)
-        return jax.lax.dynamic_update_slice(whole, jnp.where(positions[row] < whole.shape[axis], part, old), place)
-
-    if len(parts) == 1:
-        return put(0, whole)
-    return jax.lax.fori_loop(0, len(parts), put, whole)
+def merge(layer: LayerCache, recent: LayerCache, starts: Int[Array, "B"], steps: Int[Array, ""] | int) -> LayerCache:
+    """Store the first `steps` recent tokens of each row from its place `starts` on, as far as there is room."""
+    if layer.keys is None or layer.values is None or recent.keys is None or recent.values is None:
+        return layer
+    index = jnp.arange(recent.keys.shape[2])
+    places = jnp.where(index < steps, starts[:, None] + index, layer.room)  # [B, steps]; beyond the room: dropped
+    rows = jnp.arange(len(starts))[:, None]
+    put = lambda whole, part: whole.at[rows, :, places].set(part.swapaxes(1, 2), mode="drop")
+    waiting = layer.steps
+    if waiting is not None and recent.steps is not None:
+        waiting = waiting.at[rows, places].set(recent.steps, mode="drop")
+    return dataclasses.replace(
+        layer, keys=put(layer.keys, recent.keys), values=put(layer.values, recent.values), steps=waiting
+    )
 
 
 def shift_window(
@@ -194,21 +193,36 @@ def shift_window(
 
 
 def attend_once(
-    q: Float[Array, "B G N"], keys: Keys, values: Values, positions: Int[Array, "B"]
+    q: Float[Array, "B G N"], layer: LayerCache, recent: LayerCache, starts: Int[Array, "B"], index: Int[Array, ""]
 ) -> Float[Array, "B H P"]:
-    """Attend from the token at each row's position to the cached tokens up to and including it.
+    """Attend from one token of each row to the `starts` cached tokens and to the recent ones up to `index`, its own.
 
-    All of the room is read: two plain products of a vector, at the speed of memory, are faster than a loop over the
-    blocks that hold tokens. Scores, statistics and accumulation are float32.
+    All of the room is read: plain products of a vector, at the speed of memory, are faster than a loop over the blocks
+    that hold tokens. Scores, statistics and accumulation are float32.
+
+    Raises:
+        ValueError: the layer has no room for tokens.
     """
-    heads, groups = values.shape[1], keys.shape[1]
+    if layer.keys is None or layer.values is None or recent.keys is None or recent.values is None:
+        raise ValueError("cache must have room for the keys and values of a layer that attends")
+    shared = layer.values.shape[1] // layer.keys.shape[1]
     operand = _operand(q.dtype)
-    score = jnp.einsum("bgn,bgsn->bgs", q.astype(operand), keys.astype(operand), preferred_element_type=jnp.float32)
-    seen = jnp.arange(keys.shape[2]) <= positions[:, None, None]
-    weight = jax.nn.softmax(jnp.where(seen, score / math.sqrt(q.shape[-1]), -jnp.inf), axis=-1)
-    weight = jnp.repeat(weight, heads // groups, axis=1).astype(operand)
-    read = jnp.einsum("bhs,bhsp->bhp", weight, values.astype(operand), preferred_element_type=jnp.float32)
-    return read.astype(values.dtype)
+    dot = lambda equation, x, y: jnp.einsum(
+        equation, x.astype(operand), y.astype(operand), preferred_element_type=jnp.float32
+    )
+    before = jnp.arange(layer.room) < starts[:, None, None]
+    upto = jnp.arange(recent.room) <= index
+    score = jnp.concatenate(
+        [
+            jnp.where(before, dot("bgn,bgsn->bgs", q, layer.keys), -jnp.inf),
+            jnp.where(upto, dot("bgn,bgsn->bgs", q, recent.keys), -jnp.inf),
+        ],
+        axis=-1,
+    )
+    weight = jnp.repeat(jax.nn.softmax(score / math.sqrt(q.shape[-1]), axis=-1), shared, axis=1)
+    read = dot("bhs,bhsp->bhp", weight[..., : layer.room], layer.values)
+    read += dot("bhs,bhsp->bhp", weight[..., layer.room :], recent.values)
+    return read.astype(layer.values.dtype)
 
 
 def _operand(dtype: jnp.dtype) -> jnp.dtype:

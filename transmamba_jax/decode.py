@@ -18,7 +18,7 @@ from jaxtyping import Bool
 from transmamba_jax import cache as memory
 from transmamba_jax import sampling as choice
 from transmamba_jax import schedule, step
-from transmamba_jax.cache import Cache
+from transmamba_jax.cache import Cache, LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.model import TransMamba
 from transmamba_jax.sampling import Sampling
@@ -340,25 +340,34 @@ def _decode_block(
     top_k: int | None,
 ) -> tuple[Int[Array, "B S"], DecodeState]:
     """Read `steps` tokens, those that are `given` or else (-1) chosen ones; return them with the state after them."""
-    rows = jnp.arange(state.logits.shape[0])
+    rows, starts, large = jnp.arange(len(given)), state.cache.lengths, state.cache.layers
     head = weights.embedding.T if weights.head is None else weights.head
+    # The loop carries what changes with every token; large caches stay outside and are only read.
+    moving = tuple(LayerCache(layer.window, layer.state) for layer in large)
+    recents = tuple(memory.recent_layer(layer, given.shape[1]) for layer in large)
 
-    def read_one(index: Array, carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        tokens, state = carry
-        positions = state.cache.lengths
-        chosen = choice.choose(state.logits, state.seen, keys, positions, numbers, top_k)
+    def read_one(index: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens, logits, seen, moving, recents = carry
+        chosen = choice.choose(logits, seen, keys, starts + index, numbers, top_k)
         token = jnp.where(given[:, index] < 0, chosen, given[:, index])
         x = weights.embedding[token]
-        layers = []
-        for layer_weights, layer, kind in zip(weights.layers, state.cache.layers, kinds, strict=True):
-            x, layer = step.layer_step(config, layer_weights, x, layer, positions, kind)
-            layers.append(layer)
-        hidden = step.rms_norm(x, weights.final_norm, config)
-        following = DecodeState(
-            cache=dataclasses.replace(state.cache, layers=tuple(layers), lengths=positions + 1),
-            logits=jnp.matmul(hidden, head, preferred_element_type=jnp.float32),
-            seen=state.seen.at[rows, token].set(True),
-        )
-        return tokens.at[:, index].set(token), following
+        moved, written = [], []
+        for layer_weights, layer, small, recent, kind in zip(
+            weights.layers, large, moving, recents, kinds, strict=True
+        ):
+            cache = dataclasses.replace(layer, window=small.window, state=small.state)
+            x, cache, recent = step.layer_step(config, layer_weights, x, cache, recent, starts, index, kind)
+            moved.append(LayerCache(cache.window, cache.state))
+            written.append(recent)
+        logits = jnp.matmul(step.rms_norm(x, weights.final_norm, config), head, preferred_element_type=jnp.float32)
+        tokens, seen = tokens.at[:, index].set(token), seen.at[rows, token].set(True)
+        return tokens, logits, seen, tuple(moved), tuple(written)
 
-    return jax.lax.fori_loop(0, steps, read_one, (jnp.zeros_like(given), state))
+    carry = (jnp.zeros_like(given), state.logits, state.seen, moving, recents)
+    tokens, logits, seen, moving, recents = jax.lax.fori_loop(0, steps, read_one, carry)
+    layers = tuple(
+        dataclasses.replace(memory.merge(layer, recent, starts, steps), window=small.window, state=small.state)
+        for layer, recent, small in zip(large, recents, moving, strict=True)
+    )
+    cache = dataclasses.replace(state.cache, layers=layers, lengths=starts + steps)
+    return tokens, DecodeState(cache, logits, seen)

@@ -82,16 +82,22 @@ def layer_step(
     weights: LayerWeights,
     x: Float[Array, "B D"],
     cache: LayerCache,
-    positions: Int[Array, "B"],
+    recent: LayerCache,
+    starts: Int[Array, "B"],
+    index: Int[Array, ""],
     kind: Kind,
-) -> tuple[Float[Array, "B D"], LayerCache]:
-    """Apply one block to the token at each row's position and remember it."""
-    mixed, cache = _mix(config, weights, rms_norm(x, weights.norm, config), cache, positions, kind)
+) -> tuple[Float[Array, "B D"], LayerCache, LayerCache]:
+    """Apply one block to the token at position starts + index of each row and remember it.
+
+    The window and the state move on in `cache`; a key and a value go to place `index` of `recent`.
+    """
+    normed = rms_norm(x, weights.norm, config)
+    mixed, cache, recent = _mix(config, weights, normed, cache, recent, starts, index, kind)
     x = x + mixed @ weights.out
     if weights.mlp is None:
-        return x, cache
+        return x, cache, recent
     gate, up = jnp.split(rms_norm(x, weights.mlp.norm, config) @ weights.mlp.gate_up, 2, axis=-1)
-    return x + (jax.nn.silu(gate) * up) @ weights.mlp.down, cache
+    return x + (jax.nn.silu(gate) * up) @ weights.mlp.down, cache, recent
 
 
 def rms_norm(x: Float[Array, "... C"], scale: Float[Array, "... C"], config: ModelConfig) -> Float[Array, "... C"]:
@@ -123,9 +129,12 @@ def _mix(
     weights: LayerWeights,
     x: Float[Array, "B D"],
     cache: LayerCache,
-    positions: Int[Array, "B"],
+    recent: LayerCache,
+    starts: Int[Array, "B"],
+    index: Int[Array, ""],
     kind: Kind,
-) -> tuple[Float[Array, "B HP"], LayerCache]:
+) -> tuple[Float[Array, "B HP"], LayerCache, LayerCache]:
+    positions = starts + index
     projected = x @ weights.inputs
     channels = weights.taps.shape[1]
     taps = jnp.concatenate([cache.window, projected[:, None, :channels]], axis=1)  # [B, K, C]
@@ -143,18 +152,16 @@ def _mix(
     cache = dataclasses.replace(cache, window=taps[:, 1:], state=state)
     scanned = None if kind == "attention" else _read(config, weights, x, q, v, state)
     if scanned is not None and kind == "ssm":
-        return scanned, cache
+        return scanned, cache, recent
     if config.rotary == "attention":
         q, k = turn(q), turn(k)
-    cache = memory.write_one(cache, k, v, dt, positions)
-    if cache.keys is None or cache.values is None:
-        raise ValueError("cache must have room for the keys and values of a layer that attends")
-    attended = memory.attend_once(q, cache.keys, cache.values, positions).reshape(x.shape[0], -1)
+    recent = memory.write(recent, k[:, None], v[:, None], dt[:, None], index)
+    attended = memory.attend_once(q, cache, recent, starts, index).reshape(x.shape[0], -1)
     if config.attention_norm:
         attended = _normalise(config, weights, attended)
     if scanned is None or isinstance(kind, str):
-        return attended, cache
-    return jnp.where((positions < kind)[:, None], attended, scanned), cache
+        return attended, cache, recent
+    return jnp.where((positions < kind)[:, None], attended, scanned), cache, recent
 
 
 def _read(
