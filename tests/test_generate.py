@@ -135,7 +135,7 @@ def test_a_stream_gives_the_tokens_as_they_come() -> None:
     greedy = generate()
     decoder = decoder_of(TWO)
     state = decoder.prefill(PROMPTS)
-    steps = list(stream(decoder, state, NEW))
+    steps = list(stream(decoder, state, NEW, block=1))
     assert len(steps) == NEW
     assert [[token for step in steps for token in step[row]] for row in range(3)] == greedy
 

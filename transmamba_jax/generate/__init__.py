@@ -76,9 +76,12 @@ def stream(
     *,
     stop: Sequence[Sequence[int]] = (),
     piece: int = decode.PIECE,
-    block: int = 1,
+    block: int = 8,
 ) -> Generator[list[list[int]], None, DecodeState]:
     """Yield the new tokens of every row as they come, after every `block` steps; arguments as for `generate`.
+
+    A call of a compiled program stores the keys and values of all its tokens together, which costs as much as a token
+    where the cache is long: blocks of a few tokens are nearly as fast as long ones, single tokens are not.
 
     Tokens that may turn out to be the beginning of a stop sequence are held back until that is clear. The generator
     ends when every row has stopped or has its tokens, and returns the state then, in which rows that stopped have gone
