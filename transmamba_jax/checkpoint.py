@@ -18,7 +18,7 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -125,6 +125,7 @@ class Checkpointer:
             if jax.process_index() == 0:
                 nbytes = sum(array.nbytes for array in arrays.values())
                 steps.make_room(self._directory, step, nbytes, self._rejected)
+            self._rejected.clear()
             self._manager.reload()
             finish = manifests.start_digests(arrays)
             items = trees.nested(arrays)
@@ -273,15 +274,18 @@ def _open(folder: Path) -> Manifest:
     if not changed and str(manifest.step) == folder.name:
         return manifest
     reasons = [] if str(manifest.step) == folder.name else [f"{manifests.FILE} belongs to step {manifest.step}"]
-    # What a change of the arrays' own files did is said in terms of leaves; the others are needed to read any leaf.
-    data = [name for name in changed if "/d/" in name or name.endswith("manifest.ocdbt")]
-    if data and len(data) == len(changed):
-        items = {name.partition("/")[0] for name in data}
-        reasons += _bad_leaves(folder, manifest, [path for path in manifest.leaves if path.partition("/")[0] in items])
-    raise DamagedError("; ".join([*reasons, *(f"{name} {what}" for name, what in changed.items())]))
+    # What the change did to the arrays is said in terms of leaves.
+    for item in {name.partition("/")[0] for name in changed} & {*trees.ITEMS}:
+        paths = [path for path in manifest.leaves if path.startswith(f"{item}/")]
+        bad = _bad_leaves(folder, manifest, paths)
+        unreadable = len(bad) == len(paths) and all(" cannot be read" in line for line in bad)
+        reasons += [f"no leaf of {item} can be read, such as {bad[0]}"] if unreadable else bad
+    files = [f"{name} {what}" for name, what in changed.items()]
+    more = [f"and {len(files) - 3} more files"] if len(files) > 3 else []
+    raise DamagedError("; ".join([*reasons, *files[:3], *more]))
 
 
-def _bad_leaves(folder: Path, manifest: Manifest, paths: Sequence[str] | Mapping[str, Any]) -> list[str]:
+def _bad_leaves(folder: Path, manifest: Manifest, paths: Iterable[str]) -> list[str]:
     """Read leaves one at a time into host memory and describe those that are not what was saved."""
     bad = []
     for path in paths:
@@ -290,12 +294,8 @@ def _bad_leaves(folder: Path, manifest: Manifest, paths: Sequence[str] | Mapping
             array = trees.flat(_load(folder / item, {path: ocp.RestoreArgs(restore_type=np.ndarray)}), item)[path]
         except DamagedError as error:
             bad.append(f"{path} cannot be read ({error})")
-            continue
-        found, saved = manifests.describe(array), manifest.leaves[path]
-        if found.kind != saved.kind:
-            bad.append(f"{path} is {found.kind}, saved was {saved.kind}")
-        elif found != saved:
-            bad.append(f"{path} has other values than were saved")
+        else:
+            bad += manifests.changed_leaf(path, array, manifest.leaves[path])
     return bad
 
 

@@ -252,6 +252,16 @@ def changed_files(folder: Path, manifest: Manifest) -> dict[str, str]:
     return changed
 
 
+def changed_leaf(path: str, array: Any, saved: Leaf) -> list[str]:
+    """Return what is wrong with an array that was read, at most one line."""
+    if not isinstance(array, np.ndarray):
+        return [f"{path} is missing"]
+    found = describe(array)
+    if found.kind != saved.kind:
+        return [f"{path} is {found.kind}, saved was {saved.kind}"]
+    return [] if found == saved else [f"{path} has other values than were saved"]
+
+
 def raise_if(reasons: Sequence[str]) -> None:
     """Raise a DamagedError of all reasons, if there are any."""
     if reasons:

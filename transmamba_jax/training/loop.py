@@ -81,7 +81,7 @@ def train(config: Config) -> int:
         if restored is None:
             state, start = create_state(config, model, mesh), 0
         else:
-            state, start = resume.proceed(restored, batches, tokenizer, config.checkpoint.partial)
+            state, start = resume.proceed(restored, batches, tokenizer, config)
             if restored.differences:
                 state = resume.fill(state, create_state(config, model, mesh))
         (workdir / "config.yaml").write_text(config_file.to_yaml(config), encoding="utf-8")

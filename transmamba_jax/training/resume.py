@@ -44,26 +44,28 @@ def _shapes(config: Config, model: TransMamba) -> dict[str, str]:
 
 
 def proceed(
-    restored: Restored, batches: data.BatchIterator, tokenizer: data.Tokenizer, partial: bool
+    restored: Restored, batches: data.BatchIterator, tokenizer: data.Tokenizer, config: Config
 ) -> tuple[TrainState, int]:
-    """Go on where a checkpoint stopped; with `partial`, list what of it was left behind."""
+    """Go on where a checkpoint stopped; with `checkpoint.partial`, list what of it was left behind."""
     left = [*restored.differences]
     if restored.tokenizer_json != tokenizer.to_json():
         left.append(
             "data.tokenizer differs from the tokenizer in the checkpoint: its ids mean other text; "
             "use the earlier tokenizer, or another --workdir"
         )
-        if not partial:
+        if not config.checkpoint.partial:
             raise ValueError(left[-1])
     try:
         batches.set_state(restored.data_state)
     except ValueError as error:
-        if not partial:
+        if not config.checkpoint.partial:
             raise
         left.append(f"{error}: the data start anew")
     if left:
         print(f"not taken from checkpoint {restored.step}:", *left, sep="\n  ", flush=True)
-    print(f"continuing from step {restored.step}", flush=True)
+    steps = config.train.steps
+    beyond = f", beyond train.steps={steps}: nothing is left to train" if restored.step > steps else ""
+    print(f"continuing from step {restored.step}{beyond}", flush=True)
     return restored.state, restored.step
 
 
