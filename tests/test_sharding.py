@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from transmamba_jax import sharding
-from transmamba_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from transmamba_jax.config import Config, DataConfig, MeshConfig, TrainConfig
+from transmamba_jax.config_file import load_config
 from transmamba_jax.model import TransMamba
 
 
@@ -20,41 +21,34 @@ def _abstract_mesh(**sizes):
     return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), (jax.sharding.AxisType.Auto,) * len(sizes))
 
 
-@pytest.fixture(name="tree", scope="module")
-def _tree():
-    config = ModelConfig(num_layers=2, transpoints=(0, 4), d_model=16, mlp_dim=24, vocab_size=257, tie_embeddings=False)
-    return jax.eval_shape(TransMamba(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+CONFIGS = sorted(Path(__file__).parents[1].glob("configs/**/*.yaml"))
+GOLDEN = Path(__file__).parent / "golden" / "parameter_specs.json"
 
 
-def test_every_parameter_has_its_place(tree):
-    mesh = _abstract_mesh(data=1, fsdp=8)
-    specs = {
-        sharding.path_name(path): sharding.parameter_spec(sharding.path_name(path), leaf.shape, mesh)
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
-    inward, outward = P(None, None, "fsdp"), P(None, "fsdp", None)
-    assert specs == {
-        "embedding": P(None, "fsdp"),  # 257 ids do not divide by 8
-        "lm_head": P("fsdp", None),
-        "final_norm/scale": P(),
-        **{f"layers/mixer/{part}/kernel": inward for part in "qkvz"},
-        "layers/mixer/dt/kernel": outward,
-        "layers/mixer/out/kernel": outward,
-        **{f"layers/mixer/conv_{part}/{leaf}": P() for part in "qkv" for leaf in ("kernel", "bias")},
-        **{f"layers/mixer/{leaf}": P() for leaf in ("a_log", "dt_bias", "skip", "norm/scale")},
-        **{f"layers/{part}_norm/scale": P() for part in ("mixer", "mlp")},
-        **{f"layers/mlp/{part}/kernel": inward for part in ("gate", "up")},
-        "layers/mlp/down/kernel": outward,
-    }
+def parameter_specs(path: Path) -> dict[str, str]:
+    """Spec of every parameter of a config, on a mesh that has every axis."""
+    mesh = _abstract_mesh(data=2, fsdp=4, context=2, tensor=2)
+    model = TransMamba(load_config(path).model)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    names = {sharding.path_name(leaf_path): leaf.shape for leaf_path, leaf in jax.tree.leaves_with_path(params)}
+    return {name: str(sharding.parameter_spec(name, shape, mesh)) for name, shape in sorted(names.items())}
 
 
-def test_an_axis_that_divides_nothing_is_not_used():
-    assert sharding.parameter_spec("embedding", (255, 17), _abstract_mesh(data=1, fsdp=8)) == P()
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_parameter_has_its_place(path):
+    """A change of the table shows in the golden file: `python -m tests.test_sharding` writes it anew."""
+    assert parameter_specs(path) == json.loads(GOLDEN.read_text())[path.stem]
+
+
+def test_an_axis_that_does_not_divide_is_left_out():
+    mesh = _abstract_mesh(data=1, fsdp=8, context=1, tensor=2)
+    assert sharding.parameter_spec("embedding", (255, 16), mesh) == P(None, "fsdp")
+    assert sharding.parameter_spec("embedding", (256, 17), mesh) == P("tensor", None)
 
 
 def test_a_parameter_without_a_row_is_refused():
     with pytest.raises(ValueError, match=r"layers/mixer/new/kernel of shape \(4, 4\) has no row"):
-        sharding.parameter_spec("layers/mixer/new/kernel", (4, 4), _abstract_mesh(data=1, fsdp=2))
+        sharding.parameter_spec("layers/mixer/new/kernel", (4, 4), _abstract_mesh(data=1, fsdp=2, context=1, tensor=1))
 
 
 @pytest.mark.parametrize(
@@ -69,15 +63,26 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(config, count, message)
         sharding.make_mesh(config, jax.devices()[:count])
 
 
-def test_a_batch_that_does_not_divide_is_refused():
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((2, 4, 1, 1), r"batch_size=24 .* 12 rows each.* over 8 devices.* multiple of 16"),
+        ((1, 1, 1, 3), r"mesh.tensor=3 does not divide model.num_groups=4"),
+        ((1, 1, 3, 1), r"mesh.context=3 does not divide data.seq_len=512"),
+        ((1, 1, 2, 4), r"mesh.context \* mesh.tensor=8 does not divide model.num_heads=4"),
+    ],
+)
+def test_what_does_not_divide_is_refused(sizes, message):
     config = Config(data=DataConfig(batch_size=24), train=TrainConfig(accumulation=2))
-    sharding.check_batch(config, _abstract_mesh(data=2, fsdp=2))
-    with pytest.raises(ValueError, match=r"batch_size=24 .* 12 rows each.* over 8 devices.* multiple of 16"):
-        sharding.check_batch(config, _abstract_mesh(data=2, fsdp=4))
+    axes = ("data", "fsdp", "context", "tensor")
+    sharding.check_divides(config, _abstract_mesh(data=2, fsdp=2, context=2, tensor=2))
+    with pytest.raises(ValueError, match=message):
+        sharding.check_divides(config, _abstract_mesh(**dict(zip(axes, sizes, strict=True))))
 
 
 MESHES = r"""
 import json
+import sys
 import jax
 import numpy as np
 from transmamba_jax import sharding
@@ -85,22 +90,31 @@ from transmamba_jax.config import Config, DataConfig, MeshConfig, ModelConfig, T
 from transmamba_jax.model import TransMamba
 from transmamba_jax.training.step import create_state, loss_and_gradient
 
-model_config = ModelConfig(vocab_size=64, num_layers=2, d_model=16, num_heads=2, num_groups=2, head_dim=8, state_dim=8,
-                           mlp_dim=32, chunk_size=8, transpoints=(8,), dtype="float32")
-config = Config(model=model_config, data=DataConfig(seq_len=16, batch_size=16),
+ROWS, TIME = 16, 32
+model_config = ModelConfig(vocab_size=64, num_layers=2, d_model=16, num_heads=8, num_groups=4, head_dim=4, state_dim=4,
+                           mlp_dim=32, chunk_size=8, transpoints=tuple(json.loads(sys.argv[2])), dtype="float32")
+config = Config(model=model_config, data=DataConfig(seq_len=TIME, batch_size=ROWS),
                 train=TrainConfig(accumulation=2, loss_chunk=64))
 model = TransMamba(model_config)
 rng = np.random.default_rng(0)
-batch = {"tokens": rng.integers(0, 64, (16, 17), dtype=np.int32),
-         "segment_ids": 1 + np.cumsum(rng.random((16, 17)) < 0.1, axis=1).astype(np.int32)}
+# Documents of all lengths, with padding before, between (over a whole part of the sequence) and after them.
+ids = 1 + np.cumsum(rng.random((ROWS, TIME + 1)) < 0.1, axis=1).astype(np.int32)
+ids[0, :5], ids[1, 6:15], ids[2, 20:] = 0, 0, 0
+ids[3] = 1
+ids[4, 8:12] = 0
+ids[4, 12:] = ids[4, 7]
+batch = {"tokens": rng.integers(0, 64, (ROWS, TIME + 1), dtype=np.int32), "segment_ids": ids}
+
 def held(tree, mesh):  # the largest share of the numbers of a tree that one device holds
     leaves = jax.tree.leaves(tree)
     on = lambda device: sum(s.data.size for leaf in leaves for s in leaf.addressable_shards if s.device == device)
     return max(map(on, mesh.devices.flat)) / sum(leaf.size for leaf in leaves)
 
-meshes = {f"{d}x{f}": sharding.make_mesh(MeshConfig(d, f), jax.devices()[: d * f]) for d, f in ((8, 1), (1, 8), (2, 4))}
-state = create_state(config, model, meshes["2x4"])
-report = {"born": held(state.params, meshes["2x4"]), "optimizer": held(state.opt_state, meshes["2x4"])}
+def mesh_of(sizes):
+    return sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+
+state = create_state(config, model, mesh_of((2, 4, 1, 1)))
+report = {"born": held(state.params, mesh_of((2, 4, 1, 1))), "optimizer": held(state.opt_state, mesh_of((2, 4, 1, 1)))}
 params = jax.device_get(state.params)
 # At the start the state is tiny beside D x, and the norm behind it takes away the scale: the gradient of D all but
 # cancels, and changing every parameter by one rounding changes it by 1e-5. Here no leaf changes by more than 2e-6.
@@ -109,32 +123,56 @@ mixer["dt_bias"] = np.full_like(mixer["dt_bias"], -2)
 for name in ("q", "k"):
     mixer[name]["kernel"] = 3 * mixer[name]["kernel"]
 
-def gradient(mesh):
+def gradient(sizes):
+    mesh = mesh_of(sizes)
+    sharding.check_divides(config, mesh)
     placed = jax.device_put(params, sharding.parameter_shardings(params, mesh))
-    run = jax.jit(lambda params, rows: loss_and_gradient(params, model, rows, mesh, 2, 64))
-    found = jax.device_get(run(placed, sharding.place_batch(batch, mesh)))
-    return held(placed, mesh), {sharding.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(found)}
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda params, rows: loss_and_gradient(params, model, rows, 2, 64))
+        loss, found = jax.device_get(run(placed, sharding.place_batch(batch, mesh)))
+    found = {sharding.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(found)}
+    return held(placed, mesh), {"loss": loss, **found}
 
-_, expected = gradient(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
-for name, mesh in meshes.items():
-    share, found = gradient(mesh)
-    errors = [np.linalg.norm(found[leaf] - expected[leaf]) / np.linalg.norm(expected[leaf]) for leaf in expected]
-    report[name] = {"error": float(max(errors)), "share": share}
+_, expected = gradient((1, 1, 1, 1))
+for sizes in json.loads(sys.argv[1]):
+    share, found = gradient(sizes)
+    errors = {leaf: np.linalg.norm(found[leaf] - expected[leaf]) / np.linalg.norm(expected[leaf]) for leaf in expected}
+    worst = max(errors, key=errors.get)
+    report[str(tuple(sizes))] = {"error": float(errors[worst]), "leaf": worst, "share": share}
 print(json.dumps(report))
 """
 
+# data, fsdp, context, tensor
+ALONE = ((8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 4))
+PAIRS = ((2, 4, 1, 1), (2, 1, 4, 1), (4, 1, 1, 2), (1, 2, 4, 1), (1, 4, 1, 2), (1, 1, 4, 2))
+TRIPLES = ((1, 2, 2, 2), (2, 1, 2, 2))
 
-def test_meshes_of_eight_devices_give_the_numbers_of_one():
+
+def run_on_eight_devices(code: str, *arguments: str) -> dict:
     root = Path(__file__).parents[1]
     # Unoptimised machine code: compiling is most of this test's time, and the collectives are the same.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run(
-        [sys.executable, "-c", MESHES], env=environment, cwd=root, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", code, *arguments]
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    assert max(report[name]["error"] for name in ("8x1", "1x8", "2x4")) <= 1e-5
-    assert report["8x1"]["share"] == 1
-    assert report["1x8"]["share"] < 1 / 8 + 0.1  # vectors are copied to every device
-    assert max(report["2x4"]["share"], report["born"], report["optimizer"]) < 1 / 4 + 0.1
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("meshes", "transpoints"),
+    [(ALONE, (13,)), (PAIRS, (13,)), (TRIPLES, (13,)), (((1, 1, 4, 2),), (0, 32))],
+    ids=["alone", "pairs", "triples", "ssm and attention"],
+)
+def test_meshes_of_eight_devices_give_the_numbers_of_one(meshes, transpoints):
+    report = run_on_eight_devices(MESHES, json.dumps(meshes), json.dumps(transpoints))
+    errors = {name: found for name, found in report.items() if name.startswith("(") and found["error"] > 1e-5}
+    assert not errors
+    assert max(report["born"], report["optimizer"]) < 1 / 4 + 0.1
+    for sizes in meshes:
+        kept = sizes[1] * sizes[3]  # vectors are copied to every device, embedding and matrices are cut by both
+        assert report[str(sizes)]["share"] < 1 / kept + 0.1
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps({path.stem: parameter_specs(path) for path in CONFIGS}, indent=1) + "\n")

@@ -238,6 +238,10 @@ class MeshConfig:
     """Copies of the parameters; rows are split over them."""
     fsdp: int = 1
     """Parts that parameters and optimizer state are cut into; rows are split over them too."""
+    context: int = 1
+    """Parts that the tokens of a row are split into."""
+    tensor: int = 1
+    """Parts that heads, the MLP's width and the vocabulary are split into."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -116,7 +116,7 @@ class Evaluator:
 
     def _place(self, rows: np.ndarray) -> Any:
         # Every process reads the same windows, so each hands over the same global array.
-        return rows if self._mesh is None else jax.device_put(rows, sharding.activation("tokens", self._mesh))
+        return rows if self._mesh is None else jax.device_put(rows, sharding.batch_sharding(self._mesh))
 
 
 def _target_weights(batch: dict[str, np.ndarray]) -> np.ndarray:

@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ssd import ssd
 from transmamba_jax import cache as memory
+from transmamba_jax import parallel
 from transmamba_jax.attention import causal_attention
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import ModelConfig
@@ -49,6 +49,8 @@ def over_tokens(dense: nn.Dense, x: Float[Array, "B T _"]) -> Float[Array, "B T 
     The weight gradient then contracts one axis. Contracting two, XLA's CPU backend makes a transposed copy of the
     activations and computes whatever produced them inside it, element by element: twice the time of a whole MLP.
     """
+    if parallel.splits_time(x.shape[1]):
+        return dense(x)  # the axes of a row that is split over devices cannot be merged without collecting it
     return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
@@ -70,6 +72,8 @@ class ShortConv(nn.Module):
 
         kernel = self.param("kernel", uniform, (self.width, x.shape[-1]), self.param_dtype)
         bias = self.param("bias", uniform, (x.shape[-1],), self.param_dtype)
+        if history is None:
+            return nn.silu(parallel.convolve(x, kernel, bias, segment_ids))
         return nn.silu(causal_conv(x, kernel, bias, segment_ids, history))
 
 
@@ -101,12 +105,16 @@ class Mixer(nn.Module):
         """Mix along the sequence: attention for tokens t < transpoint, the SSM for t >= transpoint.
 
         A Python int slices (no wasted work); a traced scalar or one value per row runs both branches over the whole
-        sequence and selects, which is the definition of the layer.
+        sequence and selects, which is the definition of the layer. Where the sequence is split over devices, a Python
+        int slices the attention alone: the SSM's work on the tokens before is the Memory Converter's.
         """
         q, k, v = self._project(x, segment_ids)
-        if isinstance(transpoint, int):
-            return over_tokens(self.out, self._sliced(x, q, k, v, min(transpoint, x.shape[1]), segment_ids))
-        attended = self._attend(q, k, v, segment_ids)
+        stop = min(transpoint, x.shape[1]) if isinstance(transpoint, int) else x.shape[1]
+        if isinstance(transpoint, int) and (stop in (0, x.shape[1]) or not parallel.splits_time(x.shape[1])):
+            return over_tokens(self.out, self._sliced(x, q, k, v, stop, segment_ids))
+        ids = None if segment_ids is None else segment_ids[:, :stop]
+        attended = self._attend(q[:, :stop], k[:, :stop], v[:, :stop], ids)
+        attended = jnp.pad(attended, ((0, 0), (0, x.shape[1] - stop), (0, 0)))
         scanned = self._scan(x, q, k, v, self._step(x), None, segment_ids)
         before = jnp.arange(x.shape[1]) < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
         return over_tokens(self.out, jnp.where(before[..., None], attended, scanned))
@@ -219,12 +227,12 @@ class Mixer(nn.Module):
         before = None if segment_ids is None else segment_ids[:, :point]
         after = None if segment_ids is None else segment_ids[:, point:]
         attended = self._attend(q[:, :point], k[:, :point], v[:, :point], before)
-        state = memory_converter(
+        state = parallel.convert(
             k[:, :point],
             v[:, :point],
             dt[:, :point],
             self._decay(),
-            segment_ids=before,
+            before,
             chunk_size=self.config.chunk_size,
             implementation=self.config.kernel,
         )
@@ -255,7 +263,7 @@ class Mixer(nn.Module):
     def _attend(self, q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None) -> Float[Array, "B T HP"]:
         if self.config.rotary == "attention":
             q, k = self._rotate(q, k)
-        y = causal_attention(q, k, v, segment_ids)
+        y = parallel.attend(q, k, v, segment_ids)
         y = y.reshape(*y.shape[:2], -1)
         return self._normalise(y) if self.config.attention_norm else y
 
@@ -281,15 +289,15 @@ class Mixer(nn.Module):
         state: State | None,
         segment_ids: SegmentIds | None,
     ) -> tuple[Float[Array, "B T HP"], State]:
-        y, final = ssd(
+        y, final = parallel.scan(
             v,
             dt,
             self._decay(),
             k,
             q,
-            d=self._skip(),
-            initial_state=state,
-            segment_ids=segment_ids,
+            self._skip(),
+            state,
+            segment_ids,
             chunk_size=self.config.chunk_size,
             implementation=self.config.kernel,
         )

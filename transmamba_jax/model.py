@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transmamba_jax import schedule
+from transmamba_jax import schedule, sharding
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.mixer import Mixer, fan_in_uniform, over_tokens, residual_uniform
 from transmamba_jax.shapes import Array, Float, Hidden, Int, Logits, SegmentIds, Tokens, TransPoint
+
+HIDDEN = ("rows", "time", None)
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -118,7 +120,8 @@ class TransMamba(nn.Module):
         cfg = self.config
         _check_tokens(tokens, segment_ids)
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-        x = self.embedding.astype(cfg.dtype)[tokens]
+        x = sharding.gather_parameter("embedding", self.embedding).astype(cfg.dtype)[tokens]
+        x = sharding.constrain(x, HIDDEN)
         if transpoints is None:
             transpoints = cfg.transpoints
         if isinstance(transpoints, jax.Array | np.ndarray):
@@ -130,7 +133,11 @@ class TransMamba(nn.Module):
     def logits(self, hidden: Hidden) -> Logits:
         """Project hidden states onto the vocabulary, accumulated and returned in float32."""
         kernel = self.embedding.T if self.config.tie_embeddings else self.lm_head
-        return jnp.matmul(hidden, kernel.astype(self.config.dtype), preferred_element_type=jnp.float32)
+        # Over a mesh: the whole vocabulary for some of the tokens, on every device.
+        spread = ("rows", "spread_time", None) if hidden.ndim == 3 else ("rows", None)
+        kernel, hidden = sharding.constrain(kernel, (None, None)), sharding.constrain(hidden, spread)
+        logits = jnp.matmul(hidden, kernel.astype(self.config.dtype), preferred_element_type=jnp.float32)
+        return sharding.constrain(logits, spread)
 
     def extend(
         self,
@@ -186,7 +193,8 @@ class TransMamba(nn.Module):
 
     def _layer(self, segment_ids: SegmentIds | None) -> Callable[[Any, Hidden, TransPoint], Hidden]:
         def apply(params: Any, x: Hidden, transpoint: TransPoint) -> Hidden:
-            return self._block().apply({"params": params}, x, transpoint, segment_ids)
+            params = sharding.gather_layer(params)
+            return sharding.constrain(self._block().apply({"params": params}, x, transpoint, segment_ids), HIDDEN)
 
         if self.config.remat == "none":
             return apply

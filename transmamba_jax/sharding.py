@@ -1,44 +1,51 @@
 """Distribution: the mesh, and the one table that says where parameters and activations live.
 
-Everything else is `jax.jit` with `NamedSharding`s: XLA inserts the collectives. Mesh axes:
+Everything is `jax.jit` with `NamedSharding`s: XLA inserts the collectives. Mesh axes:
 
-    data   copies of the parameters; rows of the batch are split over it
-    fsdp   parts of the parameters and of the optimizer state; rows are split over it too
+    data     copies of the parameters; rows of the batch are split over it
+    fsdp     parts of the parameters and of the optimizer state; rows are split over it too
+    context  parts of the sequence (parallel.py has what that takes)
+    tensor   parts of the heads, of the MLP's width and of the vocabulary
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from transmamba_jax.config import Config, MeshConfig
 
-# Path pattern -> specs in order of preference: the larger axis of a matrix first, then the other. The first spec whose
-# axes divide evenly over the mesh is used; where none does, the leaf is copied to every device. The leading axis of
-# `layers` is scanned over and never cut. The last row: vectors and convolution taps are too small to be worth a gather.
-PARAMETERS: tuple[tuple[str, tuple[P, ...]], ...] = (
-    (r"embedding", (P("fsdp", None), P(None, "fsdp"))),
-    (r"lm_head", (P(None, "fsdp"), P("fsdp", None))),
-    (r"layers/mixer/(q|k|v|z)/kernel", (P(None, None, "fsdp"), P(None, "fsdp", None))),
-    (r"layers/mixer/dt/kernel", (P(None, "fsdp", None),)),
-    (r"layers/mixer/out/kernel", (P(None, "fsdp", None), P(None, None, "fsdp"))),
-    (r"layers/mlp/(gate|up)/kernel", (P(None, None, "fsdp"), P(None, "fsdp", None))),
-    (r"layers/mlp/down/kernel", (P(None, "fsdp", None), P(None, None, "fsdp"))),
-    (r"layers/mixer/conv_(q|k|v)/(kernel|bias)|layers/mixer/(a_log|dt_bias|skip)|.*norm/scale", (P(),)),
+# Path pattern -> mesh axis of every dimension. An axis that does not divide its dimension is left out. The leading axis
+# of `layers` is scanned over and never cut. Vectors are too small for fsdp to be worth a gather.
+PARAMETERS: tuple[tuple[str, P], ...] = (
+    (r"embedding", P("tensor", "fsdp")),
+    (r"lm_head", P("fsdp", "tensor")),
+    (r"layers/mixer/(q|k|v|z|dt)/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/mixer/out/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/mixer/conv_(q|k|v)/kernel", P(None, None, "tensor")),
+    (r"layers/mixer/conv_(q|k|v)/bias|layers/mixer/(a_log|dt_bias|skip|norm/scale)", P(None, "tensor")),
+    (r"(layers/(mixer|mlp)_norm|final_norm)/scale", P()),
 )
 
-ROWS = ("data", "fsdp")  # mesh axes that the rows of a batch are split over
-ACTIVATIONS: dict[str, P] = {
-    "tokens": P(ROWS, None),
-    "microbatches": P(None, ROWS, None),
-    "hidden": P(ROWS, None, None),
+# Name of an activation's dimension -> mesh axes that it is split over, those that divide it. Groups are heads too.
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "rows": ("data", "fsdp"),
+    "time": ("context",),
+    "heads": ("tensor",),
+    # Attention needs whole rows, so what splits time elsewhere splits heads there. The loss needs whole vocabularies.
+    "spread_heads": ("context", "tensor"),
+    "spread_time": ("context", "tensor"),
 }
+
+Layout = Sequence[str | None]
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -62,15 +69,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def row_shards(mesh: Mesh) -> int:
     """Return the number of parts that the rows of a batch are cut into."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+    return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["rows"])
 
 
-def check_batch(config: Config, mesh: Mesh) -> None:
-    """Check that every microbatch divides over the devices.
+def check_divides(config: Config, mesh: Mesh) -> None:
+    """Check that rows, tokens, heads and widths divide over the devices.
 
     Raises:
-        ValueError: it does not.
+        ValueError: one does not.
     """
+    model, tensor, context = config.model, mesh.shape["tensor"], mesh.shape["context"]
+    for axis, parts_, name, size in (
+        ("tensor", tensor, "model.num_groups", model.num_groups),
+        ("tensor", tensor, "model.mlp_dim", model.mlp_dim),
+        ("context", context, "data.seq_len", config.data.seq_len),
+        ("context * mesh.tensor", context * tensor if context > 1 else 1, "model.num_heads", model.num_heads),
+    ):
+        if size % parts_:
+            raise ValueError(
+                f"mesh.{axis}={parts_} does not divide {name}={size}; use a divisor of it, or change {name}"
+            )
     shards = row_shards(mesh)
     rows = config.data.batch_size // config.train.accumulation
     if rows % shards:
@@ -87,15 +105,16 @@ def path_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
+def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """Look a parameter up in the table.
 
     Raises:
         ValueError: no row of the table names it.
     """
-    for pattern, specs in PARAMETERS:
+    for pattern, axes in PARAMETERS:
         if re.fullmatch(pattern, path):
-            return next((spec for spec in specs if _divides(spec, shape, mesh)), P())
+            named = zip(shape, axes, strict=False)
+            return P(*(axis if axis is not None and size % mesh.shape[axis] == 0 else None for size, axis in named))
     raise ValueError(f"parameter {path} of shape {tuple(shape)} has no row in transmamba_jax.sharding.PARAMETERS")
 
 
@@ -123,16 +142,87 @@ def like_parameters(tree: Any, params: Any, mesh: Mesh) -> Any:
     return jax.tree.map_with_path(sharding, tree)
 
 
-def activation(name: str, mesh: Mesh) -> NamedSharding:
-    """Return the sharding of a named activation."""
-    return NamedSharding(mesh, ACTIVATIONS[name])
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a batch as it comes in: rows alone, since T + 1 tokens do not divide as T do."""
+    return NamedSharding(mesh, P(ACTIVATIONS["rows"]))
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Put this process's rows of a batch on its devices, as part of one global batch."""
-    sharding = activation("tokens", mesh)
+    sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def _divides(spec: P, shape: Sequence[int], mesh: Mesh) -> bool:
-    return all(axis is None or size % mesh.shape[axis] == 0 for size, axis in zip(shape, spec, strict=False))
+# Inside a traced function: what follows is about the mesh of `jax.set_mesh`, and does nothing where there is none.
+
+
+def _mesh() -> AbstractMesh | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    # Inside jax.shard_map everything is local already.
+    return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
+
+
+def parts(name: str, size: int) -> int:
+    """Return how many parts a dimension of this name (see ACTIVATIONS) and size is split into."""
+    mesh = _mesh()
+    count = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ACTIVATIONS[name])
+    return count if size % count == 0 else 1
+
+
+def constrain(x: jax.Array, layout: Layout) -> jax.Array:
+    """Split an activation's dimensions as their names say (None: not at all)."""
+    if _mesh() is None:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, _spec(layout, {name: parts(name, size) for name, size in _sizes(layout, x)})
+    )
+
+
+def gather_parameter(path: str, value: jax.Array) -> jax.Array:
+    """Collect the parts of a parameter that lie along fsdp, for its use: rows are split there, not channels."""
+    mesh = _mesh()
+    if mesh is None:
+        return value
+    spec = parameter_spec(path, value.shape, mesh)
+    return jax.lax.with_sharding_constraint(value, P(*(None if axis == "fsdp" else axis for axis in spec)))
+
+
+def gather_layer(params: Any) -> Any:
+    """Collect the parts of one layer's parameters (a slice of `layers`); see `gather_parameter`."""
+    mesh = _mesh()
+    if mesh is None:
+        return params
+
+    def gather(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
+        spec = parameter_spec(f"layers/{path_name(path)}", (1, *leaf.shape), mesh)
+        return jax.lax.with_sharding_constraint(leaf, P(*(None if axis == "fsdp" else axis for axis in spec[1:])))
+
+    return jax.tree.map_with_path(gather, params)
+
+
+def per_shard(function: Callable[..., Any], layouts: Sequence[Layout], out_layouts: Any, *arrays: Any) -> Any:
+    """Call `function` on each device's part of the arrays, split as their layouts say; an array may be None.
+
+    A dimension's name means the same in every layout: where the devices do not divide one of its sizes, it stays whole
+    everywhere. `out_layouts` is one layout, or a tuple of them for several results.
+    """
+    mesh = _mesh()
+    if mesh is None or mesh.size == 1:
+        return function(*arrays)
+    counts: dict[str, int] = {}
+    for layout, array in zip(layouts, arrays, strict=True):
+        if array is not None:
+            for name, size in _sizes(layout, array):
+                counts[name] = min(counts.get(name, parts(name, size)), parts(name, size))
+    several = isinstance(out_layouts[0], tuple)
+    out_specs = tuple(_spec(layout, counts) for layout in out_layouts) if several else _spec(out_layouts, counts)
+    in_specs = tuple(_spec(layout, counts) for layout in layouts)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+
+
+def _sizes(layout: Layout, array: jax.Array) -> list[tuple[str, int]]:
+    return [(name, size) for name, size in zip(layout, array.shape, strict=True) if name is not None]
+
+
+def _spec(layout: Layout, counts: dict[str, int]) -> P:
+    return P(*(ACTIVATIONS[name] if name is not None and counts.get(name, 1) > 1 else None for name in layout))

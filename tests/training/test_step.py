@@ -103,12 +103,12 @@ def _step(mesh):
     return make_train_step(CONFIG, MODEL, make_optimizer(CONFIG), mesh, np.arange(VOCABULARY))
 
 
-def test_accumulation_equals_the_large_batch(mesh, initial):
+def test_accumulation_equals_the_large_batch(initial):
     batch, params = packed_batch(1), initial.params
 
     @partial(jax.jit, static_argnums=1)
     def run(batch, accumulation):
-        return loss_and_gradient(params, MODEL, batch, mesh, accumulation, 24)
+        return loss_and_gradient(params, MODEL, batch, accumulation, 24)
 
     large = run(batch, 1)
     assert relative(run(batch, 4), large) < 1e-6
@@ -151,9 +151,9 @@ def test_a_loss_that_is_not_finite_changes_nothing(initial, step):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), before)
 
 
-def test_metrics_of_a_step(mesh, initial, step):
+def test_metrics_of_a_step(initial, step):
     batch = packed_batch(2)
-    loss, gradient = jax.jit(lambda params: loss_and_gradient(params, MODEL, batch, mesh, 1, 24))(initial.params)
+    loss, gradient = jax.jit(lambda params: loss_and_gradient(params, MODEL, batch, 1, 24))(initial.params)
     new_state, metrics = step(initial, batch)
     weights = np.asarray(token_weights(batch), np.float64)
     read = (batch["tokens"][:, 1:] * weights).sum()  # in this test token t stands for t bytes

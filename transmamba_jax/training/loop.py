@@ -62,7 +62,8 @@ def train(config: Config) -> int:
     with Preemption() as preemption, contextlib.ExitStack() as cleanup:
         # 1. What can be refused cheaply is refused first: devices, batch, tokenizer, the earlier run, the data.
         mesh = sharding.make_mesh(config.mesh)
-        sharding.check_batch(config, mesh)
+        sharding.check_divides(config, mesh)
+        cleanup.enter_context(jax.set_mesh(mesh))
         tokenizer = data.load_tokenizer(config.data.tokenizer)
         data.check_vocabulary(tokenizer, config.model.vocab_size)
         model = TransMamba(config.model)
@@ -198,7 +199,7 @@ class _Run:
         cfg = self.config.data
         self.console.say(f"compiling for {jax.device_count()} x {jax.devices()[0].device_kind}")
         names = ("tokens", "segment_ids") if cfg.packing == "first_fit" else ("tokens",)
-        where = sharding.activation("tokens", self.mesh)
+        where = sharding.batch_sharding(self.mesh)
         row = jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len + 1), np.int32, sharding=where)
         tx = make_optimizer(self.config)
         train_step = make_train_step(self.config, self.model, tx, self.mesh, self.tokenizer.token_bytes)

@@ -97,7 +97,7 @@ def chunked_cross_entropy(
 ) -> Float32[Array, ""]:
     """Sum weighted cross-entropies in nats, with the logits of at most `chunk` tokens (at least one a row) at a time.
 
-    Chunks are cut along time, so that rows stay where they are on the mesh; the backward pass computes a chunk's
+    Chunks are cut along time, from the part of it that each device has; the backward pass computes a chunk's
     logits again instead of keeping them. Accumulates in float32.
     """
 
@@ -109,11 +109,14 @@ def chunked_cross_entropy(
     count = math.ceil(time / max(chunk // rows, 1))
     if count == 1:
         return summed(hidden, targets, weights)
-    width = math.ceil(time / count)
+    shards = sharding.parts("spread_time", time)
+    width = math.ceil(time / (shards * count))
 
     def cut(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, count * width - time)) + ((0, 0),) * (x.ndim - 2))  # weight 0
-        return jnp.moveaxis(x.reshape(rows, count, width, *x.shape[2:]), 1, 0)
+        x = x.reshape(rows, shards, time // shards, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, count * width - time // shards)) + ((0, 0),) * (x.ndim - 3))  # weight 0
+        x = jnp.moveaxis(x.reshape(rows, shards, count, width, *x.shape[3:]), 2, 0)
+        return x.reshape(count, rows, shards * width, *x.shape[4:])
 
     def body(total: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, None]:
         return total + jax.checkpoint(summed)(*xs), None
@@ -130,7 +133,7 @@ def loss_fn(params: Any, model: TransMamba, batch: Batch, chunk: int) -> Float32
 
 
 def loss_and_gradient(
-    params: Any, model: TransMamba, batch: Batch, mesh: Mesh, accumulation: int, chunk: int
+    params: Any, model: TransMamba, batch: Batch, accumulation: int, chunk: int
 ) -> tuple[Float32[Array, ""], Any]:
     """Return the mean loss over the whole batch and its gradient, from `accumulation` microbatches one after another.
 
@@ -145,7 +148,7 @@ def loss_and_gradient(
     def cut(rows: Array) -> Array:
         # Rows a, a + A, a + 2A, ... are microbatch a: every device contributes rows it already has.
         parts = rows.reshape(-1, accumulation, rows.shape[1]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(parts, sharding.activation("microbatches", mesh))
+        return sharding.constrain(parts, (None, "rows", None))
 
     def body(sums: tuple[Array, Any], part: Batch) -> tuple[tuple[Array, Any], None]:
         loss, gradient = objective(params, part)
@@ -173,13 +176,13 @@ def make_train_step(
     Raises:
         ValueError: the batch does not divide over the devices.
     """
-    sharding.check_batch(config, mesh)
+    sharding.check_divides(config, mesh)
     rate = learning_rate_schedule(config, config.optimizer.learning_rate)
     lengths = None if token_bytes is None else np.asarray(token_bytes, np.float32)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, gradient = loss_and_gradient(
-            state.params, model, batch, mesh, config.train.accumulation, config.train.loss_chunk
+            state.params, model, batch, config.train.accumulation, config.train.loss_chunk
         )
         squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradient)])
         grad_norm = jnp.sqrt(jnp.sum(squares))
@@ -216,7 +219,7 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(states, sharding.activation("tokens", mesh)),
+        in_shardings=(states, sharding.batch_sharding(mesh)),
         out_shardings=(states, everywhere),
     )
 
