@@ -1,5 +1,6 @@
 # make train: environment, then the tiny experiment to the end.
 # make test:  environment with test tools, then the whole suite.
+# make faults: the accidents that take minutes (50 kills at random moments, a full disk) besides those of the suite.
 # PYTHON=python3.12 make test picks the interpreter; uv is used where it is there.
 
 PYTHON ?= python3
@@ -10,13 +11,16 @@ INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/pyt
 # Each environment remembers its interpreter: another PYTHON makes a new one.
 IDENTITY := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 
-.PHONY: train test lint notebooks clean
+.PHONY: train test faults lint notebooks clean
 
 train: $(VENV)/.installed-base
 	$(BIN)/python train.py --config configs/tiny.yaml
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/faults -m "faults or not faults"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,307 @@
+"""Accidents, each in a process of its own: what is said, and that nothing good is lost."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+from tests.faults import damage
+from transmamba_jax import checkpoint
+from transmamba_jax.training.loop import EXIT_NOT_SAVED
+from transmamba_jax.training.metrics import TIMING
+from transmamba_jax.training.preemption import EXIT_PREEMPTED
+
+
+def lines_of(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
+
+
+def assert_same_end(workdir, straight):
+    """Bit for bit the state, data position and metrics of a run without an accident."""
+    found, expected = (checkpoint.restore(folder / "checkpoints") for folder in (workdir, straight))
+    assert found.step == expected.step == 12
+    assert found.data_states == expected.data_states
+    arrays = lambda saved: jax.device_get((saved.params, saved.state))
+    jax.tree.map(np.testing.assert_array_equal, arrays(found), arrays(expected))
+    assert lines_of(workdir) == lines_of(straight)
+
+
+def good(workdir):
+    """Return the steps that `verify` finds good; every complete one has to be."""
+    folder = workdir / "checkpoints"
+    for step in checkpoint.complete_steps(folder):
+        checkpoint.verify(folder / str(step))
+    return checkpoint.complete_steps(folder)
+
+
+@pytest.fixture(name="report", scope="module")
+def _report(server):
+    folder = server.folder / "damage"
+    folder.mkdir()
+    server.receive(server.send("damage", folder=str(folder)))
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+SAID = {
+    "flip array": "params/large has other values than were saved",
+    "truncate array": "params/large cannot be read",
+    "delete array": "params/large cannot be read",
+    "flip index": "no leaf of params can be read",
+    "delete index node": "no leaf of params can be read",
+    "truncate structure": "no leaf of params can be read",
+    "delete structure": "params/_METADATA is missing",
+    "flip data iterator": "data/metadata has other bytes than were saved",
+    "truncate config": "config/metadata has",
+    "delete tokenizer": "tokenizer/metadata is missing",
+    "flip manifest": "manifest.json is damaged: its digest differs",
+    "delete manifest": "it has no manifest.json: its save did not finish, or the file was deleted",
+    "wrong values": "params/small has other values than were saved",
+    "wrong dtype": "params/small is bfloat16 [3, 5], saved was float32 [3, 5]",
+    "wrong shape": "params/small is float32 [5, 3], saved was float32 [3, 5]",
+    "missing leaf": "params/small is missing",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in damage.cases() if name not in ("nothing", "pickles", "renamed step")]
+)
+def test_a_damaged_step_is_skipped_with_a_line_and_kept(report, name):
+    case = report[name]
+    (line,) = case["lines"]
+    assert line.startswith("checkpoint 8 skipped: ")
+    assert SAID.get(name, "") in line
+    assert (case["step"], case["same"], case["kept"]) == (3, True, True)
+    code, text = case["verify"]
+    assert code == 1
+    assert "step 3: good" in text
+    assert "step 8: DAMAGED" in text
+
+
+def test_a_step_under_another_name_and_pickles_in_the_directory(report):
+    assert report["renamed step"]["lines"] == ["checkpoint 9 skipped: manifest.json belongs to step 8"]
+    for name in ("nothing", "pickles"):
+        case = report[name]
+        assert (case["step"], case["same"], case["lines"], case["sprung"]) == (8, True, [], False)
+        assert case["verify"][0] == 0
+
+
+def test_a_run_goes_on_from_the_newest_good_step_and_takes_the_place_of_the_damaged_one(server, straight):
+    workdir = server.folder / "newest-bad"
+    shutil.copytree(straight, workdir)
+    damage.flip(workdir / "checkpoints" / "12" / "data" / "metadata")
+    text = server.train(workdir)
+    assert "checkpoint 12 skipped: data/metadata has other bytes than were saved" in text
+    assert "continuing from step 8" in text
+    assert "checkpoint 12 was damaged or not complete: moved to" in text
+    assert good(workdir) == [8, 12]
+    assert (workdir / "checkpoints" / "rejected-12").is_dir()
+    assert_same_end(workdir, straight)
+
+
+def test_a_run_whose_steps_are_all_damaged_is_refused(server, straight):
+    workdir = server.folder / "all-bad"
+    shutil.copytree(straight, workdir)
+    for step in ("8", "12"):
+        damage.flip(workdir / "checkpoints" / step / "config" / "metadata")
+    metrics = (workdir / "metrics.jsonl").read_bytes()
+    text = server.train(workdir, expect=2)
+    assert "none of the checkpoints [12, 8]" in text
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize(
+    ("point", "count", "left", "line"),
+    [
+        ("data", 8, [4], "continuing from step 4"),
+        ("manifest", 2, [4], "checkpoint 8 skipped: it has no manifest.json: its save did not finish"),
+        ("manifest-rename", 2, [], "checkpoint 4 skipped: it has no manifest.json: its save did not finish"),
+        ("deletion", 4, [8, 12], "continuing from step 12"),
+    ],
+)
+def test_killed_during_a_save(server, straight, point, count, left, line):
+    workdir = server.folder / f"killed-{point}"
+    server.train(workdir, accident=f"kill-in-{point}", at=count, expect=-signal.SIGKILL)
+    assert good(workdir) == left
+    text = server.train(workdir)
+    assert line in text
+    assert "taking the lock over" in text
+    assert good(workdir) == [8, 12]
+    assert not [path for path in (workdir / "checkpoints").iterdir() if path.name.startswith(("saving", "deleting"))]
+    assert_same_end(workdir, straight)
+
+
+@pytest.mark.parametrize(
+    ("where", "at", "saved"), [("compilation", 1, [0]), ("step", 7, [4, 7]), ("evaluation", 1, [4, 6])]
+)
+def test_terminated(server, straight, where, at, saved):
+    workdir = server.folder / f"terminated-{where}"
+    text = server.train(workdir, accident=f"terminate-in-{where}", at=at, expect=EXIT_PREEMPTED)
+    assert f"stopped at step {saved[-1]}; the same command goes on from there" in text
+    assert good(workdir) == saved
+    server.train(workdir)
+    assert_same_end(workdir, straight)
+
+
+def test_a_save_without_space_is_an_alarm_and_the_run_goes_on(server, straight):
+    workdir = server.folder / "no-space"
+    text = server.train(workdir, accident="no-space", at=[2])
+    assert "ALARM: checkpoint 8 was not saved: 4 MiB are needed, 0 MiB are free in" in text
+    assert "Failed saves: 1. The checkpoints are [4]" in text
+    assert good(workdir) == [4, 12]
+    alarms = [line for line in lines_of(workdir) if "checkpoint/failed_saves" in line]
+    assert alarms == [{"step": 8, "checkpoint/failed_saves": 1}]
+    shutil.rmtree(workdir)
+    text = server.train(workdir, accident="no-space", at=[3, 4], expect=EXIT_NOT_SAVED)
+    assert "step 12 is NOT saved; the checkpoints are [4, 8]" in text
+    assert good(workdir) == [4, 8]
+    server.train(workdir)
+    assert good(workdir) == [8, 12]
+    found, expected = (checkpoint.restore(folder / "checkpoints") for folder in (workdir, straight))
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+
+
+@pytest.mark.parametrize("rows", ["row", "all"])
+def test_nan_in_one_microbatch_or_all_is_never_saved(server, rows):
+    workdir = server.folder / f"poison-{rows}"
+    text = server.train(workdir, accident=f"poison-{rows}", at=8)
+    assert "step 8 skipped: loss nan" in text
+    assert good(workdir) == [4, 12]
+    assert [line["skipped_steps"] for line in lines_of(workdir) if "loss" in line] == [0] * 7 + [1] * 5
+    for step in (4, 12):
+        saved = checkpoint.restore(workdir / "checkpoints", step)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(saved.params))
+
+
+def test_two_runs_in_one_directory_and_stale_locks(server, straight):
+    workdir = server.folder / "locked"
+    shutil.copytree(straight, workdir)
+    lock, waiting = workdir / "run.lock", server.folder / "waiting"
+    other = server.start()
+    arguments = ["--config", str(server.config), "--workdir", str(workdir), "--train.steps", "16"]
+    output = server.send("training", other, arguments=arguments, accident="wait-in-step", at=str(waiting))
+    while not waiting.exists():
+        assert other.poll() is None
+    text = server.train(workdir, expect=2)
+    assert f"{workdir} belongs to another run: process " in text
+    assert "is still running; stop it, or use another --workdir" in text
+    waiting.rename(server.folder / "go-on")
+    assert "complete: step 16" in server.receive(output, other)
+    server.stop(other)
+    assert lock.read_text(encoding="utf-8") == ""
+    assert good(workdir) == [12, 16]
+
+    owner = {"host": os.uname().nodename, "process": os.getpid(), "since": "then", "boot": None, "ticks": None}
+    for change, line in (
+        ({"boot": "another"}, "ended when the machine was started anew: taking the lock over"),
+        ({"boot": _boot(), "ticks": "0"}, "no longer runs: taking the lock over"),
+    ):
+        lock.write_text(json.dumps({**owner, **change}), encoding="utf-8")
+        assert line in server.train(workdir, "--train.steps", 16)
+    lock.write_text(json.dumps({**owner, "host": "elsewhere"}), encoding="utf-8")
+    text = server.train(workdir, expect=2)
+    assert f"process {os.getpid()} on elsewhere, started then" in text
+    assert f"if it does not, delete {lock}" in text
+
+
+def _boot():
+    return subprocess.run(["cat", "/proc/sys/kernel/random/boot_id"], capture_output=True, text=True).stdout.strip()
+
+
+def test_configs_that_are_refused(server, straight):
+    workdir = server.folder / "refused"
+    shutil.copytree(straight, workdir)
+    metrics = (workdir / "metrics.jsonl").read_bytes()
+    saved, sprung = (workdir / "config.yaml").read_text(encoding="utf-8"), workdir / "sprung"
+    (workdir / "config.yaml").write_text(f"{saved}x: !!python/object/apply:os.mkdir [{sprung}]\n", encoding="utf-8")
+    text = server.train(workdir, expect=2)
+    assert "is not plain YAML: could not determine a constructor for the tag" in text
+    assert not sprung.exists()
+    (workdir / "config.yaml").write_text(saved, encoding="utf-8")
+    text = server.train(workdir, "--data.num-workers", 1, "--train.steps", 16, expect=2)
+    assert "the saved data position belongs to another stream: num_workers: saved 0, now 1" in text
+    text = server.train(workdir, "--model.d-model", 16, expect=2)
+    assert "model.d_model: 8 -> 16" in text
+    assert (workdir / "metrics.jsonl").read_bytes() == metrics
+    text = server.train(workdir, "--train.steps", 6)
+    assert "continuing from step 12, beyond train.steps=6: nothing is left to train" in text
+    assert good(workdir) == [8, 12]
+
+
+def test_a_partial_restore_loads_what_matches_and_lists_the_rest(server, straight):
+    workdir = server.folder / "partial"
+    shutil.copytree(straight, workdir)
+    options = "--checkpoint.partial", "True", "--optimizer.name", "muon", "--data.seq-len", 10, "--train.steps", 13
+    text = server.train(workdir, *options)
+    assert "not taken from checkpoint 12:\n" in text
+    assert "state/opt_state/" in text
+    assert "asked nothing, found float32" in text
+    assert "seq_len: saved 12, now 10: the data start anew" in text
+    assert "params/" not in text.partition("not taken")[2]
+    assert good(workdir) == [12, 13]
+    first = [line for line in lines_of(workdir) if "loss" in line][-1]
+    assert first["step"] == 13
+    assert first["loss"] < 5.0
+
+
+def test_a_run_moves_between_meshes(server, straight):
+    workdir = server.folder / "meshes"
+    for steps, devices, fsdp in ((2, 8, 4), (4, 4, 4), (6, 2, 1), (9, 1, 1), (12, 8, 2)):
+        options = "--train.steps", steps, "--mesh.fsdp", fsdp, "--train.accumulation", 1
+        text = server.train(workdir, *options, devices=devices)
+        assert f"compiling for {devices} x cpu" in text
+    found, expected = (checkpoint.restore(folder / "checkpoints") for folder in (workdir, straight))
+    assert found.data_states == expected.data_states
+    ours, theirs = (np.array([line["loss"] for line in lines_of(w) if "loss" in line]) for w in (workdir, straight))
+    assert len(ours) == 12
+    assert np.all(np.abs(ours[:2] / theirs[:2] - 1) < 1e-5)  # the learning rate's schedule then differs
+
+
+@pytest.mark.faults
+def test_killed_at_fifty_random_moments(server, straight):
+    moments = random.Random(0)
+    for index in range(50):
+        workdir = server.folder / "random"
+        shutil.rmtree(workdir, ignore_errors=True)
+        options = "--checkpoint.every", 1, "--eval.every", 0
+        for _ in range(2):
+            output = server.send(
+                "training",
+                arguments=["--config", str(server.config), "--workdir", str(workdir), *map(str, options)],
+                accident="kill-after",
+                at=moments.uniform(1.0, 5.0),
+            )
+            status = int(server.process.stdout.readline())
+            assert status in (0, -signal.SIGKILL), output.read_text(encoding="utf-8")
+            if (workdir / "checkpoints").is_dir():
+                before = good(workdir)
+        text = server.train(workdir, *options)
+        assert not before or f"continuing from step {before[-1]}" in text, index
+        found, expected = (checkpoint.restore(folder / "checkpoints") for folder in (workdir, straight))
+        jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+
+
+@pytest.mark.faults
+def test_a_disk_that_is_really_full(server):
+    disk = server.folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(disk)], capture_output=True)
+    assert mounted.returncode == 0, "this test needs root"
+    try:
+        workdir = disk / "run"
+        text = server.train(workdir, "--train.steps", 4)
+        (disk / "filler").write_bytes(bytes(3 * 2**20))
+        text = server.train(workdir, "--train.steps", 8, expect=EXIT_NOT_SAVED)
+        assert "ALARM: checkpoint 8 was not saved: 4 MiB are needed" in text
+        assert good(workdir) == [4]
+        (disk / "filler").unlink()
+        server.train(workdir, "--train.steps", 8)
+        assert good(workdir) == [4, 8]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
