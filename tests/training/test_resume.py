@@ -20,7 +20,7 @@ model: {num_layers: 2, d_model: 16, num_heads: 2, num_groups: 2, head_dim: 8, st
         transpoints: [16]}
 data: {source: "text:TEXT", seq_len: 32, batch_size: 4, packing: first_fit}
 optimizer: {warmup_steps: 5, learning_rate: 1e-2}
-train: {steps: 40, accumulation: 2, loss_chunk: 32, log_every: 4, sample_tokens: 0}
+train: {steps: 40, accumulation: 2, loss_chunk: 32, log_every: 4, sample_tokens: 8}
 checkpoint: {every: 5}
 eval: {every: 10, windows: 8, batch_size: 4}
 """
@@ -89,6 +89,7 @@ def test_a_straight_run_learns_and_leaves_everything_behind(straight):
     assert held_out[-1]["eval/bits_per_byte"] < 0.8 * training[0]["bits_per_byte"]
     assert checkpoint.complete_steps(straight / "checkpoints")[-1] == 40
     assert (straight / "report" / "index.md").exists()
+    assert "--- model" in (straight / "report" / "sample.txt").read_text(encoding="utf-8")
 
 
 def test_killed_at_step_17_and_resumed_is_bit_identical(run, straight):
