@@ -1,7 +1,7 @@
 """Train a model: `python train.py --config configs/tiny.yaml --train.steps 100 --model.d-model 256`.
 
-Exit codes: 0 complete, 1 diverged, 2 bad configuration, 75 asked to stop and saved (run the same command to go on),
-130 second Ctrl-C.
+Exit codes: 0 complete, 1 diverged, 2 bad configuration, 74 the last checkpoint could not be saved, 75 asked to stop and
+saved (run the same command to go on), 130 second Ctrl-C.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from transmamba_jax.config import (
     TrainConfig,
 )
 from transmamba_jax.config_file import load_config
+from transmamba_jax.decode import Decoder
 from transmamba_jax.generate import generate
 from transmamba_jax.memory_converter import memory_converter
 from transmamba_jax.model import TransMamba
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "Decoder",
     "EvalConfig",
     "MeshConfig",
     "ModelConfig",
