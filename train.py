@@ -1,7 +1,8 @@
 """Train a model: `python train.py --config configs/tiny.yaml --train.steps 100 --model.d-model 256`.
 
-Exit codes: 0 complete, 1 diverged, 2 bad configuration, 74 the last checkpoint could not be saved, 75 asked to stop and
-saved (run the same command to go on), 130 second Ctrl-C.
+`--compile-only --topology v5e:16x16` compiles the step for hardware that need not be here and prints what it needs.
+Exit codes: 0 complete, 1 diverged, 2 bad configuration, 3 compiled and does not fit, 74 the last checkpoint could not
+be saved, 75 asked to stop and saved (run the same command to go on), 130 second Ctrl-C.
 """
 
 import argparse
@@ -18,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE")
+    parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--topology", metavar="NAME")
     known, overrides = parser.parse_known_args(arguments)
     if known.config is None and not {"-h", "--help"} & set(overrides):
         return _no_config()
@@ -27,11 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(error, 2)
 
+    if known.compile_only != (known.topology is not None):
+        return _fail("--compile-only and --topology NAME (v5e:16x16, v5p:8x8x8, cpu:8, ...) go together", 2)
+
     # orbax and Grain take seconds to import: mistakes and --help need neither.
+    from transmamba_jax.training.compile_only import compile_only
     from transmamba_jax.training.loop import NonFiniteError, train
 
     try:
-        return train(config)
+        return compile_only(config, known.topology) if known.compile_only else train(config)
     except ValueError as error:
         return _fail(error, 2)
     except NonFiniteError as error:

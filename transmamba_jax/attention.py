@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from pallas_kernels import target
 from transmamba_jax.shapes import QueryKey, SegmentIds, Value
 
 Implementation = Literal["blockwise", "cudnn", "splash"]
@@ -98,7 +99,7 @@ def _choose(q: Array, v: Array, segment_ids: Array | None, implementation: Imple
         "splash": lambda: _refuse_splash(q),
     }
     if implementation is None:
-        return next(name for name in _AUTOMATIC.get(jax.default_backend(), ("blockwise",)) if refusals[name]() is None)
+        return next(name for name in _AUTOMATIC.get(target.platform(), ("blockwise",)) if refusals[name]() is None)
     if implementation not in refusals:
         raise ValueError(f"unknown implementation {implementation!r}; use one of {', '.join(refusals)} or None")
     reason = refusals[implementation]()
@@ -134,7 +135,7 @@ def _blockwise(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: f
     if segment_ids is not None:
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, count * block - length)), mode="edge")
     # XLA's CPU products of bfloat16 take 1.5 times as long as a cast to float32 and its product.
-    operand = jnp.promote_types(q.dtype, jnp.float32) if jax.default_backend() == "cpu" else q.dtype
+    operand = jnp.promote_types(q.dtype, jnp.float32) if target.platform() == "cpu" else q.dtype
     return _attend(q, k, v, segment_ids, float(scale), block, jnp.dtype(operand))[:, :length].reshape(shape)
 
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import target
 from transmamba_jax import schedule
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.shapes import Array, Float, Float32, HeadScalar, Int, QueryKey, State, Step, Value
@@ -227,7 +228,7 @@ def attend_once(
 
 def _operand(dtype: jnp.dtype) -> jnp.dtype:
     # XLA's CPU products of bfloat16 take 1.5 times as long as a cast to float32 and its product.
-    return jnp.promote_types(dtype, jnp.float32) if jax.default_backend() == "cpu" else dtype
+    return jnp.promote_types(dtype, jnp.float32) if target.platform() == "cpu" else dtype
 
 
 def cached_attention(q: QueryKey, keys: Keys, values: Values, start: Int[Array, ""]) -> Value:

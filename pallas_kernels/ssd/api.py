@@ -10,6 +10,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import target
 from pallas_kernels.ssd import associative, decay, pallas_tpu, reference, sequential
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
@@ -103,23 +104,24 @@ def ssd_state(
 
 
 def _automatic(x: jax.Array, b: jax.Array) -> str:
-    """Name the implementation that the default backend runs best of those that can serve the call.
+    """Name the implementation that runs best, of those that can serve the call, on the hardware that this is for.
 
     A compiler cannot partition a kernel: on several devices "pallas_tpu" is chosen inside `jax.shard_map` only.
     """
-    backend = jax.default_backend()
+    backend = target.platform()
     if backend == "cpu":
         return "sequential"
     if backend == "tpu" and pallas_tpu.refusal(x, b) is None:
         mesh = jax.sharding.get_abstract_mesh()
-        if jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual):
+        devices = jax.device_count() if mesh.empty else mesh.size
+        if devices == 1 or (not mesh.empty and mesh.are_all_axes_manual):
             return "pallas_tpu"
     return "associative"
 
 
 @functools.cache
 def _log_choice(name: str) -> None:
-    _LOGGER.info("SSD runs as %r, chosen for the default backend %r", name, jax.default_backend())
+    _LOGGER.info("SSD runs as %r, chosen for %r", name, target.platform())
 
 
 def _module(implementation: str | None, x: jax.Array, b: jax.Array) -> ModuleType:

@@ -1,0 +1,82 @@
+"""Compiling for hardware that is not there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from transmamba_jax.training.compile_only import EXIT_DOES_NOT_FIT, collective_bytes, topology_devices
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--model.num-layers",
+    "4",
+    "--model.transpoints",
+    "0",
+    "64",
+    "--data.batch-size",
+    "8",
+    "--optimizer.name",
+    "adamw",
+]
+
+
+def compile_for(topology: str, *options: str, expect: int = 0) -> str:
+    command = [sys.executable, "train.py", "--config", "configs/tiny.yaml", "--compile-only", "--topology", topology]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        [*command, *SMALL, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == expect, result.stdout + result.stderr
+    return result.stdout
+
+
+def number(pattern: str, output: str) -> float:
+    return float(re.search(pattern + r" ([\d.e+]+)", output)[1])
+
+
+def test_tiny_on_a_tpu_that_is_not_there() -> None:
+    output = compile_for("v5e:2x2", "--mesh.fsdp", "2")
+    assert "v5e:2x2: 4 x TPU v5 lite, mesh {'data': 2, 'fsdp': 2, 'context': 1, 'tensor': 1}" in output
+    assert "of 16.000 GiB" in output
+    assert "all-reduce" in output
+    assert number("utilisation at most", output) <= 1
+    assert number("FLOPs of a device   ", output) == pytest.approx(3.319e9, rel=1e-3)
+
+
+def test_a_step_that_does_not_fit_says_what_to_change() -> None:
+    options = ("--data.batch-size", "16384", "--mesh.fsdp", "2")
+    output = compile_for("v5e:2x2", *options, expect=EXIT_DOES_NOT_FIT)
+    assert "does not fit" in output
+    assert "--model.remat full (now none)" in output
+
+
+def test_simulated_devices() -> None:
+    output = compile_for("cpu:4", "--mesh.context", "2")
+    assert "4 x cpu, mesh {'data': 2, 'fsdp': 1, 'context': 2, 'tensor': 1}" in output
+    assert "all-gather" in output
+    assert "utilisation" not in output  # no data sheet
+
+
+@pytest.mark.parametrize("name", ["cpu:0", "cpu:many", "v99:2x2"])
+def test_an_unknown_topology_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="--topology"):
+        topology_devices(name)
+
+
+def test_collectives_in_loops_count_as_often_as_they_run() -> None:
+    hlo = """
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %g = f32[16,4]{1,0} all-gather(%x), dimensions={0}
+  %s = (bf16[8], bf16[32]) all-gather-start(%y), dimensions={0}
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %w = (s32[], f32[8,4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %r = f32[4]{0} all-reduce(%a), to_apply=%sum
+}
+"""
+    assert collective_bytes(hlo) == {"all-gather": (6, 3 * (16 * 4 * 4 + 32 * 2)), "all-reduce": (1, 16)}

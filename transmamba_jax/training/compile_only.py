@@ -1,0 +1,207 @@
+"""Compile the train step for hardware that is not there: `train.py --compile-only --topology v5e:16x16`.
+
+The step, its shardings and kernels are those of a run; the TPU's own compiler (extra `tpu`) runs on any machine.
+`cpu:8` compiles for eight simulated devices. Nothing is executed.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import time
+from collections import defaultdict
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from transmamba_jax import data, sharding
+from transmamba_jax.config import Config
+from transmamba_jax.model import TransMamba
+from transmamba_jax.training.metrics import flops_per_token, peak_flops
+from transmamba_jax.training.optimizer import make_optimizer
+from transmamba_jax.training.step import abstract_state, make_train_step
+
+EXIT_DOES_NOT_FIT = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a data sheet says of one chip."""
+
+    memory: float
+    """Bytes."""
+    bandwidth: float
+    """Bytes per second, to its memory."""
+    links: float
+    """Bytes per second, to other chips, all links together and one direction."""
+
+
+# Google Cloud's pages of the TPU versions. Interchip bandwidth is given there in Gbit/s and for both directions.
+CHIPS = {
+    "TPU v4": Chip(32 * 2**30, 1228e9, 2400e9 / 8 / 2),
+    "TPU v5 lite": Chip(16 * 2**30, 819e9, 1600e9 / 8 / 2),
+    "TPU v5": Chip(95 * 2**30, 2765e9, 4800e9 / 8 / 2),
+    "TPU v6 lite": Chip(32 * 2**30, 1638e9, 3584e9 / 8 / 2),
+}
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
+
+
+def compile_only(config: Config, topology: str) -> int:
+    """Compile the train step for a topology, print what it needs, and return the process's exit code.
+
+    0: it compiles and fits. EXIT_DOES_NOT_FIT: it needs more memory than the chip has; what to change is printed.
+
+    Raises:
+        ValueError: the topology is unknown or its compiler is not installed, or the configuration cannot run on it.
+    """
+    devices = topology_devices(topology)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_divides(config, mesh)
+    tokenizer = data.load_tokenizer(config.data.tokenizer)
+    data.check_vocabulary(tokenizer, config.model.vocab_size)
+    begin = time.perf_counter()
+    try:
+        compiled = _compile(config, mesh, tokenizer.token_bytes)
+    except jax.errors.JaxRuntimeError as error:
+        # The TPU's compiler refuses what does not fit. Anything else is a failure of its own.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"does not fit: {str(error).splitlines()[0]}\n{_advice(config)}")
+        return EXIT_DOES_NOT_FIT
+    seconds = time.perf_counter() - begin
+    kind = devices[0].device_kind
+    print(f"{topology}: {len(devices)} x {kind}, mesh {dict(mesh.shape)}, compiled in {seconds:.1f} s")
+    return _report(config, compiled, list(devices), CHIPS.get(kind))
+
+
+def topology_devices(topology: str) -> list[jax.Device]:
+    """Return the devices of `cpu:N`, or of a TPU topology such as `v5e:16x16` that need not exist.
+
+    Raises:
+        ValueError: there is no such topology, or its compiler is not installed.
+    """
+    name, _, size = topology.partition(":")
+    if name == "cpu":
+        if not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"--topology must be cpu:N with N >= 1, found {topology!r}")
+        jax.config.update("jax_num_cpu_devices", int(size))
+        return jax.devices("cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask the network whether this is a TPU
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # whatever the plug-in raises: it has no class of its own
+        raise ValueError(
+            f"--topology {topology!r} cannot be had: {error}. Names are like v5e:16x16, v5p:8x8x8, v6e:16x16 or cpu:8; "
+            "the compiler comes with pip install 'transmamba_jax[tpu]'"
+        ) from error
+
+
+def _compile(config: Config, mesh: Mesh, token_bytes: np.ndarray) -> Any:
+    model = TransMamba(config.model)
+    names = ("tokens", "segment_ids") if config.data.packing == "first_fit" else ("tokens",)
+    shape = (config.data.batch_size, config.data.seq_len + 1)
+    row = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, model, mesh)
+        train_step = make_train_step(config, model, make_optimizer(config), mesh, token_bytes)
+        return train_step.lower(state, dict.fromkeys(names, row)).compile()
+
+
+def _report(config: Config, compiled: Any, devices: list[jax.Device], chip: Chip | None) -> int:
+    """Print the compiler's figures beside our own, per device."""
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = kept + memory.temp_size_in_bytes
+    tokens = config.data.batch_size * config.data.seq_len
+    model_flops = flops_per_token(config.model, config.data.seq_len) * tokens / len(devices)
+    moved = collective_bytes(compiled.as_text())
+
+    gib = lambda count: f"{count / 2**30:.3f} GiB"
+    limit = f" of {gib(chip.memory)}" if chip else ""
+    parts = f"arguments {gib(memory.argument_size_in_bytes)}, temporaries {gib(memory.temp_size_in_bytes)}"
+    print(f"memory of a device   {parts}, together {gib(needed)}{limit}")
+    print(f"FLOPs of a device    {model_flops:.3e} a step, nothing counted twice")
+    print(
+        f"the compiler's count {cost.get('flops', math.nan):.3e} FLOPs, "
+        f"{cost.get('bytes accessed', math.nan):.3e} bytes, {1e3 * cost.get('optimal_seconds', math.nan):.2f} ms; the layers' loop counts once"
+    )
+    for kind, (count, size) in sorted(moved.items()):
+        print(f"{kind:<20} {count} a step, {size:.3e} bytes of results on a device")
+    if not moved:
+        print("no collectives")
+    if chip is None:
+        return 0
+    bounds = {
+        "FLOPs": model_flops / (peak_flops(devices[:1]) or math.inf),
+        # Arguments and results move once, what lives in between is written and read.
+        "memory": (needed + memory.alias_size_in_bytes + memory.temp_size_in_bytes) / chip.bandwidth,
+        "links": sum(size for _, size in moved.values()) / chip.links,
+    }
+    slowest = max(bounds, key=lambda name: bounds[name])
+    print("bounds on a step     " + ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in bounds.items()))
+    print(
+        f"step                 at least {1e3 * bounds[slowest]:.2f} ms ({slowest}); "
+        f"utilisation at most {bounds['FLOPs'] / bounds[slowest]:.2f}"
+    )
+    if needed <= chip.memory:
+        return 0
+    print(f"does not fit: {gib(needed)} of {gib(chip.memory)}; {_advice(config)}")
+    return EXIT_DOES_NOT_FIT
+
+
+def _advice(config: Config) -> str:
+    options = []
+    if config.model.remat != "full":
+        options.append(f"train with --model.remat full (now {config.model.remat})")
+    options.append(f"raise --train.accumulation (now {config.train.accumulation}) or lower --data.batch-size")
+    options.append("give more of the mesh to --mesh.fsdp, or to --mesh.context for long rows")
+    return "; or ".join(options)
+
+
+def collective_bytes(hlo: str) -> dict[str, tuple[int, float]]:
+    """Sum the collectives of a compiled program by kind: how many are run, and the bytes of their results.
+
+    A loop's body counts as often as it runs, where the compiler knows how often that is.
+    """
+    bodies: dict[str, list[str]] = defaultdict(list)
+    entry, name = "", ""
+    for line in hlo.splitlines():
+        if line.endswith("{") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) ", line)):
+            name = header[2]
+            entry = name if header[1] else entry
+        elif line.startswith(" "):
+            bodies[name].append(line)
+    totals: dict[str, tuple[int, float]] = {}
+
+    def visit(computation: str, times: int) -> None:
+        for line in bodies[computation]:
+            operation = re.search(r"= (.*?) ([a-z][\w\-]*)\(", line)
+            if operation is None:
+                continue
+            kind = operation[2].removesuffix("-start")
+            if kind in COLLECTIVES:
+                count, size = totals.get(kind, (0, 0.0))
+                totals[kind] = count + times, size + times * _result_bytes(operation[1], operation[2])
+            trips = re.search(r"known_trip_count\D*(\d+)", line) if operation[2] == "while" else None
+            for called in re.findall(r"(?:body|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
+                visit(called, times * (int(trips[1]) if trips else 1))
+
+    visit(entry, 1)
+    return totals
+
+
+def _result_bytes(shapes: str, operation: str) -> float:
+    """Count the bytes of an instruction's result; of a `-start` pair (operand, result, ...) the second counts."""
+    sizes = []
+    for dtype, dims in re.findall(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", shapes):
+        bits = _BITS.get(dtype) or int((re.search(r"\d+", dtype) or ["8"])[0])
+        sizes.append(math.prod(int(dim) for dim in dims.split(",") if dim) * bits / 8)
+    if operation.endswith("-start") and len(sizes) > 1:
+        return max(sizes) if "all-gather" in operation else sizes[len(sizes) // 2]
+    return sum(sizes)
