@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import oracle
-from transmamba_jax import mixer as mixer_module
+from transmamba_jax import parallel
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.convolution import causal_conv
 from transmamba_jax.memory_converter import memory_converter
@@ -205,7 +205,7 @@ def test_converter_traps_are_caught(trap: Callable[..., jax.Array], monkeypatch:
     params, x, cotangent = make(CONFIG)
     expected = run_oracle(CONFIG, params, x, cotangent, 19)
     assert oracle.relative_error(run_static(CONFIG, params, x, cotangent, 19), expected) < 1e-5
-    monkeypatch.setattr(mixer_module, "memory_converter", trap)
+    monkeypatch.setattr(parallel, "memory_converter", trap)
     trapped = jax.jit(lambda params, x: run(CONFIG, params, x, cotangent, 19))(params, x)
     assert oracle.relative_error(trapped, expected) > 1e-3
 
@@ -218,7 +218,7 @@ def test_convolution_on_each_side_of_the_transpoint_is_caught(monkeypatch: pytes
         halves = [causal_conv(part, kernel, bias, None) for part in (x[:, :19], x[:, 19:])]
         return jnp.concatenate(halves, axis=1)
 
-    monkeypatch.setattr(mixer_module, "causal_conv", split_conv)
+    monkeypatch.setattr(parallel, "causal_conv", split_conv)
     y = Mixer(CONFIG).apply({"params": params}, x, 19)
     error = np.abs(np.asarray(y) - expected).max(axis=(0, 2))
     assert error[:19].max() < 1e-4

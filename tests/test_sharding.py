@@ -94,7 +94,7 @@ ROWS, TIME = 16, 32
 model_config = ModelConfig(vocab_size=64, num_layers=2, d_model=16, num_heads=8, num_groups=4, head_dim=4, state_dim=4,
                            mlp_dim=32, chunk_size=8, transpoints=tuple(json.loads(sys.argv[2])), dtype="float32")
 config = Config(model=model_config, data=DataConfig(seq_len=TIME, batch_size=ROWS),
-                train=TrainConfig(accumulation=2, loss_chunk=64))
+                train=TrainConfig(accumulation=int(sys.argv[3]), loss_chunk=64))
 model = TransMamba(model_config)
 rng = np.random.default_rng(0)
 # Documents of all lengths, with padding before, between (over a whole part of the sequence) and after them.
@@ -128,7 +128,7 @@ def gradient(sizes):
     sharding.check_divides(config, mesh)
     placed = jax.device_put(params, sharding.parameter_shardings(params, mesh))
     with jax.set_mesh(mesh):
-        run = jax.jit(lambda params, rows: loss_and_gradient(params, model, rows, 2, 64))
+        run = jax.jit(lambda params, rows: loss_and_gradient(params, model, rows, config.train.accumulation, 64))
         loss, found = jax.device_get(run(placed, sharding.place_batch(batch, mesh)))
     found = {sharding.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(found)}
     return held(placed, mesh), {"loss": loss, **found}
@@ -160,12 +160,12 @@ def run_on_eight_devices(code: str, *arguments: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("meshes", "transpoints"),
-    [(ALONE, (13,)), (PAIRS, (13,)), (TRIPLES, (13,)), (((1, 1, 4, 2),), (0, 32))],
-    ids=["alone", "pairs", "triples", "ssm and attention"],
+    ("meshes", "transpoints", "accumulation"),
+    [(ALONE + TRIPLES, (13,), 1), (PAIRS, (13,), 1), (((1, 1, 4, 2),), (0, 32), 2)],
+    ids=["alone and triples", "pairs", "ssm and attention"],
 )
-def test_meshes_of_eight_devices_give_the_numbers_of_one(meshes, transpoints):
-    report = run_on_eight_devices(MESHES, json.dumps(meshes), json.dumps(transpoints))
+def test_meshes_of_eight_devices_give_the_numbers_of_one(meshes, transpoints, accumulation):
+    report = run_on_eight_devices(MESHES, json.dumps(meshes), json.dumps(transpoints), str(accumulation))
     errors = {name: found for name, found in report.items() if name.startswith("(") and found["error"] > 1e-5}
     assert not errors
     assert max(report["born"], report["optimizer"]) < 1 / 4 + 0.1

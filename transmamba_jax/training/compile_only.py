@@ -127,10 +127,8 @@ def _report(config: Config, compiled: Any, devices: list[jax.Device], chip: Chip
     parts = f"arguments {gib(memory.argument_size_in_bytes)}, temporaries {gib(memory.temp_size_in_bytes)}"
     print(f"memory of a device   {parts}, together {gib(needed)}{limit}")
     print(f"FLOPs of a device    {model_flops:.3e} a step, nothing counted twice")
-    print(
-        f"the compiler's count {cost.get('flops', math.nan):.3e} FLOPs, "
-        f"{cost.get('bytes accessed', math.nan):.3e} bytes, {1e3 * cost.get('optimal_seconds', math.nan):.2f} ms; the layers' loop counts once"
-    )
+    flops, size, seconds = (cost.get(name, math.nan) for name in ("flops", "bytes accessed", "optimal_seconds"))
+    print(f"the compiler counts  {flops:.3e} FLOPs, {size:.3e} bytes, {1e3 * seconds:.2f} ms, a loop's body once")
     for kind, (count, size) in sorted(moved.items()):
         print(f"{kind:<20} {count} a step, {size:.3e} bytes of results on a device")
     if not moved:
