@@ -42,10 +42,11 @@ def ssm_only(mixer: Mixer, x: jax.Array) -> jax.Array:
 
 def contender(function: Function, backward: bool, *arguments: Any) -> timing.Contender:
     """Compile `function`, or the gradient of its sum with respect to every argument, and call it on `arguments`."""
+    run = function
     if backward:
         scalar = lambda *arguments: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(function(*arguments)))
-        function = jax.grad(scalar, argnums=tuple(range(len(arguments))))
-    compiled = jax.jit(function).lower(*arguments).compile()
+        run = jax.grad(scalar, argnums=tuple(range(len(arguments))))
+    compiled = jax.jit(run).lower(*arguments).compile()
     return lambda _round: jax.block_until_ready(compiled(*arguments))
 
 
