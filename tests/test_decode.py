@@ -12,7 +12,7 @@ import pytest
 import transmamba_jax as tm
 from tests import oracle
 from transmamba_jax import cache as memory
-from transmamba_jax import step
+from transmamba_jax import decode_step
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.decode import Decoder, DecodeState
 
@@ -251,4 +251,4 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="batch must be >= 1 and room >= 0"):
         memory.init_cache(CONFIG, 0, 4)
     with pytest.raises(ValueError, match="keys, values and steps"):
-        step.convert(CONFIG, decoder._weights.layers[0], memory.init_layer(CONFIG, 1, 0, True))
+        decode_step.convert(CONFIG, decoder._weights.layers[0], memory.init_layer(CONFIG, 1, 0, True))

@@ -16,14 +16,14 @@ import numpy as np
 from jaxtyping import Bool
 
 from transmamba_jax import cache as memory
+from transmamba_jax import decode_step, schedule
 from transmamba_jax import sampling as choice
-from transmamba_jax import schedule, step
 from transmamba_jax.cache import Cache, LayerCache
 from transmamba_jax.config import ModelConfig
+from transmamba_jax.decode_step import Kind, LayerWeights
 from transmamba_jax.model import TransMamba
 from transmamba_jax.sampling import Sampling
 from transmamba_jax.shapes import Array, Float, Float32, Int
-from transmamba_jax.step import Kind, LayerWeights
 
 BLOCK_STEPS = 32
 """Tokens of one call of a compiled program, at most."""
@@ -294,7 +294,7 @@ def _kind(point: int, lengths: np.ndarray) -> Kind:
 
 @partial(jax.jit, static_argnums=0)
 def _lay_out(config: ModelConfig, params: Any) -> _Weights:
-    layer = lambda index: step.lay_out(config, jax.tree.map(lambda leaf: leaf[index], params["layers"]))
+    layer = lambda index: decode_step.lay_out(config, jax.tree.map(lambda leaf: leaf[index], params["layers"]))
     return _Weights(
         embedding=params["embedding"].astype(config.dtype),
         head=None if config.tie_embeddings else params["lm_head"].astype(config.dtype),
@@ -303,7 +303,7 @@ def _lay_out(config: ModelConfig, params: Any) -> _Weights:
     )
 
 
-_convert = jax.jit(step.convert, static_argnums=0)
+_convert = jax.jit(decode_step.convert, static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=(5, 6, 7), donate_argnums=1)
@@ -356,10 +356,12 @@ def _decode_block(
             weights.layers, large, moving, recents, kinds, strict=True
         ):
             cache = dataclasses.replace(layer, window=small.window, state=small.state)
-            x, cache, recent = step.layer_step(config, layer_weights, x, cache, recent, starts, index, kind)
+            x, cache, recent = decode_step.layer_step(config, layer_weights, x, cache, recent, starts, index, kind)
             moved.append(LayerCache(cache.window, cache.state))
             written.append(recent)
-        logits = jnp.matmul(step.rms_norm(x, weights.final_norm, config), head, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(
+            decode_step.rms_norm(x, weights.final_norm, config), head, preferred_element_type=jnp.float32
+        )
         tokens, seen = tokens.at[:, index].set(token), seen.at[rows, token].set(True)
         return tokens, logits, seen, tuple(moved), tuple(written)
 
