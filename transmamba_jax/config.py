@@ -67,6 +67,12 @@ class ModelConfig:
     """RMSNorm on the attention branch, with the weight of the SSM branch's gated norm."""
     skip: bool = True
     """The D skip connection of the SSM branch."""
+    conv_bias: bool = True
+    """Biases in the short convolutions."""
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    """Smallest and largest Δ; a Δ beyond is clipped, after softplus."""
+    residual_in_fp32: bool = False
+    """Keep the residual stream in float32 when dtype is narrower."""
     dtype: DTypeName = "bfloat16"
     """Compute dtype. A, Δ, decay sums, states, softmax and loss are float32 whatever it is."""
     param_dtype: DTypeName = "float32"
@@ -96,6 +102,11 @@ class ModelConfig:
         )
         require(self.rope_theta > 0, f"model.rope_theta must be positive, found {self.rope_theta}")
         require(self.norm_eps > 0, f"model.norm_eps must be positive, found {self.norm_eps}")
+        limit = self.dt_limit
+        require(
+            len(limit) == 2 and 0 <= limit[0] < limit[1],
+            f"model.dt_limit must be two numbers, 0 <= smallest < largest, found {list(limit)}",
+        )
         try:
             schedule.expand(self.transpoints, self.num_layers)
         except ValueError as error:

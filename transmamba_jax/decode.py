@@ -21,7 +21,7 @@ from transmamba_jax import sampling as choice
 from transmamba_jax.cache import Cache, LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.decode_step import Kind, LayerWeights
-from transmamba_jax.model import TransMamba
+from transmamba_jax.model import TransMamba, embed
 from transmamba_jax.sampling import Sampling
 from transmamba_jax.shapes import Array, Float, Float32, Int
 
@@ -350,7 +350,7 @@ def _decode_block(
         tokens, logits, seen, moving, recents = carry
         chosen = choice.choose(logits, seen, keys, starts + index, numbers, top_k)
         token = jnp.where(given[:, index] < 0, chosen, given[:, index])
-        x = weights.embedding[token]
+        x = embed(config, weights.embedding, token)
         moved, written = [], []
         for layer_weights, layer, small, recent, kind in zip(
             weights.layers, large, moving, recents, kinds, strict=True

@@ -15,6 +15,7 @@ from transmamba_jax import cache as memory
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.memory_converter import memory_converter
+from transmamba_jax.mixer import step_size
 from transmamba_jax.rotary import rotate
 from transmamba_jax.shapes import Array, Float, Float32, HeadScalar, Int, State
 
@@ -58,6 +59,10 @@ def lay_out(config: ModelConfig, params: Any) -> LayerWeights:
     matrix = lambda *parts: jnp.concatenate([part["kernel"] for part in parts], axis=1).astype(config.dtype)
     wide = lambda array: array.astype(jnp.float32)
     convolutions = [mixer[f"conv_{name}"] for name in "qkv"]
+    taps = wide(jnp.concatenate([conv["kernel"] for conv in convolutions], axis=1))
+    bias = jnp.zeros(taps.shape[1], jnp.float32)
+    if config.conv_bias:
+        bias = wide(jnp.concatenate([conv["bias"] for conv in convolutions]))
     mlp = None
     if config.mlp_dim:
         parts = params["mlp"]
@@ -65,8 +70,8 @@ def lay_out(config: ModelConfig, params: Any) -> LayerWeights:
     return LayerWeights(
         norm=params["mixer_norm"]["scale"],
         inputs=matrix(mixer["q"], mixer["k"], mixer["v"], mixer["dt"]),
-        taps=wide(jnp.concatenate([conv["kernel"] for conv in convolutions], axis=1)),
-        bias=wide(jnp.concatenate([conv["bias"] for conv in convolutions])),
+        taps=taps,
+        bias=bias,
         dt_bias=wide(mixer["dt_bias"]),
         a=-jnp.exp(wide(mixer["a_log"])),
         skip=wide(mixer["skip"]) if config.skip else None,
@@ -142,7 +147,7 @@ def _mix(
     q, k, v = jnp.split(jax.nn.silu(convolved.astype(x.dtype)), (config.d_key, 2 * config.d_key), axis=-1)
     q, k = (y.reshape(-1, config.num_groups, config.state_dim) for y in (q, k))
     v = v.reshape(-1, config.num_heads, config.head_dim)
-    dt = jax.nn.softplus(projected[:, channels:].astype(jnp.float32) + weights.dt_bias)
+    dt = step_size(config, projected[:, channels:], weights.dt_bias)
     turn = lambda y: rotate(y[:, None], positions[:, None], config.rope_theta)[:, 0]
     if config.rotary == "both":
         q, k = turn(q), turn(k)

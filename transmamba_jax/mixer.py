@@ -54,11 +54,18 @@ def over_tokens(dense: nn.Dense, x: Float[Array, "B T _"]) -> Float[Array, "B T 
     return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
+def step_size(config: ModelConfig, projected: Float[Array, "... H"], bias: Float[Array, "H"]) -> Float[Array, "... H"]:
+    """Return Δ = clip(softplus(projected + bias), dt_limit), in float32."""
+    dt = nn.softplus(projected.astype(jnp.float32) + bias.astype(jnp.float32))
+    return dt if config.dt_limit == (0, math.inf) else jnp.clip(dt, *config.dt_limit)
+
+
 class ShortConv(nn.Module):
     """Causal depthwise convolution over time, then SiLU."""
 
     width: int
     param_dtype: str
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -71,7 +78,10 @@ class ShortConv(nn.Module):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         kernel = self.param("kernel", uniform, (self.width, x.shape[-1]), self.param_dtype)
-        bias = self.param("bias", uniform, (x.shape[-1],), self.param_dtype)
+        if self.use_bias:
+            bias = self.param("bias", uniform, (x.shape[-1],), self.param_dtype)
+        else:
+            bias = jnp.zeros(x.shape[-1], self.param_dtype)
         if history is None:
             return nn.silu(parallel.convolve(x, kernel, bias, segment_ids))
         return nn.silu(causal_conv(x, kernel, bias, segment_ids, history))
@@ -91,7 +101,9 @@ class Mixer(nn.Module):
         self.q, self.k, self.v = dense(cfg.d_key), dense(cfg.d_key), dense(cfg.d_inner)
         self.z, self.dt = dense(cfg.d_inner), dense(cfg.num_heads)
         self.out = dense(cfg.d_model, residual_uniform(cfg.num_layers))
-        self.conv_q, self.conv_k, self.conv_v = (ShortConv(cfg.conv_width, cfg.param_dtype) for _ in range(3))
+        self.conv_q, self.conv_k, self.conv_v = (
+            ShortConv(cfg.conv_width, cfg.param_dtype, cfg.conv_bias) for _ in range(3)
+        )
         self.a_log = self.param("a_log", init_a_log, (cfg.num_heads,), cfg.param_dtype)
         self.dt_bias = self.param("dt_bias", init_dt_bias, (cfg.num_heads,), cfg.param_dtype)
         if cfg.skip:
@@ -255,7 +267,7 @@ class Mixer(nn.Module):
         return rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta)
 
     def _step(self, x: Hidden) -> Step:
-        return nn.softplus(over_tokens(self.dt, x).astype(jnp.float32) + self.dt_bias.astype(jnp.float32))
+        return step_size(self.config, over_tokens(self.dt, x), self.dt_bias)
 
     def _decay(self) -> Float[Array, "H"]:
         return -jnp.exp(self.a_log.astype(jnp.float32))

@@ -28,6 +28,12 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 }
 
 
+def embed(config: ModelConfig, embedding: Float[Array, "V D"], tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Look tokens up; the result is in the dtype of the residual stream."""
+    x = embedding.astype(config.dtype)[tokens]
+    return x.astype(jnp.float32) if config.residual_in_fp32 else x
+
+
 class GatedMLP(nn.Module):
     """SwiGLU: (SiLU(x W_gate) ∘ x W_up) W_down, arXiv 2002.05202."""
 
@@ -120,7 +126,7 @@ class TransMamba(nn.Module):
         cfg = self.config
         _check_tokens(tokens, segment_ids)
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-        x = sharding.gather_parameter("embedding", self.embedding).astype(cfg.dtype)[tokens]
+        x = embed(cfg, sharding.gather_parameter("embedding", self.embedding), tokens)
         x = sharding.constrain(x, HIDDEN)
         if transpoints is None:
             transpoints = cfg.transpoints
@@ -162,7 +168,7 @@ class TransMamba(nn.Module):
             The normalised output of the last layer at each row's last real token (without meaning where there is
             none), and what the layers remember then.
         """
-        x = self.embedding.astype(self.config.dtype)[tokens]
+        x = embed(self.config, self.embedding, tokens)
         kinds = [(split, jax.tree.map(jnp.shape, layer)) for split, layer in zip(splits, layers, strict=True)]
         period = schedule.smallest_period([kinds.index(kind) for kind in kinds])
         regroup = lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:])
