@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _no_config()
     try:
         config = Config() if known.config is None else config_file.read_config_file(known.config)
-        config = config_file.parse_command_line(config, overrides, prog=f"train.py --config {known.config or 'FILE'}")
+        program = f"train.py --config {known.config or 'FILE'}"
+        config = config_file.parse_command_line(config, overrides, program, description=__doc__)
     except ValueError as error:
         return _fail(error, 2)
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = Config(model=ModelConfig(num_layers=9), workdir="runs/päck")
 DEFAULT = CheckpointConfig()
 TOKENIZER = '{"tokenizer": "bytes", "é": "\\u0000"}'
+ODD = jnp.array([jnp.nan, -0.0, 1e-40])
 
 
 @flax.struct.dataclass
@@ -37,9 +38,7 @@ class State:
 def make_state(seed: int = 0, kind: str = "threefry2x32") -> State:
     rng = np.random.default_rng(seed)
     params = {
-        "embedding": jnp.asarray(rng.standard_normal((7, 4)), jnp.float32)
-        .at[0, :3]
-        .set(jnp.array([jnp.nan, -0.0, 1e-40])),
+        "embedding": jnp.float32(rng.standard_normal((7, 4))).at[0, :3].set(ODD),
         "layers": {
             "kernel": jnp.asarray(rng.standard_normal((2, 4, 5)), jnp.bfloat16),
             "ids": jnp.asarray(rng.integers(-9, 9, 3), jnp.int32),
@@ -47,7 +46,7 @@ def make_state(seed: int = 0, kind: str = "threefry2x32") -> State:
     }
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.1, 0.0, 10)))
     floats = {"embedding": params["embedding"], "kernel": params["layers"]["kernel"]}
-    _, opt_state = tx.update(jax.tree.map(jnp.ones_like, floats), tx.init(floats), floats)
+    opt_state = tx.update(jax.tree.map(jnp.ones_like, floats), tx.init(floats), floats)[1]
     return State(params, opt_state, jnp.int32(seed), jax.random.key(seed, impl=kind))
 
 
@@ -62,8 +61,7 @@ def raw(tree: Any) -> list[tuple[str, Any, Any, bytes]]:
 
 def save(folder: Path, *steps: int, losses: tuple[float | None, ...] = (), config=DEFAULT) -> None:
     writer = checkpoint.Checkpointer(folder, config)
-    for index, step in enumerate(steps):
-        loss = losses[index] if losses else None
+    for step, loss in zip(steps, losses or [None] * len(steps), strict=True):
         writer.save(step, make_state(step), {"position": [step, {"a": None}]}, to_yaml(CONFIG), TOKENIZER, loss)
     writer.close()
 
@@ -243,7 +241,7 @@ for step, report in ((2, writer.wait), (3, lambda: writer.save(4, state, {}, "",
     writer.save(step, state, {}, "", "")
     try:
         report()
-    except Exception as error:
+    except checkpoint.SaveError as error:
         print("raised", error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 writer.save(5, state, {}, "", "")

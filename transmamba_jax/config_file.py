@@ -32,9 +32,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _override(_read(Path(path)), list(overrides))
 
 
-def parse_command_line(config: Config, arguments: Sequence[str], prog: str) -> Config:
+def parse_command_line(config: Config, arguments: Sequence[str], prog: str, description: str | None = None) -> Config:
     """Apply command-line arguments to `config` as a program does: print help or errors and exit."""
-    return tyro.cli(Config, default=config, args=list(arguments), prog=prog, config=(tyro.conf.FlagConversionOff,))
+    options = (tyro.conf.FlagConversionOff,)
+    return tyro.cli(Config, default=config, args=list(arguments), prog=prog, description=description, config=options)
 
 
 def read_config_file(path: str | Path) -> Config:

@@ -179,25 +179,21 @@ def constrain(x: jax.Array, layout: Layout) -> jax.Array:
 
 
 def gather_parameter(path: str, value: jax.Array) -> jax.Array:
-    """Collect the parts of a parameter that lie along fsdp, for its use: rows are split there, not channels."""
+    """Collect the parts of a parameter that lie along fsdp, for its use: rows are split there, not channels.
+
+    Below `layers` the value is one layer's, without the leading axis.
+    """
     mesh = _mesh()
     if mesh is None:
         return value
-    spec = parameter_spec(path, value.shape, mesh)
+    stacked = path.startswith("layers/")
+    spec = parameter_spec(path, (1, *value.shape) if stacked else value.shape, mesh)[int(stacked) :]
     return jax.lax.with_sharding_constraint(value, P(*(None if axis == "fsdp" else axis for axis in spec)))
 
 
 def gather_layer(params: Any) -> Any:
     """Collect the parts of one layer's parameters (a slice of `layers`); see `gather_parameter`."""
-    mesh = _mesh()
-    if mesh is None:
-        return params
-
-    def gather(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
-        spec = parameter_spec(f"layers/{path_name(path)}", (1, *leaf.shape), mesh)
-        return jax.lax.with_sharding_constraint(leaf, P(*(None if axis == "fsdp" else axis for axis in spec[1:])))
-
-    return jax.tree.map_with_path(gather, params)
+    return jax.tree.map_with_path(lambda path, leaf: gather_parameter(f"layers/{path_name(path)}", leaf), params)
 
 
 def per_shard(function: Callable[..., Any], layouts: Sequence[Layout], out_layouts: Any, *arrays: Any) -> Any:

@@ -62,8 +62,9 @@ def ssd(
             that the final state is the one after the last real token.
         chunk_size: tokens of one chunk, 1 or more: a matter of speed and memory, not of the result. An implementation
             may use a smaller one.
-        implementation: one of `implementations()`; None: by the default backend, "sequential" on a CPU, "pallas_tpu" on
-            a TPU where it can serve the call (see `_automatic`), "associative" elsewhere.
+        implementation: one of `implementations()`; None: by the hardware of the mesh of `jax.set_mesh`, or of
+            the default backend where none is set: "sequential" on a CPU, "pallas_tpu" on a TPU where it can serve the
+            call (see `_automatic`), "associative" elsewhere.
 
     Returns:
         y [B, T, H, P] in x.dtype (at padding: finite, without meaning), final state float32 [B, H, P, N].

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 import train as command
 from tests.faults import damage
+from tests.training.runs import strike
 from tests.training.support import Little
 from transmamba_jax import checkpoint_manifest, checkpoint_steps, data, evaluate
 from transmamba_jax.training import loop
@@ -88,20 +89,6 @@ def wait_in_step(file):
         return original(batches)
 
     data.BatchIterator.__next__ = wait
-
-
-def strike(owner, name, number, count):
-    """Send this process a signal when `owner.name` is called for the `count`-th time."""
-    original, calls = getattr(owner, name), 0
-
-    def struck(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == count:
-            os.kill(os.getpid(), number)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, struck)
 
 
 def poison(step, rows):

@@ -12,25 +12,10 @@ import numpy as np
 import pytest
 
 from tests.faults import damage
+from tests.training.runs import assert_same_end, metrics_of
 from transmamba_jax import checkpoint
 from transmamba_jax.training.loop import EXIT_NOT_SAVED
-from transmamba_jax.training.metrics import TIMING
 from transmamba_jax.training.preemption import EXIT_PREEMPTED
-
-
-def lines_of(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
-
-
-def assert_same_end(workdir, straight):
-    """Bit for bit the state, data position and metrics of a run without an accident."""
-    found, expected = (checkpoint.restore(folder / "checkpoints") for folder in (workdir, straight))
-    assert found.step == expected.step == 12
-    assert found.data_states == expected.data_states
-    arrays = lambda saved: jax.device_get((saved.params, saved.state))
-    jax.tree.map(np.testing.assert_array_equal, arrays(found), arrays(expected))
-    assert lines_of(workdir) == lines_of(straight)
 
 
 def good(workdir):
@@ -102,7 +87,7 @@ def test_a_run_goes_on_from_the_newest_good_step_and_takes_the_place_of_the_dama
     assert "checkpoint 12 was damaged or not complete: moved to" in text
     assert good(workdir) == [8, 12]
     assert (workdir / "checkpoints" / "rejected-12").is_dir()
-    assert_same_end(workdir, straight)
+    assert_same_end(workdir, straight, 12)
 
 
 def test_a_run_whose_steps_are_all_damaged_is_refused(server, straight):
@@ -134,7 +119,7 @@ def test_killed_during_a_save(server, straight, point, count, left, line):
     assert "taking the lock over" in text
     assert good(workdir) == [8, 12]
     assert not [path for path in (workdir / "checkpoints").iterdir() if path.name.startswith(("saving", "deleting"))]
-    assert_same_end(workdir, straight)
+    assert_same_end(workdir, straight, 12)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +131,7 @@ def test_terminated(server, straight, where, at, saved):
     assert f"stopped at step {saved[-1]}; the same command goes on from there" in text
     assert good(workdir) == saved
     server.train(workdir)
-    assert_same_end(workdir, straight)
+    assert_same_end(workdir, straight, 12)
 
 
 def test_a_save_without_space_is_an_alarm_and_the_run_goes_on(server, straight):
@@ -155,7 +140,7 @@ def test_a_save_without_space_is_an_alarm_and_the_run_goes_on(server, straight):
     assert "ALARM: checkpoint 8 was not saved: 4 MiB are needed, 0 MiB are free in" in text
     assert "Failed saves: 1. The checkpoints are [4]" in text
     assert good(workdir) == [4, 12]
-    alarms = [line for line in lines_of(workdir) if "checkpoint/failed_saves" in line]
+    alarms = [line for line in metrics_of(workdir) if "checkpoint/failed_saves" in line]
     assert alarms == [{"step": 8, "checkpoint/failed_saves": 1}]
     shutil.rmtree(workdir)
     text = server.train(workdir, accident="no-space", at=[3, 4], expect=EXIT_NOT_SAVED)
@@ -173,7 +158,7 @@ def test_nan_in_one_microbatch_or_all_is_never_saved(server, rows):
     text = server.train(workdir, accident=f"poison-{rows}", at=8)
     assert "step 8 skipped: loss nan" in text
     assert good(workdir) == [4, 12]
-    assert [line["skipped_steps"] for line in lines_of(workdir) if "loss" in line] == [0] * 7 + [1] * 5
+    assert [line["skipped_steps"] for line in metrics_of(workdir) if "loss" in line] == [0] * 7 + [1] * 5
     for step in (4, 12):
         saved = checkpoint.restore(workdir / "checkpoints", step)
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(saved.params))
@@ -245,7 +230,7 @@ def test_a_partial_restore_loads_what_matches_and_lists_the_rest(server, straigh
     assert "seq_len: saved 12, now 10: the data start anew" in text
     assert "params/" not in text.partition("not taken")[2]
     assert good(workdir) == [12, 13]
-    first = [line for line in lines_of(workdir) if "loss" in line][-1]
+    first = [line for line in metrics_of(workdir) if "loss" in line][-1]
     assert first["step"] == 13
     assert first["loss"] < 5.0
 
@@ -258,7 +243,7 @@ def test_a_run_moves_between_meshes(server, straight):
         assert f"compiling for {devices} x cpu" in text
     found, expected = (checkpoint.restore(folder / "checkpoints") for folder in (workdir, straight))
     assert found.data_states == expected.data_states
-    ours, theirs = (np.array([line["loss"] for line in lines_of(w) if "loss" in line]) for w in (workdir, straight))
+    ours, theirs = (np.array([line["loss"] for line in metrics_of(w) if "loss" in line]) for w in (workdir, straight))
     assert len(ours) == 12
     assert np.all(np.abs(ours[:2] / theirs[:2] - 1) < 1e-5)  # the learning rate's schedule then differs
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as PS
 
-from pallas_kernels.ssd import block_sizes, pallas_tpu_backward, ssd, ssd_state
+from pallas_kernels import target
+from pallas_kernels.ssd import api, block_sizes, pallas_tpu_backward, ssd, ssd_state
 
 from . import suite
 
@@ -206,3 +207,16 @@ def test_refusals_say_why(dtype: Any, head_dim: int, state_dim: int, message: st
         ssd(x, dt, a, b, b, implementation="pallas_tpu")
     with pytest.raises(ValueError, match=message):
         ssd_state(x, dt, a, b, implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize(("devices", "expected"), [(1, "pallas_tpu"), (4, "associative")])
+def test_the_mesh_that_is_set_says_what_is_chosen(
+    devices: int, expected: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hardware that is not there counts where the mesh is made of it; a compiler cannot partition a kernel."""
+    monkeypatch.setattr(api, "_log_choice", api._log_choice.__wrapped__)  # it says each thing once a process
+    inputs = {name: jnp.zeros(value.shape, value.dtype) for name, value in _on("v5e", (1, 64, 4, 64, 64)).items()}
+    with caplog.at_level("INFO", logger=api.__name__), jax.set_mesh(Mesh(np.array(_devices("v5e")[:devices]), "data")):
+        assert target.platform() == "tpu"
+        jax.eval_shape(ssd, **inputs)
+    assert f"SSD runs as '{expected}', chosen for 'tpu'" in caplog.text

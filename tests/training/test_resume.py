@@ -1,18 +1,16 @@
 """A run that is killed, terminated and interrupted ends with the bits of one that is not."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
+from tests.training.runs import assert_same_end, metrics_of
 from transmamba_jax import checkpoint
-from transmamba_jax.training.metrics import TIMING
 from transmamba_jax.training.preemption import EXIT_PREEMPTED
 
 CONFIG = """
@@ -66,22 +64,8 @@ def _straight(run):
     return run("straight")[0]
 
 
-def _metrics(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
-
-
-def _assert_same_run(workdir, straight):
-    found, expected = (checkpoint.restore(folder / "checkpoints") for folder in (workdir, straight))
-    assert found.step == expected.step == 40
-    assert found.data_states == expected.data_states
-    arrays = lambda saved: jax.device_get((saved.params, saved.state))
-    jax.tree.map(np.testing.assert_array_equal, arrays(found), arrays(expected))
-    assert _metrics(workdir) == _metrics(straight)
-
-
 def test_a_straight_run_learns_and_leaves_everything_behind(straight):
-    lines = _metrics(straight)
+    lines = metrics_of(straight)
     training = [line for line in lines if "loss" in line]
     held_out = [line for line in lines if "eval/loss" in line]
     assert [line["step"] for line in training] == list(range(4, 41, 4))
@@ -98,7 +82,7 @@ def test_killed_at_step_17_and_resumed_is_bit_identical(run, straight):
     assert (workdir / "metrics.jsonl").read_text(encoding="utf-8")
     _, output = run("killed")
     assert "continuing from step 1" in output
-    _assert_same_run(workdir, straight)
+    assert_same_end(workdir, straight, 40)
 
 
 def test_stopped_while_compiling_training_and_evaluating_is_bit_identical(run, straight):
@@ -108,11 +92,11 @@ def test_stopped_while_compiling_training_and_evaluating_is_bit_identical(run, s
     assert checkpoint.complete_steps(workdir / "checkpoints")[-1] == 8
     run("stopped", "interrupt-in-evaluation", 1, expect=EXIT_PREEMPTED)  # the first evaluation, between its batches
     assert checkpoint.complete_steps(workdir / "checkpoints")[-1] == 10
-    assert not any("eval/loss" in line for line in _metrics(workdir))
+    assert not any("eval/loss" in line for line in metrics_of(workdir))
     _, output = run("stopped")
     assert "continuing from step 10" in output
-    _assert_same_run(workdir, straight)
+    assert_same_end(workdir, straight, 40)
     _, output = run("stopped")
     assert "compiling" not in output
     assert "complete: step 40 of 40" in output
-    _assert_same_run(workdir, straight)
+    assert_same_end(workdir, straight, 40)

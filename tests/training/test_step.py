@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractMesh, AxisType
 
 from tests.training.support import VOCABULARY, Little, little_config, packed_batch, relative
 from transmamba_jax import sharding
@@ -69,6 +70,10 @@ def test_logits_of_the_whole_batch_never_exist_at_once():
 
     assert largest(16) <= 16 * vocabulary
     assert largest(rows * time) >= rows * time * vocabulary
+    # Devices that split time have a part of every chunk.
+    mesh = AbstractMesh((1, 1, 2, 2), ("data", "fsdp", "context", "tensor"), axis_types=(AxisType.Auto,) * 4)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert largest(20) <= 20 * vocabulary
 
 
 def test_weights_leave_out_padding_and_the_first_token_of_another_document():

@@ -22,7 +22,7 @@ from transmamba_jax.config import Config
 from transmamba_jax.model import TransMamba
 from transmamba_jax.training.metrics import flops_per_token, peak_flops
 from transmamba_jax.training.optimizer import make_optimizer
-from transmamba_jax.training.step import abstract_state, make_train_step
+from transmamba_jax.training.step import abstract_batch, abstract_state, make_train_step
 
 EXIT_DOES_NOT_FIT = 3
 
@@ -95,7 +95,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask the network whether this is a TPU
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:  # whatever the plug-in raises: it has no class of its own
+    except RuntimeError as error:
         raise ValueError(
             f"--topology {topology!r} cannot be had: {error}. Names are like v5e:16x16, v5p:8x8x8, v6e:16x16 or cpu:8; "
             "the compiler comes with pip install 'transmamba_jax[tpu]'"
@@ -104,13 +104,10 @@ def topology_devices(topology: str) -> list[jax.Device]:
 
 def _compile(config: Config, mesh: Mesh, token_bytes: np.ndarray) -> Any:
     model = TransMamba(config.model)
-    names = ("tokens", "segment_ids") if config.data.packing == "first_fit" else ("tokens",)
-    shape = (config.data.batch_size, config.data.seq_len + 1)
-    row = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.batch_sharding(mesh))
     with jax.set_mesh(mesh):
         state = abstract_state(config, model, mesh)
         train_step = make_train_step(config, model, make_optimizer(config), mesh, token_bytes)
-        return train_step.lower(state, dict.fromkeys(names, row)).compile()
+        return train_step.lower(state, abstract_batch(config, mesh)).compile()
 
 
 def _report(config: Config, compiled: Any, devices: list[jax.Device], chip: Chip | None) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from transmamba_jax.training.step import (
     Batch,
     Metrics,
     TrainState,
+    abstract_batch,
     abstract_state,
     create_state,
     first_nonfinite,
@@ -196,15 +196,11 @@ class _Run:
 
     def _compile(self, state: TrainState, log: "_Log") -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """Compile the step before any data is consumed, so that a stop during it loses nothing."""
-        cfg = self.config.data
         self.console.say(f"compiling for {jax.device_count()} x {jax.devices()[0].device_kind}")
-        names = ("tokens", "segment_ids") if cfg.packing == "first_fit" else ("tokens",)
-        where = sharding.batch_sharding(self.mesh)
-        row = jax.ShapeDtypeStruct((cfg.batch_size, cfg.seq_len + 1), np.int32, sharding=where)
         tx = make_optimizer(self.config)
         train_step = make_train_step(self.config, self.model, tx, self.mesh, self.tokenizer.token_bytes)
         begin = time.perf_counter()
-        compiled = train_step.lower(state, dict.fromkeys(names, row)).compile()
+        compiled = train_step.lower(state, abstract_batch(self.config, self.mesh)).compile()
         log.start(compile_seconds=time.perf_counter() - begin)
         return compiled
 

@@ -74,6 +74,13 @@ def abstract_state(config: Config, model: TransMamba, mesh: Mesh) -> TrainState:
     )
 
 
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes, dtypes and shardings of a batch without reading one."""
+    names = ("tokens", "segment_ids") if config.data.packing == "first_fit" else ("tokens",)
+    shape = (config.data.batch_size, config.data.seq_len + 1)
+    return dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh)))
+
+
 def create_state(config: Config, model: TransMamba, mesh: Mesh) -> TrainState:
     """Make the initial state, born sharded: no device ever holds a whole copy of what is cut."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
@@ -95,10 +102,11 @@ def chunked_cross_entropy(
     weights: Float32[Array, "B T"],
     chunk: int,
 ) -> Float32[Array, ""]:
-    """Sum weighted cross-entropies in nats, with the logits of at most `chunk` tokens (at least one a row) at a time.
+    """Sum weighted cross-entropies in nats, with the logits of at most `chunk` tokens at a time.
 
-    Chunks are cut along time, from the part of it that each device has; the backward pass computes a chunk's
-    logits again instead of keeping them. Accumulates in float32.
+    At least one token of every row is taken, and of every part of it where devices split time: chunks are cut along
+    time within those parts. The backward pass computes a chunk's logits again instead of keeping them. Accumulates in
+    float32.
     """
 
     def summed(hidden: Array, targets: Array, weights: Array) -> Array:
@@ -106,15 +114,16 @@ def chunked_cross_entropy(
         return jnp.sum(losses * weights)
 
     rows, time = targets.shape
-    count = math.ceil(time / max(chunk // rows, 1))
+    shards = sharding.parts("spread_time", time)
+    part = time // shards
+    count = math.ceil(part / max(chunk // (rows * shards), 1))
     if count == 1:
         return summed(hidden, targets, weights)
-    shards = sharding.parts("spread_time", time)
-    width = math.ceil(time / (shards * count))
+    width = math.ceil(part / count)
 
     def cut(x: Array) -> Array:
-        x = x.reshape(rows, shards, time // shards, *x.shape[2:])
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, count * width - time // shards)) + ((0, 0),) * (x.ndim - 3))  # weight 0
+        x = x.reshape(rows, shards, part, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, count * width - part)) + ((0, 0),) * (x.ndim - 3))  # weight 0
         x = jnp.moveaxis(x.reshape(rows, shards, count, width, *x.shape[3:]), 2, 0)
         return x.reshape(count, rows, shards * width, *x.shape[4:])
 

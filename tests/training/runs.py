@@ -1,0 +1,42 @@
+"""What tests of whole runs share: a signal at a chosen call, and two runs that must have ended alike."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from transmamba_jax import checkpoint
+from transmamba_jax.training.metrics import TIMING
+
+
+def strike(owner: Any, name: str, number: int, count: int) -> None:
+    """Send this process a signal when `owner.name` is called for the `count`-th time."""
+    original, calls = getattr(owner, name), 0
+
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, struck)
+
+
+def metrics_of(workdir: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
+
+
+def assert_same_end(workdir: Path, straight: Path, step: int) -> None:
+    """Bit for bit the state, data position and metrics of a run without an accident."""
+    found, expected = (checkpoint.restore(folder / "checkpoints") for folder in (workdir, straight))
+    assert found.step == expected.step == step
+    assert found.data_states == expected.data_states
+    arrays = lambda saved: jax.device_get((saved.params, saved.state))
+    jax.tree.map(np.testing.assert_array_equal, arrays(found), arrays(expected))
+    assert metrics_of(workdir) == metrics_of(straight)
