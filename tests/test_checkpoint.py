@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = Config(model=ModelConfig(num_layers=9), workdir="runs/päck")
 DEFAULT = CheckpointConfig()
 TOKENIZER = '{"tokenizer": "bytes", "é": "\\u0000"}'
-ODD = jnp.array([jnp.nan, -0.0, 1e-40])
+ODD = np.float32([np.nan, -0.0, 1e-40])
 
 
 @flax.struct.dataclass
