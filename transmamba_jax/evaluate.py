@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transmamba_jax import config_file, data, schedule, sharding
 from transmamba_jax.config import Config
 from transmamba_jax.model import TransMamba
+from transmamba_jax.scoring import token_scores
 from transmamba_jax.shapes import Array, Float32, Int
 
 
@@ -145,23 +146,7 @@ def _nll_by_position(
     weights: Float32[Array, "B T"],
 ) -> Float32[Array, "T"]:
     """Sum the weighted negative log-likelihoods of the rows at each position, in float32."""
-    inputs = {name: rows[:, :-1] for name, rows in batch.items()}
-    hidden = model.apply({"params": params}, **inputs, method="hidden")
-    rows, time = weights.shape
-    width = min(max(chunk // rows, 1), time)
-    count = math.ceil(time / width)
-
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, count * width - time)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(rows, count, width, *x.shape[2:]), 1, 0)
-
-    def summed(part: tuple[Array, Array, Array]) -> Float32[Array, "Q"]:
-        hidden, targets, weights = part
-        logits = model.apply({"params": params}, hidden, method="logits")
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights, axis=0)
-
-    return jax.lax.map(summed, (cut(hidden), cut(batch["tokens"][:, 1:]), cut(weights))).reshape(-1)[:time]
+    return -jnp.sum(token_scores(model, chunk, params, **batch)[0] * weights, axis=0)
 
 
 def _configured(saved: Config, options: argparse.Namespace) -> Config:
