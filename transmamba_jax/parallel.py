@@ -42,8 +42,10 @@ def convolve(
 ) -> Float[Array, "B T C"]:
     """Apply `causal_conv`."""
     shards, reach = parts("time", x.shape[1]), kernel.shape[0] - 1
+    channels = (*_TOKENS, "heads")
+    layouts = channels, (None, "heads"), _SCALARS, _TOKENS
     if shards == 1 or reach == 0:
-        return causal_conv(x, kernel, bias, segment_ids)
+        return per_shard(causal_conv, layouts, channels, x, kernel, bias, segment_ids)
     if x.shape[1] // shards < reach:
         raise ValueError(
             f"mesh.context={shards} leaves {x.shape[1] // shards} tokens to a device, and the convolution reaches "
@@ -56,8 +58,7 @@ def convolve(
         ids = None if segment_ids is None else _with_halo(segment_ids, reach, before)
         return causal_conv(x, kernel, bias, ids)[:, reach:]
 
-    channels = (*_TOKENS, "heads")
-    return per_shard(shard, (channels, (None, "heads"), _SCALARS, _TOKENS), channels, x, kernel, bias, segment_ids)
+    return per_shard(shard, layouts, channels, x, kernel, bias, segment_ids)
 
 
 def attend(q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None) -> Value:
