@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels import target
-from transmamba_jax.shapes import QueryKey, SegmentIds, Value
+from transmamba_jax.shapes import QueryKey, SegmentIds, Value, known
 
 Implementation = Literal["blockwise", "cudnn", "splash"]
 
@@ -111,6 +111,8 @@ def _choose(q: Array, v: Array, segment_ids: Array | None, implementation: Imple
 def _refuse_cudnn(q: Array, v: Array, segment_ids: Array | None) -> str | None:
     if segment_ids is not None:
         return "its masks know sequence lengths, not segment_ids"
+    if not known(*q.shape):
+        return f"it needs shapes that are numbers, found {q.shape}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it needs bfloat16 or float16, found {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > _CUDNN_HEAD_DIM:
@@ -119,6 +121,8 @@ def _refuse_cudnn(q: Array, v: Array, segment_ids: Array | None) -> str | None:
 
 
 def _refuse_splash(q: Array) -> str | None:
+    if not known(*q.shape):
+        return f"it needs shapes that are numbers, found {q.shape}"
     return None if q.dtype in (jnp.bfloat16, jnp.float32) else f"it needs bfloat16 or float32, found {q.dtype}"
 
 
@@ -129,13 +133,18 @@ def _blockwise(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: f
     shape, length = v.shape, q.shape[1]
     v = v.reshape(*q.shape[:3], -1)
     count = -(-length // _BLOCK)
-    block = -(-length // (count * _BLOCK_MULTIPLE)) * _BLOCK_MULTIPLE if count > 1 else length
+    if not known(length):
+        block = _BLOCK
+    else:
+        block = -(-length // (count * _BLOCK_MULTIPLE)) * _BLOCK_MULTIPLE if count > 1 else length
     # Keys that pad the last block lie in the future of every real query, and their ids need not differ from real ones.
     q, k, v = (jnp.pad(x, ((0, 0), (0, count * block - length), (0, 0), (0, 0))) for x in (q, k, v))
     if segment_ids is not None:
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, count * block - length)), mode="edge")
     # XLA's CPU products of bfloat16 take 1.5 times as long as a cast to float32 and its product.
-    operand = jnp.promote_types(q.dtype, jnp.float32) if target.platform() == "cpu" else q.dtype
+    # A program for any length is for any device too.
+    cast = known(length) and target.platform() == "cpu"
+    operand = jnp.promote_types(q.dtype, jnp.float32) if cast else q.dtype
     return _attend(q, k, v, segment_ids, float(scale), block, jnp.dtype(operand))[:, :length].reshape(shape)
 
 
@@ -196,7 +205,8 @@ def _attend_forward(
 ) -> tuple[Array, Any]:
     """Online softmax; the diagonal block comes first, so that the running maximum is finite from the start on."""
     qs, ks, vs = (_split(x, block) for x in (q, k, v))
-    ids_b, first = _split_ids(ids, len(qs), block)
+    count = qs.shape[0]
+    ids_b, first = _split_ids(ids, count, block)
 
     def visit(row: Sequence, column: Array, diagonal: bool) -> tuple[Array, Array]:
         query, ids_q = row
@@ -222,7 +232,7 @@ def _attend_forward(
         top, total, out = lax.fori_loop(start, index, key_block, state)
         return None, ((out / total[..., None]).astype(v.dtype), top + jnp.log(total))
 
-    _, (out, log_total) = lax.scan(query_block, None, (jnp.arange(len(qs)), first, qs, ids_b))
+    _, (out, log_total) = lax.scan(query_block, None, (jnp.arange(count), first, qs, ids_b))
     out = _join(out)
     return out, (q, k, v, ids, out, log_total)
 

@@ -172,7 +172,7 @@ def merge(layer: LayerCache, recent: LayerCache, starts: Int[Array, "B"], steps:
         return layer
     index = jnp.arange(recent.keys.shape[2])
     places = jnp.where(index < steps, starts[:, None] + index, layer.room)  # [B, steps]; beyond the room: dropped
-    rows = jnp.arange(len(starts))[:, None]
+    rows = jnp.arange(starts.shape[0])[:, None]
     put = lambda whole, part: whole.at[rows, :, places].set(part.swapaxes(1, 2), mode="drop")
     waiting = layer.steps
     if waiting is not None and recent.steps is not None:

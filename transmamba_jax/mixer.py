@@ -21,7 +21,20 @@ from transmamba_jax.config import ModelConfig
 from transmamba_jax.convolution import causal_conv
 from transmamba_jax.memory_converter import memory_converter
 from transmamba_jax.rotary import rotate
-from transmamba_jax.shapes import Array, Float, Hidden, Int, QueryKey, SegmentIds, State, Step, TransPoint, Value
+from transmamba_jax.shapes import (
+    Array,
+    Float,
+    Hidden,
+    Int,
+    QueryKey,
+    SegmentIds,
+    State,
+    Step,
+    TransPoint,
+    Value,
+    known,
+    least,
+)
 
 # U(±1/√fan_in), as Mamba-2 and PyTorch's linear layers are initialised.
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -117,18 +130,21 @@ class Mixer(nn.Module):
         """Mix along the sequence: attention for tokens t < transpoint, the SSM for t >= transpoint.
 
         A Python int slices (no wasted work); a traced scalar or one value per row runs both branches over the whole
-        sequence and selects, which is the definition of the layer. Where the sequence is split over devices, a Python
-        int slices the attention alone: the SSM's work on the tokens before is the Memory Converter's.
+        sequence and selects, which is the definition of the layer. Where the sequence is split over devices, or its
+        length is a symbol, a Python int slices the attention alone: the SSM's work on the tokens before is the Memory
+        Converter's.
         """
         q, k, v = self._project(x, segment_ids)
-        stop = min(transpoint, x.shape[1]) if isinstance(transpoint, int) else x.shape[1]
-        if isinstance(transpoint, int) and (stop in (0, x.shape[1]) or not parallel.splits_time(x.shape[1])):
+        length = x.shape[1]
+        stop = least(transpoint, length) if isinstance(transpoint, int) else length
+        whole = known(length) and not parallel.splits_time(length)
+        if isinstance(transpoint, int) and (stop in (0, length) or whole):
             return over_tokens(self.out, self._sliced(x, q, k, v, stop, segment_ids))
         ids = None if segment_ids is None else segment_ids[:, :stop]
         attended = self._attend(q[:, :stop], k[:, :stop], v[:, :stop], ids)
-        attended = jnp.pad(attended, ((0, 0), (0, x.shape[1] - stop), (0, 0)))
+        attended = jnp.pad(attended, ((0, 0), (0, length - stop), (0, 0)))
         scanned = self._scan(x, q, k, v, self._step(x), None, segment_ids)
-        before = jnp.arange(x.shape[1]) < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
+        before = jnp.arange(length) < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
         return over_tokens(self.out, jnp.where(before[..., None], attended, scanned))
 
     def extend(

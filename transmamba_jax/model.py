@@ -18,7 +18,7 @@ from transmamba_jax import schedule, sharding
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.mixer import Mixer, fan_in_uniform, over_tokens, residual_uniform
-from transmamba_jax.shapes import Array, Float, Hidden, Int, Logits, SegmentIds, Tokens, TransPoint
+from transmamba_jax.shapes import Array, Float, Hidden, Int, Logits, SegmentIds, Tokens, TransPoint, known
 
 HIDDEN = ("rows", "time", None)
 
@@ -216,7 +216,8 @@ class TransMamba(nn.Module):
 
     def _static_stack(self, x: Hidden, points: schedule.Schedule, segment_ids: SegmentIds | None) -> Hidden:
         # A TransPoint beyond the row is attention everywhere; clamping first finds the shorter period.
-        points = tuple(min(point, x.shape[1]) for point in points)
+        if known(x.shape[1]):
+            points = tuple(min(point, x.shape[1]) for point in points)
         period = schedule.smallest_period(points)
         layer = self._layer(segment_ids)
         regroup = lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:])

@@ -10,6 +10,7 @@
 Head h reads the queries and keys of group h // (H / G). A local name may carry its axes as a suffix (`x_bthp`).
 """
 
+import jax.core
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
 Tokens = Int[Array, "B T"]
@@ -22,3 +23,13 @@ HeadScalar = Float32[Array, "H"]
 State = Float32[Array, "B H P N"]
 Logits = Float32[Array, "B T V"]
 TransPoint = int | Shaped[Array, ""] | Shaped[Array, "B"]
+
+
+def known(*sizes: int) -> bool:
+    """Tell whether sizes are numbers; in a program that jax.export writes for any size they are symbols."""
+    return all(isinstance(size, int) for size in sizes)
+
+
+def least(first: int, second: int) -> int:
+    """Return the smaller of two sizes, which may be symbols."""
+    return jax.core.min_dim(first, second)

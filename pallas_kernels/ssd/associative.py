@@ -25,11 +25,17 @@ def _einsum(spec: str, left: jax.Array, right: jax.Array, dtype: jax.typing.DTyp
     return jnp.einsum(spec, left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
+def _chunk_tokens(chunk_size: int, length: int) -> int:
+    """Return the tokens of a chunk: not more than there are, where their number is known and no symbol."""
+    return min(chunk_size, length) if isinstance(length, int) else chunk_size
+
+
 def _chunk(value: jax.Array, chunk: int) -> jax.Array:
     """[B, T, ...] -> [B, chunks, Q, ...], the tail filled with zeros: dt = 0 and l = 0 leave the state as it is."""
-    tail = -value.shape[1] % chunk
-    value = jnp.pad(value, ((0, 0), (0, tail)) + ((0, 0),) * (value.ndim - 2))
-    return value.reshape(value.shape[0], -1, chunk, *value.shape[2:])
+    batch, length, *rest = value.shape
+    count = -(-length // chunk)
+    value = jnp.pad(value, ((0, 0), (0, count * chunk - length)) + ((0, 0),) * len(rest))
+    return value.reshape(batch, count, chunk, *rest)
 
 
 def _chunk_decays(log_decay: jax.Array, chunk: int, groups: int) -> jax.Array:
@@ -67,6 +73,12 @@ def _states(written: jax.Array, log_decay: jax.Array, b: jax.Array, h: jax.Array
     def combine(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return first[0] * second[0], second[0] * first[1] + second[1]
 
+    if not isinstance(kept.shape[1], int):
+        # A number of chunks that is a symbol (jax.export) has no tree of combinations: one chunk after another.
+        final, before = jax.lax.scan(
+            lambda h, chunk: (chunk[0] * h + chunk[1], h), h, (jnp.moveaxis(kept, 1, 0), jnp.moveaxis(added, 1, 0))
+        )
+        return jnp.moveaxis(before, 0, 1), final
     # The initial state is a chunk of its own that keeps nothing of what was before it.
     kept = jnp.concatenate([jnp.ones_like(kept[:, :1]), kept], axis=1)
     added = jnp.concatenate([h[:, None], added], axis=1)
@@ -97,7 +109,7 @@ def scan(
 ) -> tuple[jax.Array, jax.Array]:
     """Chunked SSD; shapes and result as `reference.scan`."""
     batch, length, num_heads, head_dim = x.shape
-    groups, chunk = b.shape[2], min(chunk_size, length)
+    groups, chunk = b.shape[2], _chunk_tokens(chunk_size, length)
     log_decay = _chunk_decays(log_decay, chunk, groups)
     written = _written(x, dt, chunk, groups)
     b, c = _chunk(b, chunk), _chunk(c, chunk)
@@ -113,7 +125,7 @@ def final_state(
     x: jax.Array, dt: jax.Array, log_decay: jax.Array, b: jax.Array, initial_state: jax.Array, chunk_size: int
 ) -> jax.Array:
     """Return the last state of `scan` alone, float32 [B,H,P,N]."""
-    groups, chunk = b.shape[2], min(chunk_size, x.shape[1])
+    groups, chunk = b.shape[2], _chunk_tokens(chunk_size, x.shape[1])
     log_decay = _chunk_decays(log_decay, chunk, groups)
     written = _written(x, dt, chunk, groups)
     state = _split_heads(initial_state, groups)

@@ -1,0 +1,252 @@
+"""A trained model as a folder of plain files, and as programs that need none of this package's code; also a command.
+
+    model.safetensors   the parameters, `layers/mixer/q/kernel`, stacked over the layers
+    config.yaml         the config, as train.py reads it
+    tokenizer.json      the tokenizer, where there is one
+    forward.jax         (params, tokens int32 [b, t]) -> logits float32 [b, t, V]
+    prepare.jax         (params) -> weights, laid out for single tokens
+    decode.jax          (weights, cache, tokens int32 [b]) -> (logits float32 [b, V], cache)
+
+The programs are StableHLO, written by `jax.export` for CPU, CUDA and TPU at once; batch b, length t and the cache's
+room s are whatever a call has. The schedule is the config's. Needs no orbax.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+
+from transmamba_jax import cache as memory
+from transmamba_jax import config_file, data, decode_step, schedule, tensor_files
+from transmamba_jax.cache import LayerCache
+from transmamba_jax.config import Config, ModelConfig
+from transmamba_jax.decode_step import Kind, LayerWeights, MLPWeights
+from transmamba_jax.model import TransMamba, embed
+from transmamba_jax.shapes import Array, Float32, Int, least
+
+CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"
+PROGRAMS = ("forward", "prepare", "decode")
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+# The implementation of the SSD operator that runs anywhere, and at any length.
+_PORTABLE = "associative"
+
+
+class Loaded(NamedTuple):
+    """What a folder holds."""
+
+    config: Config
+    params: dict[str, Any]
+    tokenizer: data.Tokenizer | None
+
+
+def save(folder: str | Path, config: Config, params: Mapping[str, Any], tokenizer: data.Tokenizer | None) -> None:
+    """Write parameters, config and tokenizer.
+
+    Raises:
+        ValueError: the folder has weights already.
+    """
+    folder = Path(folder)
+    tensor_files.claim(folder)
+    (folder / CONFIG).write_text(config_file.to_yaml(config), encoding="utf-8")
+    if tokenizer is not None:
+        (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+    leaves = {path: np.asarray(jax.device_get(leaf)) for path, leaf in tensor_files.flatten(params).items()}
+    tensor_files.write(folder, leaves, {"format": "transmamba_jax"})
+
+
+def load(folder: str | Path) -> Loaded:
+    """Read what `save` wrote: `config, params, tokenizer = transmamba_jax.export.load(folder)`.
+
+    Raises:
+        ValueError: a file is missing or is not what `save` writes, or the parameters do not fit the config.
+    """
+    folder = Path(folder)
+    config = config_file.read_config_file(folder / CONFIG)
+    with tensor_files.open_folder(folder) as tensors:
+        leaves = {name: jnp.asarray(tensors.rows(name, 0, tensors.shape(name)[0])) for name in tensors.names()}
+    asked = {path: list(leaf.shape) for path, leaf in tensor_files.flatten(abstract_params(config.model)).items()}
+    found = {path: list(leaf.shape) for path, leaf in leaves.items()}
+    tensor_files.raise_differences(f"the tensors in {folder} do not fit its {CONFIG}", asked, found)
+    file = folder / TOKENIZER
+    tokenizer = data.tokenizer_from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return Loaded(config, tensor_files.nest(leaves), tokenizer)
+
+
+def save_programs(
+    folder: str | Path, config: ModelConfig, params: Mapping[str, Any], platforms: Sequence[str] = PLATFORMS
+) -> None:
+    """Write the programs; of the parameters only shapes and dtypes are read.
+
+    Raises:
+        ValueError: a platform that jax.export does not know.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, program in programs(config, params, platforms).items():
+        waiting = folder / f"{name}.jax.partial"
+        waiting.write_bytes(program.serialize())
+        os.replace(waiting, folder / f"{name}.jax")
+
+
+def load_program(folder: str | Path, name: str) -> jax_export.Exported:
+    """Read a program; `load_program(folder, "forward").call(params, tokens)` runs it."""
+    if name not in PROGRAMS:
+        raise ValueError(f"name must be one of {', '.join(PROGRAMS)}, found {name!r}")
+    return jax_export.deserialize(bytearray((Path(folder) / f"{name}.jax").read_bytes()))
+
+
+def programs(
+    config: ModelConfig, params: Mapping[str, Any], platforms: Sequence[str] = PLATFORMS
+) -> dict[str, jax_export.Exported]:
+    """Return forward, prepare and decode by name (see the module's docstring)."""
+    config = dataclasses.replace(config, kernel=_PORTABLE, remat="none")
+    model = TransMamba(config)
+    batch, time, room = jax_export.symbolic_shape("b, t, s")
+    tokens = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(params))
+    forward = lambda params, tokens: model.apply({"params": params}, tokens)
+    lay_out = lambda params: prepare(config, params)
+    step = lambda weights, cache, tokens: decode(config, weights, cache, tokens)
+    write = lambda function, *arguments: jax_export.export(jax.jit(function), platforms=platforms)(*arguments)
+    weights = jax.eval_shape(lay_out, abstract)
+    cache = _cache_shapes(config, batch, room)
+    return {
+        "forward": write(forward, abstract, tokens(batch, time)),
+        "prepare": write(lay_out, abstract),
+        "decode": write(step, weights, cache, tokens(batch)),
+    }
+
+
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
+    """Return the shapes and dtypes of a model's parameters."""
+    return jax.eval_shape(TransMamba(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def new_cache(config: ModelConfig, batch: int, room: int) -> dict[str, Any]:
+    """Return the memory of `batch` empty rows for `decode`, as plain dicts.
+
+    A layer with TransPoint P > 0 has room for min(P, room) keys and values (the largest P: for `room`). `room` must be
+    at least the tokens that will be read, or the largest TransPoint: what there is no room for is forgotten.
+    """
+    return jax.tree.map(lambda leaf: jnp.array(np.zeros(leaf.shape, leaf.dtype)), _cache_shapes(config, batch, room))
+
+
+def _cache_shapes(config: ModelConfig, batch: Any, room: Any) -> dict[str, Any]:
+    """Return the shapes and dtypes of a cache; `batch` and `room` may be symbolic."""
+    points = schedule.expand(config.transpoints, config.num_layers)
+    wide = lambda *shape: jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+    narrow = lambda *shape: jax.ShapeDtypeStruct((batch, *shape), jnp.dtype(config.dtype))
+    layers = []
+    for point in points:
+        # The state is carried along from the first token: rows of any lengths share a step, some before P, some beyond.
+        layer = {
+            "window": narrow(config.conv_width - 1, 2 * config.d_key + config.d_inner),
+            "state": wide(config.num_heads, config.head_dim, config.state_dim),
+        }
+        if point > 0:
+            size = room if point == max(points) else least(point, room)
+            layer["keys"] = narrow(config.num_groups, size, config.state_dim)
+            layer["values"] = narrow(config.num_heads, size, config.head_dim)
+        layers.append(layer)
+    return {"lengths": jax.ShapeDtypeStruct((batch,), jnp.int32), "layers": layers}
+
+
+def prepare(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay the parameters out for `decode`, as plain dicts."""
+    layers = []
+    for index in range(config.num_layers):
+        layer = decode_step.lay_out(config, jax.tree.map(lambda leaf: leaf[index], params["layers"]))  # noqa: B023
+        fields = {**vars(layer), "mlp": None if layer.mlp is None else vars(layer.mlp)}
+        layers.append({name: value for name, value in fields.items() if value is not None})
+    head = {} if config.tie_embeddings else {"head": params["lm_head"].astype(config.dtype)}
+    embedding = params["embedding"].astype(config.dtype)
+    return {"embedding": embedding, "final_norm": params["final_norm"]["scale"], "layers": layers, **head}
+
+
+def decode(
+    config: ModelConfig, weights: Mapping[str, Any], cache: Mapping[str, Any], tokens: Int[Array, "B"]
+) -> tuple[Float32[Array, "B V"], dict[str, Any]]:
+    """Read one more token of each row; rows may have different lengths.
+
+    Returns:
+        The logits of the token after it, and what is remembered then.
+    """
+    starts, first = cache["lengths"], jnp.int32(0)
+    x = embed(config, weights["embedding"], tokens)
+    layers = []
+    points = schedule.expand(config.transpoints, config.num_layers)
+    for point, fields, plain in zip(points, weights["layers"], cache["layers"], strict=True):
+        mlp = MLPWeights(**fields["mlp"]) if config.mlp_dim else None
+        layer_weights = LayerWeights(**{"skip": None, **fields, "mlp": mlp})
+        kind: Kind = point if point else "ssm"
+        layer = LayerCache(**plain)
+        recent = memory.recent_layer(layer, 1)
+        x, layer, recent = decode_step.layer_step(config, layer_weights, x, layer, recent, starts, first, kind)
+        layer = memory.merge(layer, recent, starts, 1)
+        layers.append({name: value for name, value in vars(layer).items() if value is not None})
+    head = weights["embedding"].T if config.tie_embeddings else weights["head"]
+    normed = decode_step.rms_norm(x, weights["final_norm"], config)
+    logits = jnp.matmul(normed, head, preferred_element_type=jnp.float32)
+    return logits, {"lengths": starts + 1, "layers": layers}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m transmamba_jax.export",
+        description="Write a checkpoint as a folder of safetensors, config, tokenizer and programs (StableHLO).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="<workdir>/checkpoints")
+    add("--step", type=int, default=None, help="step of the checkpoint; None: the newest")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write; it may hold no weights yet")
+    add(
+        "--platforms",
+        nargs="*",
+        default=list(PLATFORMS),
+        metavar="NAME",
+        help="what programs run on; none: no programs",
+    )
+    add(
+        "--schedule",
+        default=None,
+        metavar="NAME",
+        help=f"run under {', '.join(schedule.NAMED)}; None: the checkpoint's",
+    )
+    add("--seq-len", type=int, default=None, metavar="T", help="tokens --schedule is scaled to; None: data.seq_len")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export a checkpoint; returns 2 where that cannot be done."""
+    options = _parser().parse_args(arguments)
+    try:
+        from transmamba_jax import checkpoint  # orbax takes seconds to import, and only this command needs it
+
+        saved = checkpoint.restore(options.checkpoint, options.step, params_only=True)
+        config = saved.config
+        if options.schedule is not None:
+            seq_len = config.data.seq_len if options.seq_len is None else options.seq_len
+            points = schedule.named(options.schedule, seq_len)
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, transpoints=points))
+        save(options.output, config, saved.params, data.tokenizer_from_json(saved.tokenizer_json))
+        if options.platforms:
+            save_programs(options.output, config.model, saved.params, options.platforms)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"wrote step {saved.step} to {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
