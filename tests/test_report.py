@@ -56,7 +56,7 @@ def run(tmp_path):
 def test_numbers_are_the_runs_own(run):
     (run / "report").mkdir()
     (run / "report" / "sample.txt").write_text("def")
-    assert report.write_report(run) == run / "report" / "index.md"
+    assert report.write_report(run) == run / "report" / "index.html"
     assert table(run / "report" / "loss.csv") == [
         ["step", "loss", "eval_loss", "eval_bits_per_byte"],
         ["10", "3.0", "", ""],
@@ -88,10 +88,12 @@ def test_numbers_are_the_runs_own(run):
 
 def test_a_run_without_evaluations(tmp_path):
     make_run(tmp_path, [{"step": 1, "loss": 5.0}])
-    page = report.write_report(tmp_path).read_text()
+    report.write_report(tmp_path)
+    page = (tmp_path / "report" / "index.md").read_text()
     assert "by_position" not in page
     assert "sample" not in page
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["index.md", "loss.csv", "loss.png"]
+    names = sorted(path.name for path in (tmp_path / "report").iterdir())
+    assert names == ["index.html", "index.md", "loss.csv", "loss.png"]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_refuses_metrics_that_no_run_writes(tmp_path, text, message, capsys):
 
 def test_command(run, capsys):
     assert report.main([str(run)]) == 0
-    assert capsys.readouterr().out.strip() == str(run / "report" / "index.md")
+    assert capsys.readouterr().out.strip() == str(run / "report" / "index.html")
     (run / "metrics.jsonl").unlink()
     assert report.main([str(run)]) == 2
     assert "cannot read the metrics" in capsys.readouterr().err

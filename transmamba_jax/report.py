@@ -1,6 +1,7 @@
 """The page to look at after a run: `python -m transmamba_jax.report WORKDIR` writes WORKDIR/report/.
 
-    index.md                 what was run, the last figures, both pictures, the sample
+    index.html               one page that needs no other file: configuration, curves, schedule, speed, memory, sample
+    index.md                 the same in short, for a terminal
     loss.png                 training and held-out loss against the step; the numbers are in loss.csv
     loss_by_position.png     held-out loss along the row, the layers' TransPoints marked; the numbers are in the .csv
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from transmamba_jax import schedule
+from transmamba_jax import report_page, schedule
 from transmamba_jax.config import Config
 from transmamba_jax.config_file import load_config
 
@@ -30,7 +31,7 @@ _TRAINING, _HELD_OUT, _MARK = "#9bb7d4", "#c0392b", "#5b6770"
 
 
 def write_report(workdir: Path) -> Path:
-    """Write the report of the run in `workdir` and return its index.md.
+    """Write the report of the run in `workdir` and return its index.html.
 
     Raises:
         ValueError: config.yaml or metrics.jsonl is missing or not what a run writes.
@@ -53,8 +54,11 @@ def write_report(workdir: Path) -> Path:
         rows = [(*span, sum(point > span[0] for point in points)) for span in by_position]
         _write_csv(folder / "loss_by_position.csv", ("start", "stop", "loss", "attention_layers_at_start"), rows)
         _draw_positions(folder / "loss_by_position.png", by_position, points, positions[-1]["step"])
-    index = folder / "index.md"
-    index.write_text("\n".join(_page(config, records, folder)) + "\n", encoding="utf-8")
+    (folder / "index.md").write_text("\n".join(_page(config, records, folder)) + "\n", encoding="utf-8")
+    sample = folder / "sample.txt"
+    text = sample.read_text(encoding="utf-8") if sample.exists() else None
+    index = folder / "index.html"
+    index.write_text(report_page.page(workdir.resolve().name, config, records, text), encoding="utf-8")
     return index
 
 
@@ -257,7 +261,7 @@ def _figures(records: list[Record]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report of a run from its config.yaml and metrics.jsonl."""
+    """Write the report of a run, one page among it, from its config.yaml and metrics.jsonl, and print where it is."""
     parser = argparse.ArgumentParser(prog="python -m transmamba_jax.report", description=main.__doc__)
     parser.add_argument("workdir", type=Path, metavar="WORKDIR", help="work directory of the run")
     try:

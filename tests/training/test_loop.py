@@ -68,13 +68,13 @@ def test_a_run_leaves_its_files_and_a_second_start_only_reports_them(make, capsy
     assert {"baseline/order2_bits_per_byte", "baseline/gzip_bits_per_byte"} <= held_out[-1].keys()
     assert (folder / "report" / "loss.png").exists()
     before = capsys.readouterr().out
-    for name in ("checkpoints/10", "report/index.md"):
+    for name in ("checkpoints/10", "report/index.html"):
         assert str(folder / name) in before
     lines = _lines(settings)
     assert loop.train(settings) == 0
     output = capsys.readouterr().out
     assert "compiling" not in output
-    assert str(folder / "report" / "index.md") in output
+    assert str(folder / "report" / "index.html") in output
     assert _lines(settings) == lines
 
 

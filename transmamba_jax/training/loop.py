@@ -174,7 +174,7 @@ class _Run:
         """Write the sample and the report where they are missing or old, and say where everything is."""
         self.checkpointer.wait()
         report = self.workdir / "report"
-        sample, index = report / "sample.txt", report / "index.md"
+        sample, index = report / "sample.txt", report / "index.html"
         if self.config.train.sample_tokens > 0 and (trained or not sample.exists()):
             report.mkdir(exist_ok=True)
             sample.write_text(self._sample(state, step), encoding="utf-8")
