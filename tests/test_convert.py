@@ -106,17 +106,18 @@ def test_attention_by_a_schedule_and_a_step_of_training() -> None:
     config, params, tokens, _ = golden("limited")
     model, points = tm.TransMamba(config), jnp.array([9, 20])
 
+    def loss(params: Any) -> jax.Array:
+        logits = model.apply({"params": params}, tokens, transpoints=points)
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
+
     @jax.jit
-    def loss_and_gradient(params: Any) -> tuple[jax.Array, Any]:
-        def loss(params: Any) -> jax.Array:
-            logits = model.apply({"params": params}, tokens, transpoints=points)
-            return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
+    def step(params: Any) -> tuple[jax.Array, Any, Any]:
+        value, gradient = jax.value_and_grad(loss)(params)
+        return value, gradient, jax.tree.map(lambda leaf, slope: leaf - 1e-2 * slope, params, gradient)
 
-        return jax.value_and_grad(loss)(params)
-
-    before, gradient = loss_and_gradient(params)
+    before, gradient, params = step(params)
     assert all(np.isfinite(leaf).all() and np.any(leaf) for leaf in jax.tree.leaves(gradient))
-    after, _ = loss_and_gradient(jax.tree.map(lambda leaf, slope: leaf - 1e-2 * slope, params, gradient))
+    after, *_ = step(params)
     assert np.isfinite(after)
     assert after < before
 
@@ -191,7 +192,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "must hold F32, BF16, F16, found I32",
     ),
     "pickle": ("tied", pickles_only, r"must hold model.safetensors .*other formats are not read.*pytorch_model.bin"),
-    "no safetensors": ("tied", lambda at: (at / "model.safetensors").write_bytes(b"PK"), "cannot be read as safetensors"),
+    "no safetensors": ("tied", lambda at: (at / "model.safetensors").write_bytes(b"PK"), "cannot be read as safe"),
     "no file": ("limited", lambda at: (at / "model-00002-of-00003.safetensors").unlink(), "00002.*cannot be read"),
     "outside": (
         "limited",
