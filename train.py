@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transmamba_jax import config_file
+from transmamba_jax import config_file, hosts
 from transmamba_jax.config import Config
 
 
@@ -39,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from transmamba_jax.training.loop import NonFiniteError, train
 
     try:
-        return compile_only(config, known.topology) if known.compile_only else train(config)
+        if known.compile_only:
+            return compile_only(config, known.topology)
+        hosts.start(config.hosts)
+        return train(config)
     except ValueError as error:
         return _fail(error, 2)
     except NonFiniteError as error:

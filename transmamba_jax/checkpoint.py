@@ -18,9 +18,9 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,69 +32,46 @@ import orbax.checkpoint as ocp
 from transmamba_jax import checkpoint_manifest as manifests
 from transmamba_jax import checkpoint_steps as steps
 from transmamba_jax import checkpoint_tree as trees
-from transmamba_jax import config_file
+from transmamba_jax import config_file, hosts
 from transmamba_jax.checkpoint_manifest import DamagedError, Leaf, Manifest
 from transmamba_jax.checkpoint_steps import SaveError, complete_steps
-from transmamba_jax.config import CheckpointConfig, Config
+from transmamba_jax.checkpoint_tree import Checkpoint, Restored
+from transmamba_jax.config import CheckpointConfig
 
-_PATIENCE_MS = 600_000  # how long processes wait for the one that writes the manifest
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """What a training run continues from."""
-
-    step: int
-    state: Any
-    """A leaf that is not in the checkpoint is the abstract one that was asked for; see `differences`."""
-    data_state: dict[str, Any]
-    """Of this process."""
-    config_yaml: str
-    tokenizer_json: str
-    differences: list[str]
-    """Each leaf that differs from the one asked for and was left out; empty unless `partial` was."""
+_SAVE_SECONDS = 1200  # after which orbax gives a save up
+_UNFINISHED = f"{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """What a notebook or a command reads; `checkpoint["params"]` is `checkpoint.params`."""
+class _OthersError(SaveError):
+    """Another process could not start to save."""
 
-    step: int
-    params: dict[str, Any]
-    state: dict[str, Any]
-    data_states: list[dict[str, Any]]
-    """Of each process that saved."""
-    config: Config
-    tokenizer_json: str
 
-    def __getitem__(self, name: str) -> Any:
-        """Return a field by name."""
-        return vars(self)[name]
+class _OthersDamagedError(DamagedError):
+    """Another process cannot read its part of a step."""
 
 
 class Checkpointer:
-    """Writer and reader of one run's checkpoint folder; one process group at a time writes to a folder."""
+    """Writer and reader of one run's checkpoint folder; one process group at a time writes to a folder.
+
+    With several processes every one makes each call, and a save or a restore that fails on one fails on all of them.
+    """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         self._directory = Path(directory).absolute()
         self._config = config
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                # Orbax deletes no step: an older one may go only when the new one has its manifest.
-                max_to_keep=None,
-                cleanup_tmp_directories=True,
-                lightweight_initialize=True,  # nothing in a step is read before it is verified
-            ),
-        )
-        if jax.process_index() == 0:
-            steps.delete_leftovers(self._directory)
+        with hosts.together():
+            if hosts.is_first():
+                self._directory.mkdir(parents=True, exist_ok=True)
+                self._delete_unfinished("*")
+                steps.delete_leftovers(self._directory)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
         self._rejected: set[int] = set()
         self._saves = 0
         self.failed_saves = 0
         """How many saves of this process failed."""
+        self.newest: int | None = None
+        """The last step that was saved or restored here."""
 
     def save(
         self,
@@ -115,35 +92,36 @@ class Checkpointer:
             SaveError: the previous save failed in the background; or there is no space for this one, or no permission.
         """
         self.wait()
-        done = self.steps()
-        if done and step <= done[-1]:
-            raise ValueError(f"step must be newer than the newest checkpoint {done[-1]}, found {step}")
+        with hosts.together():
+            done = self.steps() if hosts.is_first() else []
+            if done and step <= done[-1]:
+                raise ValueError(f"step must be newer than the newest checkpoint {done[-1]}, found {step}")
         arrays = trees.map_leaves(trees.physical, trees.entries(state))
         processes = trees.gather_json(data_state)
         # Only the errors of files: tensorstore reports those as ValueError.
         try:
-            if jax.process_index() == 0:
-                nbytes = sum(array.nbytes for array in arrays.values())
-                steps.make_room(self._directory, step, nbytes, self._rejected)
+            with hosts.together(_OthersError):
+                if hosts.is_first():
+                    nbytes = sum(array.nbytes for array in arrays.values())
+                    steps.make_room(self._directory, step, nbytes, self._rejected)
             self._rejected.clear()
-            self._manager.reload()
             finish = manifests.start_digests(arrays)
             items = trees.nested(arrays)
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(items["params"]),
-                    state=ocp.args.StandardSave(items["state"]),
-                    data=ocp.args.JsonSave({"processes": processes}),
-                    config=ocp.args.JsonSave({"yaml": config_yaml}),
-                    tokenizer=ocp.args.JsonSave({"json": tokenizer_json}),
-                ),
-                force=True,  # without it orbax may decide to save nothing and says so by returning False
-            )
+            with self._writing() as (writer, meetings):
+                writer.save(
+                    self._directory / str(step),
+                    args=ocp.args.Composite(
+                        params=ocp.args.StandardSave(items["params"]),
+                        state=ocp.args.StandardSave(items["state"]),
+                        data=ocp.args.JsonSave({"processes": processes}),
+                        config=ocp.args.JsonSave({"yaml": config_yaml}),
+                        tokenizer=ocp.args.JsonSave({"json": tokenizer_json}),
+                    ),
+                )
         except (OSError, ValueError) as error:
             raise self._failure(step, error) from error
         leaves = {path: Leaf(str(array.dtype), array.shape, "") for path, array in arrays.items()}
-        self._pending = step, self._thread.submit(self._complete, step, finish, leaves, eval_loss)
+        self._pending = step, self._thread.submit(self._complete, step, writer, meetings, finish, leaves, eval_loss)
 
     @property
     def saving(self) -> bool:
@@ -163,15 +141,18 @@ class Checkpointer:
         """
         self.wait()
         lost = []
-        for step in reversed(steps.folders(self._directory)):
+        for step in hosts.of_first(steps.folders(self._directory)[::-1]):
             folder = self._directory / str(step)
             try:
-                return _restore(folder, abstract_state, partial)
+                restored = _restore(folder, abstract_state, partial)
             except DamagedError as error:
                 steps.say(f"checkpoint {step} skipped: {error}")
                 self._rejected.add(step)
                 if not steps.saving_marker(self._directory, step).exists():
                     lost.append(step)
+            else:
+                self.newest = restored.step
+                return restored
         if lost:
             raise ValueError(
                 f"none of the checkpoints {lost} in {self._directory} is what was saved (see above); "
@@ -193,43 +174,82 @@ class Checkpointer:
             return
         (step, future), self._pending = self._pending, None
         error = future.exception()
-        if error is None:
-            return
-        with suppress(type(error)):
-            self._manager.wait_until_finished()  # raises the same once more in this thread
-        raise self._failure(step, error) from error
+        if error is not None:
+            raise self._failure(step, error) from error
+        self.newest = step
 
     def close(self) -> None:
-        """Wait, raise what broke the last save, and stop the background threads."""
+        """Wait, raise what broke the last save, and stop the background thread."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._manager.close()
 
-    def _complete(self, step: int, finish: manifests.Finish, leaves: dict[str, Leaf], loss: float | None) -> None:
-        """Finish a save, in the background: digests, the last of orbax's files, the manifest; then delete old steps."""
-        digests, folder = finish(), self._directory / str(step)
+    @contextmanager
+    def _writing(self) -> Iterator[tuple[ocp.AsyncCheckpointer, hosts.Meetings]]:
+        """Make a writer for one save, whose barriers a failing process can leave, and start to write in the body."""
         self._saves += 1
+        name = f"save-{self._saves}"
+        meetings = hosts.Meetings(name)
+        everyone = set(range(jax.process_count()))
+        # Named processes: orbax then waits for them through the coordination service, not in a collective.
+        processes = ocp.options.MultiprocessingOptions(active_processes=everyone, barrier_sync_key_prefix=name)
+        background = ocp.AsyncOptions(
+            timeout_secs=_SAVE_SECONDS,
+            barrier_sync_fn=lambda key, timeout_ms: meetings.meet(seconds=timeout_ms / 1000),  # noqa: ARG005
+        )
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=processes)
+        )
+        writer = ocp.AsyncCheckpointer(handler, async_options=background, multiprocessing_options=processes)
         try:
-            self._manager.wait_until_finished()
-            if jax.process_index() == 0:
+            with hosts.together(_OthersError):
+                yield writer, meetings
+        except (OSError, ValueError) as error:
+            # What others started meets this process's refusal in the background.
+            if not isinstance(error, _OthersError):
+                meetings.leave(error)
+            with suppress(Exception):
+                writer.close()
+            raise
+
+    def _complete(
+        self,
+        step: int,
+        writer: ocp.AsyncCheckpointer,
+        meetings: hosts.Meetings,
+        finish: manifests.Finish,
+        leaves: dict[str, Leaf],
+        loss: float | None,
+    ) -> None:
+        """Finish a save, in the background: digests, the last of orbax's files, the manifest; then delete old steps."""
+        try:
+            digests, folder = finish(), self._directory / str(step)
+            try:
+                writer.wait_until_finished()
+            finally:
+                writer.close()
+            meetings.meet()
+            if hosts.is_first():
                 described = {path: dataclasses.replace(leaf, digest=digests[path]) for path, leaf in leaves.items()}
                 manifests.write(folder, step, loss, described)
                 steps.saving_marker(self._directory, step).unlink()
                 steps.delete_superseded(self._directory, self._config)
-        finally:
-            # No process takes the step for saved before the manifest is there. This thread may not use collectives.
-            ocp.multihost.get_barrier_sync_fn()(key=f"manifest-{self._saves}", timeout_ms=_PATIENCE_MS)
-        if not (folder / manifests.FILE).exists():
-            raise SaveError("process 0 did not complete it")
+            # No process takes the step for saved before the manifest is there.
+            meetings.meet()
+        except BaseException as error:  # whatever it is, the others have to know
+            meetings.leave(error)
+            raise
+
+    def _delete_unfinished(self, step: str) -> None:
+        for leftover in self._directory.glob(f"{step}{_UNFINISHED}"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _failure(self, step: int, error: BaseException) -> SaveError:
         """Count a failed save, remove what is left of it (the next one needs the space), and say what happened."""
         self.failed_saves += 1
-        if jax.process_index() == 0:
-            for leftover in self._directory.glob(f"{step}{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+        if hosts.is_first():
+            self._delete_unfinished(str(step))
         return SaveError(f"checkpoint {step} was not saved: {_one_line(error)}")
 
 
@@ -300,24 +320,21 @@ def _bad_leaves(folder: Path, manifest: Manifest, paths: Iterable[str]) -> list[
 
 
 def _restore(folder: Path, abstract_state: Any, partial: bool) -> Restored:
-    manifest = _open(folder)
+    with hosts.together(_OthersDamagedError):
+        manifest = _open(folder)
     entries = trees.entries(abstract_state)
     targets = trees.map_leaves(trees.target, entries)
     asked = {path: trees.kind(target) for path, target in targets.items()}
     differences = trees.differences(asked, {path: leaf.kind for path, leaf in manifest.leaves.items()})
     if differences and not partial:
         raise ValueError("\n  ".join([f"the checkpoint {folder} does not fit:", *differences]))
-    data_states = _read_json(folder, "data")["processes"]
-    if len(data_states) != jax.process_count():
-        found = f"{folder} has the data positions of {len(data_states)} processes"
-        raise ValueError(f"{found}, found {jax.process_count()} here; continue with as many")
     fitting = {path for path in targets if path in manifest.leaves and asked[path] == manifest.leaves[path].kind}
     arrays = _load_verified(folder, manifest, {path: targets[path] for path in targets if path in fitting})
     leaves = [trees.logical(arrays[path], leaf) if path in arrays else leaf for path, leaf in entries]
     return Restored(
         step=manifest.step,
         state=jax.tree.unflatten(jax.tree.structure(abstract_state), leaves),
-        data_state=data_states[jax.process_index()],
+        data_states=_read_json(folder, "data")["processes"],
         config_yaml=_read_json(folder, "config")["yaml"],
         tokenizer_json=_read_json(folder, "tokenizer")["json"],
         differences=differences,
@@ -345,14 +362,15 @@ def _read(folder: Path, params_only: bool) -> Checkpoint:
 def _load_verified(folder: Path, manifest: Manifest, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """Read arrays and compare their digests."""
     arrays: dict[str, Any] = {}
-    for item in trees.ITEMS:
-        of_item = {path: target for path, target in targets.items() if path.startswith(f"{item}/")}
-        if of_item:
-            try:
-                arrays |= trees.flat(_load(folder / item, _restore_args(of_item)), item)
-            except DamagedError:
-                manifests.raise_if(_bad_leaves(folder, manifest, of_item))
-                raise
+    with hosts.together(_OthersDamagedError):
+        for item in trees.ITEMS:
+            of_item = {path: target for path, target in targets.items() if path.startswith(f"{item}/")}
+            if of_item:
+                try:
+                    arrays |= trees.flat(_load(folder / item, _restore_args(of_item)), item)
+                except DamagedError:
+                    manifests.raise_if(_bad_leaves(folder, manifest, of_item))
+                    raise
     found = manifests.start_digests(arrays)()
     different = [path for path in arrays if found[path] != manifest.leaves[path].digest]
     manifests.raise_if([f"{path} has other values than were saved" for path in different])
@@ -370,9 +388,12 @@ def _load(folder: Path, restore_args: dict[str, Any]) -> Any:
     """Read leaves of an item with orbax; the others are not touched."""
     args = trees.nested(restore_args)[folder.name]
     asked = jax.tree.map(lambda _: 0, args)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    # The handler itself, not a Checkpointer around it: that one waits for the other processes in a collective.
+    with closing(ocp.PyTreeCheckpointHandler()) as reader:
         try:
-            return reader.restore(folder, ocp.args.PyTreeRestore(item=asked, restore_args=args, partial_restore=True))
+            return reader.restore(
+                folder, args=ocp.args.PyTreeRestore(item=asked, restore_args=args, partial_restore=True)
+            )
         except Exception as error:  # orbax raises the bare class for a chunk that does not decompress
             raise DamagedError(_one_line(error)) from error
 

@@ -1,5 +1,6 @@
-"""A training state as named arrays, and back. Knows no orbax."""
+"""A training state as named arrays, and back; what a checkpoint gives. Knows no orbax."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -10,8 +11,47 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from transmamba_jax.config import Config
+
 ITEMS = ("params", "state")
 """The parts of a checkpoint that hold arrays; the path of a leaf starts with one of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a training run continues from."""
+
+    step: int
+    state: Any
+    """A leaf that is not in the checkpoint is the abstract one that was asked for; see `differences`."""
+    data_states: list[dict[str, Any]]
+    """Of each process that saved."""
+    config_yaml: str
+    tokenizer_json: str
+    differences: list[str]
+    """Each leaf that differs from the one asked for and was left out; empty unless `partial` was."""
+
+    @property
+    def data_state(self) -> dict[str, Any]:
+        """Return that of this process, where as many saved."""
+        return self.data_states[jax.process_index()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a notebook or a command reads; `checkpoint["params"]` is `checkpoint.params`."""
+
+    step: int
+    params: dict[str, Any]
+    state: dict[str, Any]
+    data_states: list[dict[str, Any]]
+    """Of each process that saved."""
+    config: Config
+    tokenizer_json: str
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a field by name."""
+        return vars(self)[name]
 
 
 class Entry(NamedTuple):

@@ -151,11 +151,14 @@ class DataConfig:
     """Seed of the shuffling."""
     num_workers: int = 0
     """Worker processes that read ahead; 0: the training process reads."""
+    streams: int = 0
+    """Parts that the documents are read in, shared out among the processes; 0: as many as the checkpoint has that the
+    run continues from, else one a process. A run may go on with any number of processes that divides it."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         _at_least("data", self, 1, "seq_len", "batch_size")
-        _at_least("data", self, 0, "num_workers", "seed")
+        _at_least("data", self, 0, "num_workers", "seed", "streams")
         kind = self.source.partition(":")[0]
         kinds = ("stdlib", "text", "tfds", "array_record")
         require(
@@ -263,6 +266,37 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """How the processes of a run on several hosts find one another; a Cloud TPU slice and Slurm need none of it."""
+
+    coordinator: str | None = None
+    """HOST:PORT of the first process; None: what the environment says."""
+    processes: int | None = None
+    """Number of processes, one a host; None: what the environment says; 1: alone, whatever it says."""
+    process: int | None = None
+    """Which of them this one is, from 0; None: what the environment says."""
+    timeout: int = 300
+    """Seconds that the processes wait for one another at the start."""
+    heartbeat: int = 100
+    """Seconds after which a process that is silent is taken for dead and the others end."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _at_least("hosts", self, 1, "timeout", "heartbeat")
+        processes = math.inf if self.processes is None else self.processes
+        require(processes >= 1, f"hosts.processes must be >= 1, found {self.processes}")
+        require(
+            self.process is None or 0 <= self.process < processes,
+            f"hosts.process must be from 0 to hosts.processes - 1, found {self.process} of {self.processes}",
+        )
+        port = "" if self.coordinator is None else self.coordinator.rpartition(":")[2]
+        require(
+            self.coordinator is None or port.isdecimal(),
+            f"hosts.coordinator must be HOST:PORT, found {self.coordinator!r}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When the state is saved and what is kept."""
 
@@ -307,6 +341,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     workdir: str = "runs/default"

@@ -3,7 +3,7 @@
 `<workdir>/run.lock` names the process that holds it; an empty file is a free lock. What a run that was killed left
 behind is stale when its host is this one and its process is gone (no such process, another one under its number, or
 the machine was started anew since): it is taken over, with a line. Whether a process on another host is alive cannot
-be known here, so its lock is never taken over.
+be known here, so its lock is never taken over. The first of several processes holds it for all of them.
 """
 
 import contextlib
@@ -42,6 +42,14 @@ def hold(workdir: Path) -> Iterator[None]:
         with contextlib.suppress(OSError), _guarded(path) as content:
             if content == json.dumps(owner):
                 _write(path, "")
+
+
+def shown(workdir: Path) -> str:
+    """Return the lock as this process sees it: processes that see different ones do not share the directory."""
+    try:
+        return (Path(workdir) / FILE).read_text(encoding="utf-8")
+    except OSError as error:
+        return f"{error.strerror}"
 
 
 @contextlib.contextmanager

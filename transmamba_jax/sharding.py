@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -51,8 +52,13 @@ Layout = Sequence[str | None]
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Lay the devices out along the axes of `config`.
 
+    Where they are in several slices (TPU slices, or groups of GPUs that share a fast network), whole slices lie along
+    `data` first and `fsdp` then: the network between slices carries a gradient or a gather a step, not every layer's
+    activations.
+
     Raises:
-        ValueError: the axis sizes do not multiply to the number of devices.
+        ValueError: the axis sizes do not multiply to the number of devices, or the slices do not divide over data and
+            fsdp.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
@@ -63,8 +69,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"{asked} needs {'a multiple of ' if -1 in sizes.values() else ''}{named} devices, found {len(devices)}; "
             "the sizes must multiply to the number of devices (-1 takes what is left)"
         )
-    shape = tuple(len(devices) // named if size == -1 else size for size in sizes.values())
-    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    shape = {name: len(devices) // named if size == -1 else size for name, size in sizes.items()}
+    types = (AxisType.Auto,) * len(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types, devices=devices)
+    outer = dict.fromkeys(shape, 1)
+    for axis in ("data", "fsdp"):
+        outer[axis] = math.gcd(shape[axis], slices // math.prod(outer.values()))
+    if math.prod(outer.values()) != slices:
+        raise ValueError(
+            f"the devices are in {slices} slices, which do not divide over mesh.data={shape['data']} and "
+            f"mesh.fsdp={shape['fsdp']}; make one of them a multiple of {slices}"
+        )
+    inner = [size // outer[axis] for axis, size in shape.items()]
+    grid = mesh_utils.create_hybrid_device_mesh(inner, list(outer.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(shape), axis_types=types)
 
 
 def row_shards(mesh: Mesh) -> int:

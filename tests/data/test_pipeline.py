@@ -1,5 +1,6 @@
 """The pipeline against plain numpy: what is in the rows, and that a restored position continues bit for bit."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -234,11 +235,43 @@ def test_a_position_of_another_stream_is_refused(tmp_path, write_corpus):
         other.set_state(state)
 
 
+@pytest.mark.parametrize("packing", ["concat", "first_fit"])
+@pytest.mark.usefixtures("small_windows")
+def test_another_number_of_processes_goes_on_with_the_same_rows(tmp_path, write_corpus, packing):
+    write_corpus(9)
+    config = settings_for(tmp_path, batch_size=4, packing=packing)
+    alone = [train_batches(dataclasses.replace(config, streams=2), BYTES)]
+    expected = [next(alone[0])["tokens"] for _ in range(6)]
+    processes = [train_batches(config, BYTES, index, 2) for index in range(2)]
+    for place, rows in enumerate(expected):
+        if place in (2, 4):  # 2 processes, then 1, then 2
+            states = json.loads(json.dumps([process.get_state() for process in processes]))
+            count = 1 if place == 2 else 2
+            processes = [train_batches(config, BYTES, index, count) for index in range(count)]
+            for process in processes:
+                process.set_state(*states)
+        np.testing.assert_array_equal(np.concatenate([next(process)["tokens"] for process in processes]), rows)
+    states = [process.get_state() for process in processes]
+    for others, message in (
+        (train_batches(config, BYTES, 3, 4), "2 streams, which 4 processes cannot share out evenly"),
+        (train_batches(dataclasses.replace(config, streams=4), BYTES), "2 streams, found data.streams=4"),
+        (processes[0], "no stream 0 of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            others.set_state(states[1])
+
+
 @pytest.mark.parametrize(
     ("options", "text", "process_count", "message"),
     [
         ({"seq_len": 100}, b"short", 1, r"has 6 tokens, fewer than one row of data\.seq_len \+ 1 = 101"),
-        ({}, b"long enough for a row", 2, "has 1 documents for 2 processes"),
+        ({}, b"long enough for a row", 2, "has 1 documents for 2 streams"),
+        (
+            {"streams": 3},
+            b"long enough for a row",
+            1,
+            r"data\.streams=3 must be a multiple of the 1 processes and divide",
+        ),
         ({"batch_size": 3}, b"long enough for a row", 2, r"data\.batch_size=3 must be a multiple of the 2 processes"),
         ({}, b"long enough for a row \xff", 1, "is not UTF-8: invalid start byte at byte offset 22"),
         ({"source": "text:nowhere/*"}, b"", 1, "matches no file"),

@@ -1,10 +1,11 @@
 """From documents to batches: shuffling, packing, batching per process and exact resume, all of it Grain's.
 
-Training stream of one process: documents, shuffled anew each epoch -> this process's share -> tokens with an
-end-of-document id -> windows of rows of seq_len + 1 tokens -> rows shuffled within their window -> batches. Epochs
-follow one another without a seam: a row may hold the end of one epoch and the start of the next.
+A training stream (a process reads one or more): documents, shuffled anew each epoch -> this stream's share -> tokens
+with an end-of-document id -> windows of rows of seq_len + 1 tokens -> rows shuffled within their window -> its part of
+a batch. Epochs follow one another without a seam: a row may hold the end of one epoch and the start of the next.
 """
 
+import dataclasses
 import functools
 import json
 import multiprocessing
@@ -12,7 +13,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -51,43 +52,68 @@ Batch = dict[str, np.ndarray]
 
 
 class BatchIterator(Iterator[Batch]):
-    """Endless batches of one process, whose position can be saved and restored bit for bit."""
+    """Endless batches of one process, whose position can be saved and restored bit for bit.
 
-    def __init__(self, dataset: grain.IterDataset, settings: dict[str, Any]):
-        """Start at the beginning; `settings` are what a restored position must agree with."""
-        self._settings = settings
+    The documents are read in `streams`, each of which gives the same share of every batch's rows. A process has one or
+    more of them, in order, so what all processes read together does not depend on how many there are.
+    """
+
+    def __init__(self, open_stream: Callable[[int, int], tuple[grain.IterDataset, dict[str, Any]]], plan: "_Plan"):
+        """Start at the beginning; `open_stream(index, count)` gives a stream and what its position must agree with."""
+        self._open_stream, self._plan = open_stream, plan
         # Grain's iterators fail noisily when they go after Grain's modules: let go of them before the program ends.
-        self._opened = [iter(dataset)]
+        self._opened: list[grain.DatasetIterator] = []
         self._finalizer = weakref.finalize(self, _close, self._opened)
+        self._open(plan.streams)
+
+    def _open(self, count: int) -> None:
+        _close(self._opened)
+        self._indices = self._plan.mine(count)
+        datasets, self._settings = zip(*(self._open_stream(index, count) for index in self._indices), strict=True)
+        self._opened.extend(iter(dataset) for dataset in datasets)
 
     @property
-    def _iterator(self) -> grain.DatasetIterator:
+    def _iterators(self) -> list[grain.DatasetIterator]:
         if not self._opened:
             raise ValueError("the batches were closed; call train_batches again")
-        return self._opened[0]
+        return self._opened
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        parts = [next(iterator) for iterator in self._iterators]
+        return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     def get_state(self) -> dict[str, Any]:
         """Return the position behind the last batch, as a tree that JSON keeps."""
-        return json.loads(json.dumps({"settings": self._settings, "iterator": self._iterator.get_state()}))
+        pairs = zip(self._settings, self._iterators, strict=True)
+        streams = [{"settings": settings, "iterator": iterator.get_state()} for settings, iterator in pairs]
+        return json.loads(json.dumps({"streams": streams}))
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from a position that `get_state` returned.
+    def set_state(self, *states: dict[str, Any]) -> None:
+        """Continue from the positions that `get_state` returned, in all processes that then were.
 
         Raises:
-            ValueError: the position belongs to a stream with other settings.
+            ValueError: they belong to streams with other settings, or so many streams cannot be shared out here.
         """
-        saved = state["settings"]
-        differences = [
-            f"{name}: saved {saved.get(name)!r}, now {self._settings.get(name)!r}"
-            for name in sorted({*saved, *self._settings})
-            if saved.get(name) != self._settings.get(name)
-        ]
-        if differences:
-            raise ValueError(f"the saved data position belongs to another stream: {'; '.join(differences)}")
-        self._iterator.set_state(_with_tuples(state["iterator"]))
+        if not all("streams" in state for state in states):
+            raise ValueError("the saved data position was written by an older version and has no streams")
+        saved = {stream["settings"]["stream"][0]: stream for state in states for stream in state["streams"]}
+        _, count = next(iter(saved.values()))["settings"]["stream"]
+        self._plan.check(count)
+        if count != self._settings[0]["stream"][1]:
+            self._open(count)
+        for settings, index in zip(self._settings, self._indices, strict=True):
+            if index not in saved:
+                raise ValueError(f"the saved data position has no stream {index} of {count}, only {sorted(saved)}")
+            found = saved[index]["settings"]
+            differences = [
+                f"{name}: saved {found.get(name)!r}, now {settings.get(name)!r}"
+                for name in sorted({*found, *settings})
+                if found.get(name) != settings.get(name)
+            ]
+            if differences:
+                raise ValueError(f"the saved data position belongs to another stream: {'; '.join(differences)}")
+        for iterator, index in zip(self._iterators, self._indices, strict=True):
+            iterator.set_state(_with_tuples(saved[index]["iterator"]))
 
     def close(self) -> None:
         """End the worker processes and reading threads; also done when the iterator goes or the program ends."""
@@ -95,7 +121,38 @@ class BatchIterator(Iterator[Batch]):
 
 
 def _close(opened: list[grain.DatasetIterator]) -> None:
-    opened.pop().close()
+    while opened:
+        opened.pop().close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How streams are shared out: part `part` of `parts` of the rows is this process's."""
+
+    part: int
+    parts: int
+    rows: int
+    asked: int
+
+    @property
+    def streams(self) -> int:
+        """Return how many a new run has."""
+        return self.asked or self.parts
+
+    def mine(self, count: int) -> range:
+        """Return which of `count` streams this process reads."""
+        each = count // self.parts
+        return range(self.part * each, (self.part + 1) * each)
+
+    def check(self, count: int) -> None:
+        """Refuse a number of streams that a checkpoint has and this run cannot read."""
+        if self.asked not in (0, count):
+            raise ValueError(f"the saved data position has {count} streams, found data.streams={self.asked}")
+        if count % self.parts or self.rows % count:
+            raise ValueError(
+                f"the saved data position has {count} streams, which {self.parts} processes cannot share out evenly "
+                f"over data.batch_size={self.rows}; continue with a number of processes that divides {count}"
+            )
 
 
 def train_batches(
@@ -109,27 +166,37 @@ def train_batches(
     is cut into pieces, each a segment. In every epoch a document belongs to exactly one process.
 
     Raises:
-        ValueError: the source cannot be read, is too short for one row, has fewer documents than processes, or
-            batch_size is not a multiple of process_count.
+        ValueError: the source cannot be read, is too short for one row, has fewer documents than streams, or
+            batch_size is not a multiple of the streams, or those not of process_count.
     """
     if config.batch_size % process_count:
         raise ValueError(f"data.batch_size={config.batch_size} must be a multiple of the {process_count} processes")
+    plan = _Plan(process_index, process_count, config.batch_size, config.streams)
+    if plan.streams % process_count or config.batch_size % plan.streams:
+        raise ValueError(
+            f"data.streams={plan.streams} must be a multiple of the {process_count} processes and divide "
+            f"data.batch_size={config.batch_size}"
+        )
     documents = open_documents(config, config.train_split)
-    window_tokens = _check(documents, config, tokenizer, process_count)
-    rows = config.batch_size // process_count
-    dataset = _batches(config, documents, tokenizer, rows, window_tokens, slice(process_index, None, process_count))
+    window_tokens = _check(documents, config, tokenizer, plan.streams)
     if config.num_workers > 0 and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only absl's own programs parse
-    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers), _start_worker)
-    # The source's name is not among them: a corpus may move between two runs.
-    settings = {
-        "documents": len(documents),
-        "window": window_tokens,
-        "rows": rows,
-        "process": [process_index, process_count],
-        **{name: getattr(config, name) for name in ("packing", "seq_len", "shuffle", "seed", "num_workers")},
-    }
-    return BatchIterator(dataset, settings)
+
+    def open_stream(index: int, count: int) -> tuple[grain.IterDataset, dict[str, Any]]:
+        rows = config.batch_size // count
+        dataset = _batches(config, documents, tokenizer, rows, window_tokens, slice(index, None, count))
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers), _start_worker)
+        # The source's name is not among them: a corpus may move between two runs.
+        settings = {
+            "documents": len(documents),
+            "window": window_tokens,
+            "rows": rows,
+            "stream": [index, count],
+            **{name: getattr(config, name) for name in ("packing", "seq_len", "shuffle", "seed", "num_workers")},
+        }
+        return dataset, settings
+
+    return BatchIterator(open_stream, plan)
 
 
 def _start_worker(_index: int, _count: int) -> None:
@@ -206,13 +273,13 @@ class _Pieces(FlatMapTransform):
         return [{name: value[start : start + self._size] for name, value in element.items()} for start in starts]
 
 
-def _check(documents: Documents, config: DataConfig, tokenizer: Tokenizer, process_count: int) -> int:
+def _check(documents: Documents, config: DataConfig, tokenizer: Tokenizer, streams: int) -> int:
     """Refuse what would fail in the middle of a run; return the tokens of a window by the tokens that bytes became."""
     split = config.train_split
-    if len(documents) < process_count:
+    if len(documents) < streams:
         raise ValueError(
-            f"split {split!r} of data.source {config.source!r} has {len(documents)} documents for {process_count} "
-            f"processes; each needs at least one"
+            f"split {split!r} of data.source {config.source!r} has {len(documents)} documents for {streams} streams "
+            "(one a process, or data.streams); each needs at least one"
         )
     tokens = bytes_encoded = bytes_read = 0
     for document in take(documents, CHECKED_BYTES):

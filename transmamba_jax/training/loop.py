@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from transmamba_jax import config_file, data, run_lock, sharding
+from transmamba_jax import config_file, data, hosts, run_lock, sharding
 from transmamba_jax.checkpoint import Checkpointer, SaveError
 from transmamba_jax.config import Config
 from transmamba_jax.evaluate import EvaluationStopped, Evaluator
@@ -60,19 +60,24 @@ def train(config: Config) -> int:
         NonFiniteError: the run diverged; nothing was saved since.
     """
     with Preemption() as preemption, contextlib.ExitStack() as cleanup:
-        # 1. What can be refused cheaply is refused first: devices, batch, tokenizer, the earlier run, the data.
+        # 1. What can be refused cheaply is refused first, everywhere: other hosts, devices, the earlier run, the data.
+        hosts.require_same({**hosts.machine_facts(), **hosts.config_facts(config)}, config.hosts.timeout)
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_divides(config, mesh)
         cleanup.enter_context(jax.set_mesh(mesh))
-        tokenizer = data.load_tokenizer(config.data.tokenizer)
-        data.check_vocabulary(tokenizer, config.model.vocab_size)
         model = TransMamba(config.model)
         workdir = Path(config.workdir)
-        if jax.process_index() == 0:
-            cleanup.enter_context(run_lock.hold(workdir))
-        resume.compare_with_earlier_run(config, model, workdir)
-        batches = data.train_batches(config.data, tokenizer, jax.process_index(), jax.process_count())
-        cleanup.callback(batches.close)
+        with hosts.together():
+            if hosts.is_first():
+                cleanup.enter_context(run_lock.hold(workdir))
+        hosts.require_same({f"workdir {workdir}, which all processes share": run_lock.shown(workdir)})
+        with hosts.together():
+            tokenizer = data.load_tokenizer(config.data.tokenizer)
+            data.check_vocabulary(tokenizer, config.model.vocab_size)
+            resume.compare_with_earlier_run(config, model, workdir)
+            part, parts = hosts.row_share(mesh, config.data.batch_size)
+            batches = data.train_batches(config.data, tokenizer, part, parts)
+            cleanup.callback(batches.close)
 
         # 2. The state: the newest checkpoint's, or a new one.
         checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint)
@@ -82,12 +87,14 @@ def train(config: Config) -> int:
         if restored is None:
             state, start = create_state(config, model, mesh), 0
         else:
-            state, start = resume.proceed(restored, batches, tokenizer, config)
+            with hosts.together():
+                state, start = resume.proceed(restored, batches, tokenizer, config)
             if restored.differences:
                 state = resume.fill(state, create_state(config, model, mesh))
-        (workdir / "config.yaml").write_text(config_file.to_yaml(config), encoding="utf-8")
+        if hosts.is_first():
+            (workdir / "config.yaml").write_text(config_file.to_yaml(config), encoding="utf-8")
 
-        # 3. Where numbers go.
+        # 3. Where numbers go: one process writes and prints.
         run = _Run(
             config=config,
             workdir=workdir,
@@ -97,16 +104,17 @@ def train(config: Config) -> int:
             batches=batches,
             checkpointer=checkpointer,
             preemption=preemption,
-            writer=cleanup.enter_context(MetricsWriter(workdir, start)),
+            vote=hosts.Vote(mesh),
+            writer=cleanup.enter_context(MetricsWriter(workdir, start)) if hosts.is_first() else None,
             console=cleanup.enter_context(Console(start, config.train.steps)),
             evaluator=Evaluator(model, config, tokenizer, mesh),
         )
         # 4. Steps, then the report.
         state, step = run.train(state, start)
-        if step not in checkpointer.steps():
+        if checkpointer.newest != step:
             run.console.say(f"step {step} is NOT saved; the checkpoints are {checkpointer.steps()}")
             return EXIT_NOT_SAVED
-        if preemption.requested:
+        if run.vote.now(preemption.requested):
             run.console.say(f"stopped at step {step}; the same command goes on from there")
             return EXIT_PREEMPTED
         run.finish(state, step, trained=step > start)
@@ -125,23 +133,26 @@ class _Run:
     batches: data.BatchIterator
     checkpointer: Checkpointer
     preemption: Preemption
-    writer: MetricsWriter
+    vote: hosts.Vote
+    writer: MetricsWriter | None
+    """Of the first process."""
     console: "Console"
     evaluator: Evaluator
 
     def train(self, state: TrainState, start: int) -> tuple[TrainState, int]:
         """Go from `start` to the last step, or to where a signal asks to stop; return the state and its step."""
-        steps, stop = self.config.train.steps, self.preemption
+        steps = self.config.train.steps
         log = _Log(self)
 
         # A stop during the evaluation of the restored step left it undone.
-        if start > 0 and self._evaluation_due(start) and not self.writer.has_evaluation(start):
+        missing = hosts.of_first(self.writer is not None and not self.writer.has_evaluation(start))
+        if start > 0 and self._evaluation_due(start) and missing:
             self._evaluate(state, start)
-        if start < steps and not stop.requested:
+        if start < steps and not self.vote.now(self.preemption.requested):
             train_step = self._compile(state, log)
 
         step = start
-        while step < steps and not stop.requested:
+        while step < steps and not self.vote.later(self.preemption.requested):
             # a. The batch is read and the step is queued; the device works while the host goes on.
             batch = sharding.place_batch(next(self.batches), self.mesh)
             state, metrics = train_step(state, batch)
@@ -164,7 +175,7 @@ class _Run:
 
         # d. Asked to stop, wherever that was, or the last save failed: the state of the last whole step is kept.
         self._settle(step)
-        if step not in self.checkpointer.steps():
+        if self.checkpointer.newest != step:
             log.flush(state)
             self._save(state, step, None)
             self._settle(step)
@@ -175,16 +186,23 @@ class _Run:
         self.checkpointer.wait()
         report = self.workdir / "report"
         sample, index = report / "sample.txt", report / "index.html"
-        if self.config.train.sample_tokens > 0 and (trained or not sample.exists()):
-            report.mkdir(exist_ok=True)
-            sample.write_text(self._sample(state, step), encoding="utf-8")
-        if trained or not index.exists():
+        if self.config.train.sample_tokens > 0 and hosts.of_first(trained or not sample.exists()):
+            text = self._sample(state, step)
+            if hosts.is_first():
+                report.mkdir(exist_ok=True)
+                sample.write_text(text, encoding="utf-8")
+        if hosts.is_first() and (trained or not index.exists()):
             index = write_report(self.workdir)
         self.console.say(f"complete: step {step} of {self.config.train.steps}")
         self.console.say(f"checkpoint  {self.workdir / 'checkpoints' / str(step)}")
         if sample.exists():
             self.console.say(f"sample      {sample}")
         self.console.say(f"report      {index}")
+
+    def write(self, record: Record) -> None:
+        """Append a line to metrics.jsonl, from the process that has it."""
+        if self.writer is not None:
+            self.writer.write(record)
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.config.eval.every
@@ -207,14 +225,14 @@ class _Run:
     def _evaluate(self, state: TrainState, step: int) -> float | None:
         """Measure and log the held-out loss; None when a signal stopped it."""
         try:
-            result = self.evaluator(state.params, should_stop=lambda: self.preemption.requested)
+            result = self.evaluator(state.params, should_stop=lambda: self.vote.later(self.preemption.requested))
         except EvaluationStopped:
             return None
         record = {"step": step, **result.metrics()}
-        if step == self.config.train.steps:
+        if step == self.config.train.steps and hosts.is_first():
             texts = data.training_text(self.config.data), data.held_out_text(self.config.data)
             record |= {f"baseline/{name}": value for name, value in data.baselines(*texts).items()}
-        self.writer.write(record)
+        self.write(record)
         self.console.say(f"step {step}  held-out loss {result.loss:.4f}  bits per byte {result.bits_per_byte:.4f}")
         return result.loss
 
@@ -237,7 +255,7 @@ class _Run:
     def _alarm(self, step: int, error: SaveError) -> None:
         failed = self.checkpointer.failed_saves
         self.console.say(f"ALARM: {error}. Failed saves: {failed}. The checkpoints are {self.checkpointer.steps()}")
-        self.writer.write({"step": step, "checkpoint/failed_saves": failed})
+        self.write({"step": step, "checkpoint/failed_saves": failed})
 
     def _sample(self, state: TrainState, step: int) -> str:
         """Continue the beginning of the held-out text (of the training text, where nothing is held out)."""
@@ -295,17 +313,17 @@ class _Log:
         if step % train.log_every == 0 or step == train.steps:
             timing = {"compile_seconds": self._compile_seconds, "peak_memory_bytes": peak_memory_bytes()}
             record = {"step": step, **values, **self.clock.read(), **timing}
-            self._run.writer.write(record)
+            self._run.write(record)
             self._run.console.report(record, train.steps)
         self._run.console.advance(values["loss"])
 
 
 class Console:
-    """A progress bar on a terminal, plain lines elsewhere."""
+    """A progress bar on a terminal, plain lines elsewhere, from the first process."""
 
     def __init__(self, start: int, steps: int) -> None:
         """Show the bar, if there is to be one."""
-        interactive = sys.stderr.isatty()
+        interactive = sys.stderr.isatty() and hosts.is_first()
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if interactive else None
 
     def __enter__(self) -> "Console":
@@ -318,7 +336,7 @@ class Console:
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
         if self._bar is None:
-            print(text, flush=True)
+            hosts.say(text)
         else:
             self._bar.write(text)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-from transmamba_jax import config_file, data, sharding
+from transmamba_jax import config_file, data, hosts, sharding
 from transmamba_jax.checkpoint import Restored, complete_steps
 from transmamba_jax.config import Config
 from transmamba_jax.model import TransMamba
@@ -15,13 +15,12 @@ def compare_with_earlier_run(config: Config, model: TransMamba, workdir: Path) -
     """Print every difference from the config of the run in `workdir`; refuse what its checkpoints cannot continue."""
     saved = workdir / "config.yaml"
     if not saved.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
         return
     earlier = config_file.read_config_file(saved)
     differences = config_file.differences(earlier, config)
     if not differences:
         return
-    print(f"{saved} differs from this run:", *differences, sep="\n  ", flush=True)
+    hosts.say(f"{saved} differs from this run:", *differences)
     if config.checkpoint.partial or not complete_steps(workdir / "checkpoints"):
         return
     before, now = _shapes(earlier, type(model)(earlier.model)), _shapes(config, model)
@@ -56,16 +55,16 @@ def proceed(
         if not config.checkpoint.partial:
             raise ValueError(left[-1])
     try:
-        batches.set_state(restored.data_state)
+        batches.set_state(*restored.data_states)
     except ValueError as error:
         if not config.checkpoint.partial:
             raise
         left.append(f"{error}: the data start anew")
     if left:
-        print(f"not taken from checkpoint {restored.step}:", *left, sep="\n  ", flush=True)
+        hosts.say(f"not taken from checkpoint {restored.step}:", *left)
     steps = config.train.steps
     beyond = f", beyond train.steps={steps}: nothing is left to train" if restored.step > steps else ""
-    print(f"continuing from step {restored.step}{beyond}", flush=True)
+    hosts.say(f"continuing from step {restored.step}{beyond}")
     return restored.state, restored.step
 
 
