@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
 import transmamba_jax as tm
 from tests.oracle import relative_error
-from transmamba_jax import convert, export, mamba2_config
+from transmamba_jax import checkpoint, convert, export, mamba2_config
 
 GOLDEN = Path(__file__).parent / "golden" / "mamba2"
 CASES = ("tied", "limited", "bfloat16")
@@ -275,13 +276,28 @@ def test_what_mamba2_has_not_is_refused(changed: dict[str, Any], message: str, t
 
 
 def test_the_command_goes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, middle, back = GOLDEN / "limited", tmp_path / "middle", tmp_path / "back"
+    source, middle, back = tmp_path / "limited", tmp_path / "middle", tmp_path / "back"
+    shutil.copytree(GOLDEN / "limited", source)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.add_special_tokens(["</s>"])
+    words.save(str(source / "tokenizer.json"))
     assert convert.main(["from-mamba2", str(source), str(middle)]) == 0
     assert convert.main(["to-mamba2", str(middle), str(back)]) == 0
     assert tensors(back) == tensors(source)
-    loaded = export.load(middle)
-    assert loaded.config.model == convert.from_mamba2(source)[0]
-    assert loaded.tokenizer is None
+    config, params, tokenizer = export.load(middle)
+    assert config.model == convert.from_mamba2(source)[0]
+    assert tokenizer is not None
+    assert tokenizer.encode("b") == [1]
+    assert tokenizers.Tokenizer.from_file(str(back / "tokenizer.json")).to_str() == tokenizer.to_json()
+
+    start = ["start-run", str(middle), str(tmp_path / "run")]
+    assert convert.main(start) == 0
+    saved = checkpoint.restore(tmp_path / "run" / "checkpoints")
+    assert (saved.step, saved.config.model, saved.tokenizer_json) == (0, config.model, tokenizer.to_json())
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, saved.params, params)))
+
     capsys.readouterr()
     assert convert.main(["to-mamba2", str(middle), str(back)]) == 2
     assert "already holds model.safetensors" in capsys.readouterr().err
+    assert convert.main(start) == 2
+    assert "already holds step 0" in capsys.readouterr().err

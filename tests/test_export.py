@@ -155,6 +155,8 @@ def test_what_does_not_fit_is_refused(folder: Path, params: Any, tmp_path: Path,
         export.load_program(folder, "train")
     assert export.main(["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "no complete checkpoint in" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"platforms must be some of cpu, cuda, tpu and rocm, found \['gpu'\]"):
+        export.programs(CONFIG, params, ["gpu"])
     again = ["--checkpoint", str(folder.parent / "checkpoints"), "--output", str(tmp_path / "out"), "--platforms"]
     assert export.main([*again, "--schedule", "mamba2"]) == 0
     assert export.load(tmp_path / "out").config.model.transpoints == (0,)

@@ -10,13 +10,15 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transmamba_jax import export, mamba2_config, tensor_files
+from transmamba_jax import config_file, export, mamba2_config, tensor_files
 from transmamba_jax.config import Config, DTypeName, ModelConfig
 from transmamba_jax.data import tokenizers as data
 from transmamba_jax.mamba2_config import Naming
@@ -118,6 +120,36 @@ def to_mamba2(
     (folder / mamba2_config.FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "step"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """A training state before the first step, as far as it is known."""
+
+    params: Any
+    step: jax.Array
+
+
+def start_run(folder: str | Path, workdir: str | Path) -> None:
+    """Write what `export.save` wrote as step 0 of a work directory: parameters, and no optimizer state.
+
+    Raises:
+        ValueError: the folder cannot be read, or the work directory has checkpoints already.
+    """
+    from transmamba_jax import checkpoint  # orbax takes seconds to import, and conversion does not need it
+
+    loaded, directory = export.load(folder), Path(workdir) / "checkpoints"
+    done = checkpoint.complete_steps(directory)
+    if done:
+        raise ValueError(f"{directory} already holds step {done[-1]}; name a new work directory")
+    writer = checkpoint.Checkpointer(directory, loaded.config.checkpoint)
+    tokenizer = data.ByteTokenizer() if loaded.tokenizer is None else loaded.tokenizer
+    config = config_file.to_yaml(dataclasses.replace(loaded.config, workdir=str(workdir)))
+    nothing_read: dict[str, Any] = {"settings": {}}  # no run's settings, so that its data start from the beginning
+    state = _Start(loaded.params, jnp.zeros((), jnp.int32))
+    writer.save(0, state, nothing_read, config, tokenizer.to_json())
+    writer.close()
+
+
 def _parts(config: ModelConfig, naming: Naming) -> list[_Part]:
     """List what every leaf is called there; the parts of one tensor are in the order of its rows."""
     inner, key, heads, width = config.d_inner, config.d_key, config.num_heads, config.d_model
@@ -199,9 +231,14 @@ def _parser() -> argparse.ArgumentParser:
         "from-mamba2", help="read a Mamba-2 model, write a folder for transmamba_jax.export.load"
     )
     outward = commands.add_parser("to-mamba2", help="read such a folder, write a Mamba-2 model")
-    for command in (inward, outward):
+    start = commands.add_parser(
+        "start-run",
+        help="read such a folder, write step 0 of a work directory, for train.py --checkpoint.partial True "
+        "and every other command that takes a checkpoint",
+    )
+    for command in (inward, outward, start):
         command.add_argument("source", type=Path, help="folder to read")
-        command.add_argument("output", type=Path, help="folder to write; it may hold no weights yet")
+        command.add_argument("output", type=Path, help="folder to write; it may hold none of this yet")
     outward.add_argument("--naming", choices=tuple(_EMBEDDING), default="transformers", help="default: %(default)s")
     outward.add_argument("--dtype", choices=tuple(tensor_files.DTYPES.values()), help="default: as the parameters are")
     return parser
@@ -222,6 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "from-mamba2":
             model, params = from_mamba2(options.source)
             export.save(options.output, Config(model=model), params, _tokenizer(options.source))
+        elif options.command == "start-run":
+            start_run(options.source, options.output)
         else:
             loaded = export.load(options.source)
             to_mamba2(loaded.config.model, loaded.params, options.output, options.naming, options.dtype)

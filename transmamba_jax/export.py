@@ -87,7 +87,7 @@ def save_programs(
     """Write the programs; of the parameters only shapes and dtypes are read.
 
     Raises:
-        ValueError: a platform that jax.export does not know.
+        ValueError: a platform that is unknown.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,14 @@ def load_program(folder: str | Path, name: str) -> jax_export.Exported:
 def programs(
     config: ModelConfig, params: Mapping[str, Any], platforms: Sequence[str] = PLATFORMS
 ) -> dict[str, jax_export.Exported]:
-    """Return forward, prepare and decode by name (see the module's docstring)."""
+    """Return forward, prepare and decode by name (see the module's docstring).
+
+    Raises:
+        ValueError: a platform that is unknown.
+    """
+    unknown = sorted(set(platforms) - {*PLATFORMS, "rocm"})
+    if unknown or not platforms:
+        raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)} and rocm, found {list(platforms)}")
     config = dataclasses.replace(config, kernel=_PORTABLE, remat="none")
     model = TransMamba(config)
     batch, time, room = jax_export.symbolic_shape("b, t, s")
