@@ -42,14 +42,6 @@ _SAVE_SECONDS = 1200  # after which orbax gives a save up
 _UNFINISHED = f"{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"
 
 
-class _OthersError(SaveError):
-    """Another process could not start to save."""
-
-
-class _OthersDamagedError(DamagedError):
-    """Another process cannot read its part of a step."""
-
-
 class Checkpointer:
     """Writer and reader of one run's checkpoint folder; one process group at a time writes to a folder.
 
@@ -67,7 +59,6 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
         self._rejected: set[int] = set()
-        self._saves = 0
         self.failed_saves = 0
         """How many saves of this process failed."""
         self.newest: int | None = None
@@ -100,7 +91,7 @@ class Checkpointer:
         processes = trees.gather_json(data_state)
         # Only the errors of files: tensorstore reports those as ValueError.
         try:
-            with hosts.together(_OthersError):
+            with hosts.together(SaveError):
                 if hosts.is_first():
                     nbytes = sum(array.nbytes for array in arrays.values())
                     steps.make_room(self._directory, step, nbytes, self._rejected)
@@ -137,7 +128,7 @@ class Checkpointer:
 
         Raises:
             ValueError: a path, shape or dtype differs, and the message names each with what was asked and what was
-                found; another number of processes saved; or there are steps and each of them is damaged.
+                found; or there are steps and each of them is damaged.
         """
         self.wait()
         lost = []
@@ -188,26 +179,23 @@ class Checkpointer:
     @contextmanager
     def _writing(self) -> Iterator[tuple[ocp.AsyncCheckpointer, hosts.Meetings]]:
         """Make a writer for one save, whose barriers a failing process can leave, and start to write in the body."""
-        self._saves += 1
-        name = f"save-{self._saves}"
-        meetings = hosts.Meetings(name)
+        meetings = hosts.Meetings("save")
         everyone = set(range(jax.process_count()))
         # Named processes: orbax then waits for them through the coordination service, not in a collective.
-        processes = ocp.options.MultiprocessingOptions(active_processes=everyone, barrier_sync_key_prefix=name)
+        processes = ocp.options.MultiprocessingOptions(active_processes=everyone, barrier_sync_key_prefix=meetings.name)
         background = ocp.AsyncOptions(
             timeout_secs=_SAVE_SECONDS,
             barrier_sync_fn=lambda key, timeout_ms: meetings.meet(seconds=timeout_ms / 1000),  # noqa: ARG005
         )
-        handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=processes)
-        )
+        options = ocp.CompositeOptions(multiprocessing_options=processes)
+        handler = ocp.CompositeCheckpointHandler(composite_options=options)
         writer = ocp.AsyncCheckpointer(handler, async_options=background, multiprocessing_options=processes)
         try:
-            with hosts.together(_OthersError):
+            with hosts.together(SaveError):
                 yield writer, meetings
         except (OSError, ValueError) as error:
-            # What others started meets this process's refusal in the background.
-            if not isinstance(error, _OthersError):
+            # What others started meets this process's refusal in the background. Orbax raises no SaveError: theirs is.
+            if not isinstance(error, SaveError):
                 meetings.leave(error)
             with suppress(Exception):
                 writer.close()
@@ -225,10 +213,8 @@ class Checkpointer:
         """Finish a save, in the background: digests, the last of orbax's files, the manifest; then delete old steps."""
         try:
             digests, folder = finish(), self._directory / str(step)
-            try:
+            with closing(writer):
                 writer.wait_until_finished()
-            finally:
-                writer.close()
             meetings.meet()
             if hosts.is_first():
                 described = {path: dataclasses.replace(leaf, digest=digests[path]) for path, leaf in leaves.items()}
@@ -250,7 +236,7 @@ class Checkpointer:
         self.failed_saves += 1
         if hosts.is_first():
             self._delete_unfinished(str(step))
-        return SaveError(f"checkpoint {step} was not saved: {_one_line(error)}")
+        return SaveError(f"checkpoint {step} was not saved: {hosts.one_line(error)}")
 
 
 def restore(directory: str | Path, step: int | None = None, *, params_only: bool = False) -> Checkpoint:
@@ -320,7 +306,7 @@ def _bad_leaves(folder: Path, manifest: Manifest, paths: Iterable[str]) -> list[
 
 
 def _restore(folder: Path, abstract_state: Any, partial: bool) -> Restored:
-    with hosts.together(_OthersDamagedError):
+    with hosts.together(DamagedError):
         manifest = _open(folder)
     entries = trees.entries(abstract_state)
     targets = trees.map_leaves(trees.target, entries)
@@ -362,7 +348,7 @@ def _read(folder: Path, params_only: bool) -> Checkpoint:
 def _load_verified(folder: Path, manifest: Manifest, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """Read arrays and compare their digests."""
     arrays: dict[str, Any] = {}
-    with hosts.together(_OthersDamagedError):
+    with hosts.together(DamagedError):
         for item in trees.ITEMS:
             of_item = {path: target for path, target in targets.items() if path.startswith(f"{item}/")}
             if of_item:
@@ -395,16 +381,11 @@ def _load(folder: Path, restore_args: dict[str, Any]) -> Any:
                 folder, args=ocp.args.PyTreeRestore(item=asked, restore_args=args, partial_restore=True)
             )
         except Exception as error:  # orbax raises the bare class for a chunk that does not decompress
-            raise DamagedError(_one_line(error)) from error
+            raise DamagedError(hosts.one_line(error)) from error
 
 
 def _read_json(folder: Path, item: str) -> Any:
     return json.loads((folder / item / "metadata").read_text(encoding="utf-8"))
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:100]} ... {text[-195:]}"  # what happened is at the end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -49,8 +49,11 @@ def start(config: HostsConfig) -> None:
     Raises:
         ValueError: the environment does not say what is missing.
     """
-    if config.processes == 1 or not (config.coordinator is not None or _environment_has_several()):
+    coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if config.processes == 1 or not (coordinator or _environment_has_several()):
         return
+    if coordinator and not coordinator.rpartition(":")[2].isdecimal():
+        raise ValueError(f"JAX_COORDINATOR_ADDRESS must be HOST:PORT, found {coordinator!r}; or set hosts.coordinator")
     # Its handler of SIGTERM would take the place of the run's own, and orbax asks it on one process only.
     jax.config.update("jax_enable_preemption_service", False)
     # The runtime ends a process that waits too long in the middle of C++, with a stack trace; this is earlier.
@@ -59,7 +62,7 @@ def start(config: HostsConfig) -> None:
     alarm.start()
     try:
         jax.distributed.initialize(
-            coordinator_address=config.coordinator,
+            coordinator_address=coordinator,
             num_processes=config.processes,
             process_id=config.process,
             initialization_timeout=config.timeout + 60,
@@ -68,7 +71,7 @@ def start(config: HostsConfig) -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"this process cannot join the others: {error} (hosts.coordinator={config.coordinator}, "
+            f"this process cannot join the others: {error} (hosts.coordinator={coordinator}, "
             f"hosts.processes={config.processes}, hosts.process={config.process}; what is None must be known from the "
             "environment)"
         ) from error
@@ -80,12 +83,9 @@ def start(config: HostsConfig) -> None:
 def _environment_has_several() -> bool:
     """Tell whether the environment names other processes: what JAX's own detection reads, where it finds several."""
     counts = (os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    return (
-        "JAX_COORDINATOR_ADDRESS" in os.environ
-        or any(count != "1" for count in counts)
-        # JAX puts the TPU there on a Cloud TPU VM; what is around it is known to the VM's metadata alone.
-        or "tpu" in (jax.config.jax_platforms or "")  # type: ignore[attr-defined]
-    )
+    # JAX puts the TPU among its platforms on a Cloud TPU VM; what is around it is known to the VM's metadata alone.
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+    return any(count != "1" for count in counts) or "tpu" in (platforms or "")
 
 
 def _give_up(seconds: int) -> None:
@@ -144,8 +144,7 @@ def exchange(key: str, text: str, seconds: float = PATIENCE_SECONDS) -> list[str
     try:
         client.wait_at_barrier(folder, math.ceil(1000 * seconds))
     except jax.errors.JaxRuntimeError as error:
-        summary = " ".join(str(error).split())[:300]
-        raise TimeoutError(f"not every process came to {key!r} within {seconds:.0f} s: {summary}") from error
+        raise TimeoutError(f"not every process came to {key!r} within {seconds:.0f} s: {one_line(error)}") from error
     found = {int(name.rpartition("/")[2]): value for name, value in client.key_value_dir_get(folder)}
     return [found[index] for index in range(jax.process_count())]
 
@@ -166,7 +165,7 @@ def together(kind: type[Exception] = ValueError) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         mine = error
-    failed = _failures(exchange(f"together-{next(_numbers)}", _one_line(mine)))
+    failed = _failures(exchange(f"together-{next(_numbers)}", one_line(mine)))
     if mine is not None:
         raise mine
     if failed:
@@ -177,8 +176,8 @@ class Meetings:
     """A row of points where all processes wait for one another, on any thread; a failure ends it for all of them."""
 
     def __init__(self, name: str) -> None:
-        """Name it alike everywhere, once."""
-        self._name = name
+        """Make it in every process, from its main thread; `name` is made unique."""
+        self.name = f"{name}-{next(_numbers)}"
         self._count = 0
         self._failure = ""
 
@@ -191,7 +190,7 @@ class Meetings:
         if not self._failure:
             self._count += 1
             try:
-                self._failure = _failures(exchange(f"{self._name}/{self._count}", problem, seconds))
+                self._failure = _failures(exchange(f"{self.name}/{self._count}", problem, seconds))
             except TimeoutError as error:
                 self._failure = str(error)
         if self._failure:
@@ -201,11 +200,13 @@ class Meetings:
         """Tell the others, at the next point, that this process failed; nothing where they know of a failure."""
         if not self._failure:
             with contextlib.suppress(OSError):
-                self.meet(_one_line(error))
+                self.meet(one_line(error))
 
 
-def _one_line(error: BaseException | None) -> str:
-    return "" if error is None else " ".join(str(error).split()) or type(error).__name__
+def one_line(error: BaseException | None) -> str:
+    """Write an error as one line; what happened is at its end, where a long one is cut in the middle."""
+    text = "" if error is None else " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-195:]}"
 
 
 def _failures(problems: list[str]) -> str:
