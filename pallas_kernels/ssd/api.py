@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import target
-from pallas_kernels.ssd import associative, decay, pallas_tpu, reference, sequential
+from pallas_kernels.ssd import associative, decay, pallas_gpu, pallas_tpu, reference, sequential
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
     "associative": associative,
     "sequential": sequential,
     "pallas_tpu": pallas_tpu,
+    "pallas_gpu": pallas_gpu,
 }
 
 _LOGGER = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Block sizes of the TPU kernels, from shape and dtype: a table of candidates in order, no search at run time.
+"""Block sizes of the TPU and GPU kernels, from shape and dtype: tables of candidates in order, no search at run time.
 
 A grid cell of the TPU kernels holds `heads` heads of `tokens` tokens and walks them in chunks of `chunk` tokens.
 
@@ -16,6 +16,16 @@ A grid cell of the TPU kernels holds `heads` heads of `tokens` tokens and walks 
 
 The chip is no argument: the three have 128 lanes and the limit above in common, and a program lowered for a topology
 is traced before its chip is known.
+
+A thread block of the GPU kernels (Hopper) holds `values` of the P columns of one head and streams chunks of 64 tokens
+through `stages` slots of shared memory.
+
+- chunk = 64: the rows of one warpgroup's product.
+- values: all of P where that fits, else an equal part of P. A part more reads b and c again, and in the backward pass
+  writes one more float32 part of db and dc. The forward pass keeps its float32 state in registers, at most 96 of the
+  255 that a thread can have (two products of 64 rows and the rest need about as many): that cuts P = 128 in two.
+- stages: 2 where that fits, so that the next chunk arrives during the products of this one; else 1.
+- "fits": within 226 of the 227 KiB that a block can have on a Hopper.
 """
 
 import dataclasses
@@ -94,3 +104,75 @@ def choose(length: int, num_heads: int, groups: int, head_dim: int, state_dim: i
     raise ValueError(
         f"pallas_tpu: no block of head_dim = {head_dim}, state_dim = {state_dim} fits {VMEM_BUDGET} bytes of VMEM"
     )
+
+
+# --- GPU --------------------------------------------------------------------------------------------------------------
+
+GPU_CHUNK = 64
+SMEM_BUDGET = 226 * 1024
+
+_MIN_VALUES = 16
+"""Columns of the narrowest swizzled tile of bfloat16."""
+
+_STATE_REGISTERS = 96
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuBlocks:
+    """What a thread block holds: `values` columns of x, and `stages` chunks in flight."""
+
+    values: int
+    stages: int
+
+
+def smem_bytes_forward(blocks: GpuBlocks, state_dim: int, pieces: int, outputs: bool) -> int:
+    """Bytes of shared memory of the forward kernel; `pieces` as in `pallas_gpu_tiles.py`."""
+    values, operand = blocks.values, 2 * pieces
+    stage = GPU_CHUNK * operand * (values + (2 if outputs else 1) * state_dim) + 3 * 4 * GPU_CHUNK
+    scratch = operand * state_dim * (GPU_CHUNK + values) + 4 * GPU_CHUNK * values
+    if outputs:
+        scratch += operand * GPU_CHUNK**2 + (2 if pieces == 1 else 4) * GPU_CHUNK * values
+    return blocks.stages * stage + scratch
+
+
+def smem_bytes_backward(blocks: GpuBlocks, state_dim: int, pieces: int, outputs: bool, part_itemsize: int) -> int:
+    """Bytes of shared memory of the backward kernel; `part_itemsize`: of an element of db and dc."""
+    values, operand, sides = blocks.values, 2 * pieces, 2 if outputs else 1
+    stage = operand * (GPU_CHUNK * sides * (values + state_dim) + state_dim * values) + 3 * 4 * GPU_CHUNK
+    gradient = GPU_CHUNK * ((2 if pieces == 1 else 4) * values + part_itemsize * state_dim)
+    scratch = (4 + operand) * state_dim * values + gradient + 4 * (5 * GPU_CHUNK + state_dim)
+    if outputs:
+        scratch += 2 * GPU_CHUNK**2 + operand * GPU_CHUNK * (GPU_CHUNK + values)
+    return blocks.stages * stage + scratch
+
+
+def choose_gpu(groups_shared: bool, head_dim: int, state_dim: int, pieces: int) -> tuple[GpuBlocks, GpuBlocks]:
+    """Return the block sizes of the forward and the backward kernel; see the module's docstring for the reasons.
+
+    `groups_shared`: several heads share b and c.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    state_rows = GPU_CHUNK * (1 if state_dim == GPU_CHUNK else 2)
+    parts = [part for part in range(1, head_dim + 1) if head_dim % part == 0]
+    candidates = [GpuBlocks(head_dim // part, stages) for part in parts for stages in (2, 1)]
+    candidates = [blocks for blocks in candidates if blocks.values % _MIN_VALUES == 0]
+
+    def fits_forward(blocks: GpuBlocks) -> bool:
+        registers = state_rows * blocks.values // 128
+        used = smem_bytes_forward(blocks, state_dim, pieces, outputs=True)
+        return registers <= _STATE_REGISTERS and used <= SMEM_BUDGET
+
+    def fits_backward(blocks: GpuBlocks) -> bool:
+        whole = pieces == 1 and not groups_shared and blocks.values == head_dim
+        return smem_bytes_backward(blocks, state_dim, pieces, True, 2 if whole else 4) <= SMEM_BUDGET
+
+    forward = next((blocks for blocks in candidates if fits_forward(blocks)), None)
+    backward = next((blocks for blocks in candidates if fits_backward(blocks)), None)
+    if forward is None or backward is None:
+        raise ValueError(
+            f"pallas_gpu: no block of head_dim = {head_dim}, state_dim = {state_dim}, {pieces} pieces "
+            f"fits {SMEM_BUDGET} bytes of shared memory"
+        )
+    return forward, backward

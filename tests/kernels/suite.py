@@ -4,7 +4,7 @@ Subclass `SsdSuite` with the name of an implementation.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -169,9 +169,10 @@ def check_against_oracle(implementation: str, spec: Spec) -> None:
 
 
 class SsdSuite:
-    """The tests; a subclass names the implementation."""
+    """The tests; a subclass names the implementation, and fields of `Spec` where the defaults do not suit it."""
 
     implementation: str
+    fields: ClassVar[dict[str, int]] = {}
 
     @pytest.mark.parametrize("spec", SPECS, ids=str)
     def test_values_and_gradients(self, spec: Spec) -> None:
@@ -191,7 +192,7 @@ class SsdSuite:
             check_close(f"gradient of {name}", gradient, truth.gradients[name], GRADIENT_TOLERANCE)
 
     def test_defaults_are_no_skip_and_a_zero_state(self) -> None:
-        spec = Spec(rows=1, length=20)
+        spec = Spec(rows=1, length=20, **self.fields)
         inputs = make_inputs(spec)
         zeros = inputs | {"d": np.zeros_like(inputs["d"]), "initial_state": np.zeros_like(inputs["initial_state"])}
         truth = oracle.ssd(zeros, None, *make_cotangents(spec))
@@ -201,7 +202,7 @@ class SsdSuite:
         check_close("state", state, truth.state, FORWARD_TOLERANCE)
 
     def test_bfloat16(self) -> None:
-        spec = Spec(rows=6, length=70, documents=True, chunk_size=32)
+        spec = Spec(rows=6, length=70, documents=True, chunk_size=32, **self.fields)
         inputs, ids = make_inputs(spec), make_segment_ids(spec)
         low = {name: jnp.asarray(value, jnp.bfloat16) for name, value in inputs.items() if name in ("x", "b", "c")}
         dy, dstate = make_cotangents(spec)
@@ -219,7 +220,7 @@ class SsdSuite:
 
     def test_padding_changes_nothing(self) -> None:
         """A row padded on the left, in the middle or on the right has the outputs and state of the row without."""
-        spec = Spec(rows=1, length=40)
+        spec = Spec(rows=1, length=40, **self.fields)
         inputs = make_inputs(spec)
         run = jax.jit(
             lambda inputs, ids: ssd(**inputs, segment_ids=ids, chunk_size=16, implementation=self.implementation)
@@ -239,7 +240,7 @@ class SsdSuite:
 
     def test_extreme_decays_stay_finite(self) -> None:
         """Steps of 0, and decays far below what float32 can hold, in one chunk."""
-        spec = Spec(rows=1, length=48)
+        spec = Spec(rows=1, length=48, **self.fields)
         inputs = make_inputs(spec)
         inputs["dt"][:, ::3] = 0.0
         inputs["dt"][:, 1::7] = 1e4
