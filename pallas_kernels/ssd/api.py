@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import target
-from pallas_kernels.ssd import associative, decay, pallas_gpu, pallas_tpu, reference, sequential
+from pallas_kernels.ssd import associative, decay, pallas_gpu, pallas_tpu, reference, sequential, triton
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
@@ -19,6 +19,7 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "sequential": sequential,
     "pallas_tpu": pallas_tpu,
     "pallas_gpu": pallas_gpu,
+    "triton": triton,
 }
 
 _LOGGER = logging.getLogger(__name__)

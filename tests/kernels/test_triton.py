@@ -1,0 +1,144 @@
+"""The Triton kernels: the suite in Triton's interpreter on a CPU, and its compiler for two generations of GPUs.
+
+Where the `dev` extra brings no Triton (see `pyproject.toml`), what is left to test is that this is said.
+"""
+
+import functools
+import importlib.util
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.ssd import ssd, triton_blocks
+from pallas_kernels.ssd import triton as implementation
+
+from . import suite
+
+HAS_TRITON = sys.platform == "linux" and sys.version_info < (3, 12)
+"""As in the `dev` extra."""
+
+SHARED_MEMORY = 99 * 1024
+"""What a program may have on a GPU of compute capability 8.6 or 8.9; 163 KB on 8.0, 227 KB on 9.0."""
+
+
+def _call(head_dim: int = 64, dtype: Any = jnp.bfloat16) -> Any:
+    """Trace a call."""
+    arguments = suite.make_inputs(suite.Spec(head_dim=head_dim))
+    low = {name: jnp.asarray(arguments[name], dtype) for name in ("x", "b", "c")}
+    return jax.eval_shape(lambda inputs: ssd(**inputs, implementation="triton"), arguments | low)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "message"),
+    [
+        (64, jnp.float16, "x must be float32 or bfloat16, found float16"),
+        (264, jnp.float32, "the head dim P of x must be at most 256, found 264"),
+    ],
+)
+def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch, head_dim: int, dtype: Any, message: str) -> None:
+    monkeypatch.setattr(implementation, "_missing", list)
+    with pytest.raises(ValueError, match=f"'triton' cannot serve this call: {message}"):
+        _call(head_dim, dtype)
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together, with what installs them."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"jax-triton is not installed.*\[triton\].*CUDA plugin.*\[cuda12\]"):
+        _call()
+
+
+def test_this_machine_is_told_what_it_lacks() -> None:
+    """Without JAX's CUDA plugin, or Triton on newer Pythons, a call says so."""
+    lacking = implementation._missing()
+    assert any("[triton]" in reason for reason in lacking) != HAS_TRITON
+    if lacking:
+        with pytest.raises(ValueError, match=r"'triton' cannot serve this call: .*pip install"):
+            _call()
+    else:
+        assert _call()[0].dtype == jnp.bfloat16
+
+
+def test_blocks() -> None:
+    """Few long rows are walked in segments; heads of a group are summed where enough programs are left."""
+    assert triton_blocks.choose(2, 8192, 16, 96, 16, 96, itemsize=2) == triton_blocks.Blocks(64, 128, 1, 32, 32, 1)
+    assert triton_blocks.choose(1, 131072, 4, 64, 1, 64, itemsize=2) == triton_blocks.Blocks(64, 32, 64, 64, 32, 4)
+    assert triton_blocks.choose(1, 100, 1, 64, 1, 64, itemsize=4) == triton_blocks.Blocks(32, 4, 1, 32, 32, 1)
+
+
+if HAS_TRITON:
+    import triton.language as tl
+
+    from . import triton_compiler, triton_interpreter
+
+    @pytest.fixture
+    def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+        """Run the kernels in Triton's interpreter; it is slow: one head unless a test says more."""
+        monkeypatch.setattr(implementation, "_missing", list)
+        monkeypatch.setattr(implementation, "_launch", triton_interpreter.launch)
+        monkeypatch.setattr(suite, "Spec", functools.partial(suite.Spec, heads=1, groups=1))
+
+    # What counts is that every branch is met. Chunks have 32 tokens.
+    SPECS = (
+        suite.Spec(rows=1, heads=1, groups=1, length=1),
+        suite.Spec(rows=1, length=40, heads=2, groups=1, head_dim=96, state_dim=40),
+        suite.Spec(rows=1, length=70, heads=2, groups=1, regime="bursts"),
+        suite.Spec(rows=6, length=70, heads=1, groups=1, documents=True, regime="strong"),
+    )
+
+    @pytest.mark.usefixtures("interpreter")
+    class TestTriton(suite.SsdSuite):
+        implementation = "triton"
+
+        @pytest.mark.parametrize("spec", SPECS, ids=str)
+        def test_values_and_gradients(self, spec: suite.Spec) -> None:
+            super().test_values_and_gradients(spec)
+
+        @pytest.mark.parametrize("regime", ["strong"])
+        def test_long_rows(self, regime: str) -> None:
+            """Cut into two segments."""
+            spec = suite.Spec(rows=1, length=520, heads=1, groups=1, regime=regime)
+            assert triton_blocks.choose(1, 520, 1, 8, 1, 16, itemsize=4).segments == 2
+            suite.check_against_oracle(self.implementation, spec)
+
+        @pytest.mark.parametrize("length", [20, 520])
+        def test_state_alone(self, length: int) -> None:
+            super().test_state_alone(suite.Spec(rows=1, length=length, heads=1, groups=1))
+
+        def test_heads_summed_in_the_kernel(self, monkeypatch: pytest.MonkeyPatch) -> None:
+            monkeypatch.setattr(triton_blocks, "_BUSY", 0)
+            spec = suite.Spec(rows=1, length=20, heads=2, groups=1)
+            assert triton_blocks.choose(1, 20, 2, 8, 1, 16, itemsize=4).part == 2
+            suite.check_against_oracle(self.implementation, spec)
+
+    @pytest.mark.usefixtures("interpreter")
+    def test_a_gradient_that_forgets_a_term_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+        """The suite sees the pairs that span a token."""
+        _, backward = triton_interpreter.modules()
+        monkeypatch.setattr(backward, "_spanning", lambda pairs, _: tl.sum(pairs, 1) * 0.0)
+        with pytest.raises(AssertionError, match="gradient of dt: relative error"):
+            suite.check_against_oracle("triton", suite.Spec(rows=1, length=20, heads=1, groups=1))
+
+    # --- The compiler -------------------------------------------------------------------------------------------------
+
+    # One of each set of tiles; `python -m benchmarks.triton_compile` goes through all dimensions.
+    @pytest.mark.parametrize(
+        ("capability", "head_dim", "state_dim", "dtype", "alone"),
+        [
+            (80, 128, 64, jnp.bfloat16, False),
+            (90, 96, 128, jnp.bfloat16, False),
+            (80, 96, 96, jnp.float32, True),
+        ],
+    )
+    def test_kernels_fit_the_gpu(capability: int, head_dim: int, state_dim: int, dtype: Any, alone: bool) -> None:
+        """No register spills, and shared memory is left on the smallest GPU."""
+        function = triton_compiler.state_gradient if alone else triton_compiler.gradient
+        found = triton_compiler.launches(function, triton_compiler.shapes(head_dim, state_dim, dtype))
+        assert {"running_sums", "walk", "head_gradients", "group_gradients"} <= {launch.kernel for launch in found}
+        for launch in found:
+            usage = triton_compiler.compile_for(launch, capability)
+            assert usage.spilled == 0, f"{launch} spills {usage.spilled} bytes"
+            assert usage.shared <= SHARED_MEMORY, f"{launch} takes {usage.shared} bytes of shared memory"
