@@ -160,13 +160,19 @@ def test_continuations_of_unequal_prompts_end_where_they_must(monkeypatch):
     assert scorer.continuations([*prompts, "zyx" + prompts[2]], max_tokens=7)[3] == whole[2].split(whole[0][3])[0]
 
 
-def test_samples_follow_the_place_of_the_request():
-    model, params = make(TWO)
-    scorer = Scorer(model, params, Spelling(), max_length=16, batch_size=3)
-    draw = lambda: scorer.continuations(["cadae"] * 3, max_tokens=7, sampling=Sampling(temperature=2.0))
-    texts = draw()
-    assert len(set(texts)) > 1
-    assert draw() == texts
+def test_a_request_is_sampled_with_the_key_of_its_place(params, monkeypatch):
+    scorer = make_scorer(params, batch_size=2)
+    keys = {}
+
+    def remember(rows, until, max_tokens, sampling, row_keys):
+        assert (until, max_tokens, sampling) == ([], 7, Sampling(temperature=2.0))
+        keys.update({bytes(row): key for row, key in zip(rows, row_keys, strict=True)})
+        return [""] * len(rows)
+
+    monkeypatch.setattr(scorer, "_continue", remember)
+    scorer.continuations(["a", "bcd", "ef"], max_tokens=7, sampling=Sampling(temperature=2.0))
+    for place, text in enumerate([b"a", b"bcd", b"ef"]):
+        assert keys[text] == jax.random.fold_in(jax.random.key(0), place)
 
 
 @pytest.mark.parametrize(
