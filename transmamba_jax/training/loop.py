@@ -186,13 +186,16 @@ class _Run:
         self.checkpointer.wait()
         report = self.workdir / "report"
         sample, index = report / "sample.txt", report / "index.html"
+        text = None
         if self.config.train.sample_tokens > 0 and hosts.of_first(trained or not sample.exists()):
             text = self._sample(state, step)
-            if hosts.is_first():
+        # The others wait: JAX takes a process that waits at the end of the program for one that was left alone.
+        with hosts.together():
+            if hosts.is_first() and text is not None:
                 report.mkdir(exist_ok=True)
                 sample.write_text(text, encoding="utf-8")
-        if hosts.is_first() and (trained or not index.exists()):
-            index = write_report(self.workdir)
+            if hosts.is_first() and (trained or not index.exists()):
+                index = write_report(self.workdir)
         self.console.say(f"complete: step {step} of {self.config.train.steps}")
         self.console.say(f"checkpoint  {self.workdir / 'checkpoints' / str(step)}")
         if sample.exists():
