@@ -22,9 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssd import pallas_gpu_tiles as gpu
+from pallas_kernels.ssd.block_sizes import squares_of
 from pallas_kernels.ssd.pallas_gpu_forward import stream
 from pallas_kernels.ssd.pallas_gpu_tiles import CHUNK, ROWS, Cell, Decays, Tiles
-from pallas_kernels.ssd.pallas_tpu_tiles import result
+from pallas_kernels.ssd.pallas_tpu_tiles import vary_alike
 
 VECTORS = ("dt", "writes", "spans", "reads", "skip")
 """One scalar a token that the kernel gives: gradients of dt and of the skip, and the parts of that of l."""
@@ -40,6 +41,32 @@ def _within(sums: jax.Array) -> jax.Array:
     return jnp.where(column >= row, sums, 0.0)
 
 
+class _Squares:
+    """Operands [Q, Q] by number: all in shared memory, or, where there is room for one, in registers until used."""
+
+    def __init__(self, tiles: Tiles, ref: Any) -> None:
+        self._slots = [gpu.refs_of(tiles, ref, slot) for slot in range(ref.shape[0] // tiles.pieces)]
+        self._waiting: dict[int, jax.Array] = {}
+
+    def put(self, number: int, value: jax.Array) -> None:
+        """Keep an operand."""
+        if len(self._slots) == 1:
+            self._waiting[number] = value
+        else:
+            gpu.store(self._slots[number], value)
+
+    def get(self, number: int) -> list[Any]:
+        """Return an operand's pieces; one that had to wait replaces what `get` returned before."""
+        if number not in self._waiting:
+            return self._slots[number if len(self._slots) > 1 else 0]
+        gpu.store(self._slots[0], self._waiting.pop(number))
+        plgpu.commit_smem()
+        return self._slots[0]
+
+
+_PAIRS, _SCORES, _CROSS = range(3)
+
+
 class _Chunk:
     """Differentiates one chunk: fills the shared memory that goes out, one result after another."""
 
@@ -52,23 +79,21 @@ class _Chunk:
         self.sums: dict[str, jax.Array] = {}
         if self.outputs:
             self.c, self.dy = (gpu.refs_of(self.tiles, scratch[name], slot) for name in ("c", "dy"))
-            self.square = gpu.refs_of(self.tiles, scratch["square"])
+            self.squares = _Squares(self.tiles, scratch["squares"])
 
-    def _store_square(self, value: jax.Array) -> None:
-        gpu.store(self.square, value)
-        plgpu.commit_smem()
-
-    def squares(self) -> tuple[jax.Array, jax.Array]:
-        """S W and dt G W, [j, i]; sums of pairs on the way."""
+    def pairs(self) -> None:
+        """Form S W and dt G W, [j, i], and the sums of their product."""
         weights = self.decays.pairs_transposed()
         scores = gpu.dot(self.b, gpu.transposed(self.c))
         cross = gpu.dot(self.x, gpu.transposed(self.dy)) * weights
         pairs = cross * scores
         self.sums["dt"] = _row_sums(pairs)
         dt = gpu.down(self.decays.dt, CHUNK)
-        self._store_square(dt * pairs)
-        self.sums["spans"] = _row_sums(_within(gpu.dot([self.scratch["before"]], self.square)))
-        return scores * weights, dt * cross
+        for number, value in ((_PAIRS, dt * pairs), (_SCORES, scores * weights), (_CROSS, dt * cross)):
+            self.squares.put(number, value)
+        plgpu.commit_smem()
+        before = gpu.dot([self.scratch["before"]], self.squares.get(_PAIRS))
+        self.sums["spans"] = _row_sums(_within(before))
 
     def _send(self, name: str, value: jax.Array, buffer: str, target: Any) -> None:
         """Write a gradient out through a buffer in shared memory."""
@@ -77,7 +102,7 @@ class _Chunk:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(self.scratch[buffer], target(self.refs[name]))
 
-    def x_gradient(self, scores: jax.Array | None, skip: Any, target: Any) -> None:
+    def x_gradient(self, skip: Any, target: Any) -> None:
         """dx, and what of dt, the decay and the skip goes with it."""
         values = self.x[0].shape[1]
         x = gpu.load(self.x)
@@ -86,30 +111,29 @@ class _Chunk:
         self.sums["writes"] = self.decays.dt * sums
         self.sums["dt"] = sums + self.sums["dt"] if self.outputs else sums
         dt = gpu.down(self.decays.dt, values)
-        if scores is None:
+        if not self.outputs:
             self._send("dx", dt * written, "dx", target)
             return
         dy = gpu.load(self.dy)
         self.sums["skip"] = _row_sums(dy * x)
-        self._store_square(scores)
-        written += gpu.dot(self.square, self.dy)
+        written += gpu.dot(self.squares.get(_SCORES), self.dy)
         self._send("dx", dt * written + skip * dy, "dx", target)
         gpu.store(gpu.refs_of(self.tiles, self.scratch["read"]), gpu.down(self.decays.from_start, values) * dy)
         plgpu.commit_smem()
 
-    def group_gradients(self, cross: jax.Array | None, target: Any) -> None:
+    def group_gradients(self, target: Any) -> None:
         """Form and send db and dc."""
         state = self.tiles.state_dim
         db = gpu.dot(self.x, gpu.transposed(self.dh)) * gpu.down(self.decays.dt * self.decays.to_end, state)
-        if cross is not None:
-            self._store_square(cross)
-            db += gpu.dot(self.square, self.c)
-        self._send("db", db, "group", target)
-        if cross is None:
+        if not self.outputs:
+            self._send("db", db, "group", target)
             return
+        cross = self.squares.get(_CROSS)
+        db += gpu.dot(cross, self.c)
+        self._send("db", db, "group", target)
         dc = gpu.dot(self.dy, gpu.transposed(self.h)) * gpu.down(self.decays.from_start, state)
         self.sums["reads"] = _row_sums(dc * gpu.load(self.c))
-        dc += gpu.dot(gpu.transposed(self.square), self.b)
+        dc += gpu.dot(gpu.transposed(cross), self.b)
         self._send("dc", dc, "group", target)
 
     def state_gradient(self, step: Any) -> None:
@@ -179,10 +203,11 @@ def _kernel(*args: Any, names: tuple[str, ...], tiles: Tiles, **scratch: Any) ->
     def body(step: jax.Array, slot: jax.Array, carry: None) -> None:
         step = tiles.chunks - 1 - step
         chunk = _Chunk(cell, refs, scratch, slot)
-        scores, cross = chunk.squares() if outputs else (None, None)
+        if outputs:
+            chunk.pairs()
         place = (cell.row, gpu.tokens(step), cell.head)
-        chunk.x_gradient(scores, skip, lambda ref: ref.at[(*place, cell.columns)])
-        chunk.group_gradients(cross, lambda ref: ref.at[(cell.part, *place)])
+        chunk.x_gradient(skip, lambda ref: ref.at[(*place, cell.columns)])
+        chunk.group_gradients(lambda ref: ref.at[(cell.part, *place)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         chunk.state_gradient(step)
         return carry
@@ -212,13 +237,13 @@ def _scratch(tiles: Tiles, outputs: bool, io_dtype: Any, part_dtype: Any) -> dic
         "state_barrier": plgpu.Barrier(),
     }
     if outputs:
-        common = operand(CHUNK, CHUNK)
+        squares = operand(CHUNK, CHUNK, squares_of(tiles.pieces))
         scratch |= {
             "c": operand(CHUNK, state, stages),
             "dy": operand(CHUNK, values, stages),
-            "square": common,
+            "squares": squares,
             "read": operand(CHUNK, values),
-            "before": plgpu.SMEM((CHUNK, CHUNK), jnp.bfloat16, transforms=common.transforms),
+            "before": plgpu.SMEM((CHUNK, CHUNK), jnp.bfloat16, transforms=squares.transforms),
         }
     return scratch
 
@@ -255,12 +280,12 @@ def backward(
     by_chunk = (tiles.batch, tiles.num_heads, parts, tiles.chunks)
     scratch = _scratch(tiles, outputs, io_dtype, part_dtype)
     results = {
-        "dx": result(x, (*by_head, tiles.head_dim), io_dtype),
-        "db": result(x, (parts, *by_head, tiles.state_dim), part_dtype),
-        **({"dc": result(x, (parts, *by_head, tiles.state_dim), part_dtype)} if outputs else {}),
-        "vectors": result(x, (*by_chunk, *scratch["vectors"].shape), jnp.float32),
-        "through": result(x, (*by_chunk, tiles.state_dim), jnp.float32),
-        "dinitial": result(x, dfinal.shape, jnp.float32),
+        "dx": jax.ShapeDtypeStruct((*by_head, tiles.head_dim), io_dtype),
+        "db": jax.ShapeDtypeStruct((parts, *by_head, tiles.state_dim), part_dtype),
+        **({"dc": jax.ShapeDtypeStruct((parts, *by_head, tiles.state_dim), part_dtype)} if outputs else {}),
+        "vectors": jax.ShapeDtypeStruct((*by_chunk, *scratch["vectors"].shape), jnp.float32),
+        "through": jax.ShapeDtypeStruct((*by_chunk, tiles.state_dim), jnp.float32),
+        "dinitial": jax.ShapeDtypeStruct(dfinal.shape, jnp.float32),
     }
     moved = sum(value.size * value.dtype.itemsize for value in (*operands.values(), *results.values()))
     exponentials = parts * tiles.batch * tiles.length * tiles.num_heads * (CHUNK if outputs else 2)
@@ -277,4 +302,5 @@ def backward(
         kernel_name="ssd_backward" if outputs else "ssd_state_backward",
         **tiles.grid(tiles.backward),
     )(*operands.values())
-    return dict(zip(results, values, strict=True))
+    # The kernel's results come without the mesh axes over which they vary.
+    return dict(zip(results, vary_alike(x, *values)[1:], strict=True))

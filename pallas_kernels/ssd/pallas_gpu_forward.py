@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssd import pallas_gpu_tiles as gpu
 from pallas_kernels.ssd.pallas_gpu_tiles import CHUNK, ROWS, Cell, Decays, Tiles
-from pallas_kernels.ssd.pallas_tpu_tiles import result
+from pallas_kernels.ssd.pallas_tpu_tiles import vary_alike
 
 
 def _copies(cell: Cell, refs: dict[str, Any], scratch: dict[str, Any], chunk: Any, slot: Any) -> list[tuple[Any, Any]]:
@@ -179,11 +179,11 @@ def forward(
         "initial": initial,
     }
     heads = (tiles.num_heads, tiles.chunks, tiles.state_dim, tiles.head_dim)
-    results = {"final": result(x, initial.shape, jnp.float32)}
+    results = {"final": jax.ShapeDtypeStruct(initial.shape, jnp.float32)}
     if outputs:
-        results["y"] = result(x, (tiles.batch, *x.shape[1:]), io_dtype)
+        results["y"] = jax.ShapeDtypeStruct((tiles.batch, *x.shape[1:]), io_dtype)
     if keep:
-        results["kept"] = result(x, (tiles.pieces * tiles.batch, *heads), jnp.bfloat16)
+        results["kept"] = jax.ShapeDtypeStruct((tiles.pieces * tiles.batch, *heads), jnp.bfloat16)
     moved = sum(value.size * value.dtype.itemsize for value in (*operands.values(), *results.values()))
     exponentials = tiles.batch * tiles.length * tiles.num_heads * (CHUNK if outputs else 2)
     values = plgpu.kernel(
@@ -199,5 +199,6 @@ def forward(
         kernel_name="ssd_forward" if outputs else "ssd_state_forward",
         **tiles.grid(tiles.forward),
     )(*operands.values())
-    named = dict(zip(results, values, strict=True))
+    # The kernel's results come without the mesh axes over which they vary.
+    named = dict(zip(results, vary_alike(x, *values)[1:], strict=True))
     return named.get("y"), named["final"], named.get("kept")

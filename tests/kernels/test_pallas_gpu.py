@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as PS
 
-from pallas_kernels.ssd import block_sizes, ssd, ssd_state
+from pallas_kernels.ssd import block_sizes, pallas_gpu, ssd, ssd_state
 
 from . import oracle, suite
 from .test_pallas_tpu import QUICK_COMPILATION
@@ -22,15 +24,14 @@ from .test_pallas_tpu import QUICK_COMPILATION
 SERVED = jax.__version_info__ >= (0, 12)
 
 FIELDS = {"heads": 1, "groups": 1, "head_dim": 64, "state_dim": 64}
-# Chunks have 64 tokens. N = 96 is computed as two overlapping products; float32 cuts P into parts. An interpreted
-# kernel takes seconds: few cases, of few chunks.
+# Chunks have 64 tokens; float32 cuts P into parts. An interpreted kernel takes seconds: few cases, of few chunks.
 SPECS = (
-    suite.Spec(rows=1, length=130, heads=1, groups=1, head_dim=96, state_dim=96, regime="strong"),
-    suite.Spec(rows=1, length=70, heads=2, groups=1, head_dim=64, state_dim=128, regime="bursts"),
+    suite.Spec(rows=1, length=70, heads=2, groups=1, head_dim=64, state_dim=64, regime="bursts"),
     suite.Spec(rows=6, length=70, documents=True, regime="strong", **FIELDS),
 )
 STATE_SPECS = (suite.Spec(rows=1, length=70, heads=2, groups=1, head_dim=64, state_dim=96),)
-LONG = suite.Spec(rows=1, length=300, **FIELDS)
+# N = 96 is computed as two overlapping products.
+LONG = suite.Spec(rows=1, length=200, heads=1, groups=1, head_dim=96, state_dim=96)
 
 
 def _arguments(shape: tuple[int, ...], dtype: Any, groups: int | None = None) -> dict[str, Any]:
@@ -88,19 +89,24 @@ if SERVED:
         def test_state_alone(self, spec: suite.Spec) -> None:
             super().test_state_alone(spec)
 
-    @pytest.mark.parametrize("head_dim", [64, 96])
-    def test_nothing_races(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
-        """Copies, products, loads and stores are ordered: one stage and two, slots that are filled again."""
+    @pytest.mark.parametrize(("head_dim", "state_dim", "stages"), [(64, 96, 2), (128, 128, 1)])
+    def test_nothing_races(monkeypatch: pytest.MonkeyPatch, head_dim: int, state_dim: int, stages: int) -> None:
+        """Copies, products, loads and stores are ordered, with slots that are filled again."""
         monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK_COMPILATION))
-        spec = suite.Spec(rows=1, length=200, heads=1, groups=1, head_dim=head_dim, state_dim=96)
-        assert block_sizes.choose_gpu(False, head_dim, 96, 1)[1].stages == (2 if head_dim == 64 else 1)
+        spec = suite.Spec(rows=1, length=140, heads=1, groups=1, head_dim=head_dim, state_dim=state_dim)
+        assert block_sizes.choose_gpu(False, head_dim, state_dim, 1)[1].stages == stages
         inputs: dict[str, Any] = dict(suite.make_inputs(spec))
         inputs |= {name: jnp.asarray(inputs[name], jnp.bfloat16) for name in "xbc"}
         dy, dstate = suite.make_cotangents(spec)
+        low = jnp.asarray(dy, jnp.bfloat16)
         with interpreting(detect_races=True):  # a race is an error
-            (y, _), _ = suite.evaluate("pallas_gpu", spec, inputs, None, (jnp.asarray(dy, jnp.bfloat16), dstate))
-        truth = oracle.ssd({name: jnp.asarray(value, jnp.float32) for name, value in inputs.items()}, None, dy, dstate)
-        suite.check_close("y", jnp.asarray(y, jnp.float32), truth.y, suite.BF16_TOLERANCE)
+            (y, _), gradients = suite.evaluate("pallas_gpu", spec, inputs, None, (low, dstate))
+        rounded = {name: np.asarray(value, np.float32) for name, value in inputs.items()}
+        truth = oracle.ssd(rounded, None, np.asarray(low, np.float32), dstate)
+        suite.check_close("y", np.asarray(y, np.float32), truth.y, suite.BF16_TOLERANCE)
+        for name, expected in truth.gradients.items():
+            found = np.asarray(gradients[name], np.float32)
+            suite.check_close(f"gradient of {name}", found, expected, suite.BF16_TOLERANCE)
 
     @pytest.mark.usefixtures("interpreter")
     def test_a_gradient_that_forgets_a_term_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,12 +127,51 @@ if SERVED:
         names = ("ssd_forward", "ssd_backward", "ssd_state_forward", "ssd_state_backward")
         return [name for name in names if f"{name}_mosaic_gpu" in text]
 
-    @pytest.mark.parametrize(
-        ("shape", "dtype"), [((2, 8192, 16, 96, 96), jnp.bfloat16), ((1, 131072, 16, 64, 128), jnp.bfloat16)], ids=str
-    )
-    def test_gradient_lowers(shape: tuple[int, ...], dtype: Any) -> None:
+    def test_gradient_lowers() -> None:
         mesh = AbstractMesh((), (), abstract_device=HOPPER)
-        assert kernels(jax.grad(_loss), _arguments(shape, dtype), mesh) == ["ssd_forward", "ssd_backward"]
+        arguments = _arguments((2, 8192, 16, 96, 96), jnp.bfloat16)
+        assert kernels(jax.grad(_loss), arguments, mesh) == ["ssd_forward", "ssd_backward"]
+
+    def test_gradient_lowers_inside_shard_map() -> None:
+        """Rows over one mesh axis, heads over the other; a and d vary over the heads' axis alone."""
+        mesh = AbstractMesh((2, 2), ("data", "tensor"), (AxisType.Auto, AxisType.Auto), abstract_device=HOPPER)
+        rows = PS("data", None, "tensor")
+        specs = {"x": rows, "dt": rows, "a": PS("tensor"), "b": rows, "c": rows, "d": PS("tensor")}
+        specs["initial_state"] = PS("data", "tensor")
+
+        def loss(arguments: dict[str, jax.Array]) -> jax.Array:
+            run = lambda arguments: ssd(**arguments, implementation="pallas_gpu")
+            outputs = (rows, specs["initial_state"])
+            y, state = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=outputs)(arguments)
+            return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state)
+
+        arguments = _arguments((2, 131072, 16, 64, 64), jnp.bfloat16)
+        assert kernels(jax.grad(loss), arguments, mesh) == ["ssd_forward", "ssd_backward"]
+
+    @pytest.mark.parametrize(
+        ("dtype", "head_dim", "state_dim", "message"),
+        [
+            (jnp.float16, 64, 64, "'pallas_gpu' cannot serve this call: x must be float32 or bfloat16, found float16"),
+            (jnp.float32, 80, 64, "the head dim P of x must be one of 64, 96, 128, found 80"),
+            (jnp.float32, 64, 16, "the state dim N of b must be one of 64, 96, 128, found 16"),
+        ],
+    )
+    def test_refusals_say_why(dtype: Any, head_dim: int, state_dim: int, message: str) -> None:
+        x, b = jnp.zeros((1, 4, 2, head_dim), dtype), jnp.zeros((1, 4, 2, state_dim), dtype)
+        dt, a = jnp.zeros((1, 4, 2)), -jnp.ones(2)
+        with pytest.raises(ValueError, match=message):
+            ssd(x, dt, a, b, b, implementation="pallas_gpu")
+        with pytest.raises(ValueError, match=message):
+            ssd_state(x, dt, a, b, implementation="pallas_gpu")
+
+    def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+        class Blackwell:
+            device_kind, compute_capability = "NVIDIA B200", "10.0"
+
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "devices", lambda: [Blackwell()])
+        with pytest.raises(ValueError, match=r"must be a Hopper .*, found NVIDIA B200 \(10.0\)"):
+            pallas_gpu.tiles_of(jnp.zeros((1, 4, 2, 64)), jnp.zeros((1, 4, 2, 64)))
 else:
 
     @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -138,3 +183,18 @@ else:
         del inputs["c"], inputs["d"]
         with pytest.raises(ValueError, match=message):
             ssd_state(**inputs, implementation="pallas_gpu")
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_block_fits_shared_memory(pieces: int, shared: bool) -> None:
+    for head_dim in (64, 96, 128):
+        for state_dim in (64, 96, 128):
+            forward, backward = block_sizes.choose_gpu(shared, head_dim, state_dim, pieces)
+            assert head_dim % forward.values == 0
+            assert head_dim % backward.values == 0
+            whole = pieces == 1 and not shared and backward.values == head_dim
+            used = block_sizes.smem_bytes_backward(backward, state_dim, pieces, True, 2 if whole else 4)
+            assert used <= block_sizes.SMEM_BUDGET
+            assert block_sizes.smem_bytes_forward(forward, state_dim, pieces, True) <= block_sizes.SMEM_BUDGET
+    assert block_sizes.choose_gpu(False, 96, 96, 1)[1].values == 96  # no parts to sum
