@@ -1,7 +1,7 @@
 """Block sizes of the Triton kernels, from shape and dtype: a table with reasons, no search at run time.
 
-None has been timed; the compiler says what fits: no variant spills a register for compute capability 8.0, and none
-takes more shared memory than the 99 KB a program has on the smallest of the family (8.6, 8.9).
+None has been timed; the compiler says what fits (`python -m benchmarks.triton_compile`): registers do not spill, and
+no program takes more shared memory than the 99 KB it has on the smallest of the family (8.6, 8.9).
 """
 
 import dataclasses
