@@ -55,7 +55,8 @@ def test_a_step_that_does_not_fit_says_what_to_change() -> None:
 
 
 def test_simulated_devices() -> None:
-    output = compile_for("cpu:4", "--mesh.context", "2")
+    output = compile_for("cpu:4", "--mesh.context", "2", "--data.tokenizer", "not-made-yet.json")
+    assert "not-made-yet.json is not there: taken to have model.vocab_size=256 tokens" in output
     assert "4 x cpu, mesh {'data': 2, 'fsdp': 1, 'context': 2, 'tensor': 1}" in output
     assert "all-gather" in output
     assert "utilisation" not in output  # no data sheet

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -63,11 +64,10 @@ def compile_only(config: Config, topology: str) -> int:
     devices = topology_devices(topology)
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_divides(config, mesh)
-    tokenizer = data.load_tokenizer(config.data.tokenizer)
-    data.check_vocabulary(tokenizer, config.model.vocab_size)
+    token_bytes = _token_bytes(config)
     begin = time.perf_counter()
     try:
-        compiled = _compile(config, mesh, tokenizer.token_bytes)
+        compiled = _compile(config, mesh, token_bytes)
     except jax.errors.JaxRuntimeError as error:
         # The TPU's compiler refuses what does not fit. Anything else is a failure of its own.
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -100,6 +100,16 @@ def topology_devices(topology: str) -> list[jax.Device]:
             f"--topology {topology!r} cannot be had: {error}. Names are like v5e:16x16, v5p:8x8x8, v6e:16x16 or cpu:8; "
             "the compiler comes with pip install 'transmamba_jax[tpu]'"
         ) from error
+
+
+def _token_bytes(config: Config) -> np.ndarray:
+    """Return the bytes of every token; where the tokenizer is not made yet, ones: the program is the same."""
+    if config.data.tokenizer != "bytes" and not Path(config.data.tokenizer).exists():
+        print(f"{config.data.tokenizer} is not there: taken to have model.vocab_size={config.model.vocab_size} tokens")
+        return np.ones(config.model.vocab_size)
+    tokenizer = data.load_tokenizer(config.data.tokenizer)
+    data.check_vocabulary(tokenizer, config.model.vocab_size)
+    return tokenizer.token_bytes
 
 
 def _compile(config: Config, mesh: Mesh, token_bytes: np.ndarray) -> Any:
