@@ -236,7 +236,7 @@ def _states(
         "pass_states",
         [ends, whole, first],
         {"before": (plan.states(segments), jnp.float32), "last": (first.shape, jnp.float32)},
-        (-(-size // triton_blocks.PASS_TILE), plan.batch * plan.num_heads),
+        (plan.batch * plan.num_heads, -(-size // triton_blocks.PASS_TILE)),
         SIZE=size,
         SEGMENTS=segments,
         TILE=triton_blocks.PASS_TILE,

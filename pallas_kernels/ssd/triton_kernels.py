@@ -163,11 +163,11 @@ def pass_states(
 ):  # fmt: skip
     """Join segments that were walked from 0: `states` before each, `last` after all; reversed, from the end.
 
-    h <- whole_k h + ends_k with `whole` [B, H, SEGMENTS] the decay of a segment. Grid: (tiles of SIZE = N P, B H).
+    h <- whole_k h + ends_k with `whole` [B, H, SEGMENTS] the decay of a segment. Grid: (B H, tiles of SIZE = N P).
     """
-    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    at = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = at < SIZE
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     h = tl.load(first + row * SIZE + at, mask=mask, other=0.0)
     for step in tl.range(0, SEGMENTS):
         k = row * SEGMENTS + ((SEGMENTS - 1 - step) if REVERSE else step)

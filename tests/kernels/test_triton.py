@@ -109,8 +109,8 @@ if HAS_TRITON:
 
         def test_heads_summed_in_the_kernel(self, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(triton_blocks, "_BUSY", 0)
-            spec = suite.Spec(rows=1, length=20, heads=2, groups=1)
-            assert triton_blocks.choose(1, 20, 2, 8, 1, 16, itemsize=4).part == 2
+            spec = suite.Spec(rows=1, length=20, heads=4, groups=2)
+            assert triton_blocks.choose(1, 20, 4, 8, 2, 16, itemsize=4).part == 2
             suite.check_against_oracle(self.implementation, spec)
 
     @pytest.mark.usefixtures("interpreter")
