@@ -7,15 +7,13 @@ a GPU whatever the default backend is, and run on a CPU under
 `jax.experimental.pallas.mosaic_gpu.force_gpu_interpret_mode()`. Mosaic GPU is imported by the first call.
 """
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import target
-from pallas_kernels.ssd import block_sizes
-from pallas_kernels.ssd.pallas_tpu_tiles import vary_alike
+from pallas_kernels.ssd import block_sizes, kernel_vjp
 
 if TYPE_CHECKING:
     from pallas_kernels.ssd.pallas_gpu_tiles import Tiles
@@ -128,7 +126,7 @@ def _gradients(
     dy: jax.Array | None,
     dfinal: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Run the backward kernel on arrays of the public shapes; sum what it leaves to sum. Names as in `_scan`."""
+    """Run the backward kernel on arrays of the public shapes; sum what it leaves to sum. Names as in `kernel_vjp`."""
     from pallas_kernels.ssd.pallas_gpu_backward import VECTORS, backward
     from pallas_kernels.ssd.pallas_gpu_tiles import scalar_rows
 
@@ -170,67 +168,4 @@ def _gradients(
     return gradients | {"log_decay": tokens(dlog_decay), "h": found["dinitial"].swapaxes(2, 3)}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(tiles, x, dt, log_decay, b, c, d, h):
-    y, final, _ = _run(tiles, x, dt, log_decay, b, c, d, h, keep=False)
-    return y, final
-
-
-def _scan_fwd(tiles, x, dt, log_decay, b, c, d, h):
-    y, final, kept = _run(tiles, x, dt, log_decay, b, c, d, h, keep=True)
-    return (y, final), (x, dt, log_decay, b, c, d, kept)
-
-
-def _scan_bwd(tiles, residuals, cotangents):
-    gradients = _gradients(tiles, *residuals, *cotangents)
-    return tuple(gradients[name] for name in ("x", "dt", "log_decay", "b", "c", "d", "h"))
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _final_state(tiles, x, dt, log_decay, b, h):
-    return _run(tiles, x, dt, log_decay, b, None, None, h, keep=False)[1]
-
-
-def _final_state_fwd(tiles, x, dt, log_decay, b, h):
-    _, final, kept = _run(tiles, x, dt, log_decay, b, None, None, h, keep=True)
-    return final, (x, dt, log_decay, b, kept)
-
-
-def _final_state_bwd(tiles, residuals, dfinal):
-    x, dt, log_decay, b, kept = residuals
-    gradients = _gradients(tiles, x, dt, log_decay, b, None, None, kept, None, dfinal)
-    return tuple(gradients[name] for name in ("x", "dt", "log_decay", "b", "h"))
-
-
-_final_state.defvjp(_final_state_fwd, _final_state_bwd)
-
-
-def scan(
-    x: jax.Array,
-    dt: jax.Array,
-    log_decay: jax.Array,
-    b: jax.Array,
-    c: jax.Array,
-    d: jax.Array | None,
-    initial_state: jax.Array,
-    chunk_size: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Chunked SSD on a GPU; shapes and result as `reference.scan`. Chunks are of 64 tokens (see `block_sizes.py`).
-
-    Raises:
-        ValueError: the kernels cannot serve the call (see `refusal`).
-    """
-    del chunk_size
-    skip = jnp.zeros((x.shape[2],), jnp.float32) if d is None else d
-    return _scan(tiles_of(x, b), *vary_alike(x, dt, log_decay, b, c, skip, initial_state))
-
-
-def final_state(
-    x: jax.Array, dt: jax.Array, log_decay: jax.Array, b: jax.Array, initial_state: jax.Array, chunk_size: int
-) -> jax.Array:
-    """Return the last state of `scan` alone, float32 [B,H,P,N]. Errors as for `scan`."""
-    del chunk_size
-    return _final_state(tiles_of(x, b), *vary_alike(x, dt, log_decay, b, initial_state))
+scan, final_state = kernel_vjp.operators(tiles_of, _run, _gradients)

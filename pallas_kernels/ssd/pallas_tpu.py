@@ -6,15 +6,13 @@ inputs, the outputs and, for the backward pass, one state in 512 tokens. `pallas
 whatever the default backend is, and run on a CPU under `jax.experimental.pallas.tpu.force_tpu_interpret_mode()`.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ssd import block_sizes
+from pallas_kernels.ssd import block_sizes, kernel_vjp
 from pallas_kernels.ssd.pallas_tpu_backward import backward
 from pallas_kernels.ssd.pallas_tpu_forward import forward
-from pallas_kernels.ssd.pallas_tpu_tiles import Tiles, vary_alike
+from pallas_kernels.ssd.pallas_tpu_tiles import Tiles
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
 _MULTIPLE = 8
@@ -89,105 +87,42 @@ def _group_gradient(tiles: Tiles, gradient: jax.Array, dtype: jax.typing.DTypeLi
     return jnp.sum(parts, axis=2).transpose(0, 2, 1, 3).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(tiles, x, dt, log_decay, b, c, d, h):
-    y, final, _ = _run(tiles, x, dt, log_decay, b, c, d, h, keep=False)
-    return y, final
-
-
-def _scan_fwd(tiles, x, dt, log_decay, b, c, d, h):
-    y, final, kept = _run(tiles, x, dt, log_decay, b, c, d, h, keep=True)
-    return (y, final), (x, dt, log_decay, b, c, d, kept)
-
-
-def _scan_bwd(tiles, residuals, cotangents):
-    x, dt, log_decay, b, c, d, kept = residuals
-    dy, dfinal = cotangents
-    gradients = backward(
-        tiles,
-        tiles.view(x, tiles.head_shape),
-        tiles.view_rows(dt),
-        tiles.view_rows(log_decay),
-        tiles.view(b, tiles.group_shape),
-        tiles.view(c, tiles.group_shape),
-        _skip_view(tiles, d),
-        kept,
-        tiles.view(dy, tiles.head_shape),
-        tiles.view_state(dfinal),
-    )
-    return (
-        tiles.unview(gradients["x"], tiles.head_shape),
-        tiles.unview_rows(gradients["dt"]),
-        tiles.unview_rows(gradients["log_decay"]),
-        _group_gradient(tiles, gradients["b"], b.dtype),
-        _group_gradient(tiles, gradients["c"], c.dtype),
-        jnp.sum(tiles.unview(gradients["skip"], tiles.head_shape), axis=(0, 1, 3)),
-        tiles.unview_state(gradients["h"]),
-    )
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _final_state(tiles, x, dt, log_decay, b, h):
-    return _run(tiles, x, dt, log_decay, b, None, None, h, keep=False)[1]
-
-
-def _final_state_fwd(tiles, x, dt, log_decay, b, h):
-    _, final, kept = _run(tiles, x, dt, log_decay, b, None, None, h, keep=True)
-    return final, (x, dt, log_decay, b, kept)
-
-
-def _final_state_bwd(tiles, residuals, dfinal):
-    x, dt, log_decay, b, kept = residuals
-    gradients = backward(
-        tiles,
-        tiles.view(x, tiles.head_shape),
-        tiles.view_rows(dt),
-        tiles.view_rows(log_decay),
-        tiles.view(b, tiles.group_shape),
-        None,
-        None,
-        kept,
-        None,
-        tiles.view_state(dfinal),
-    )
-    return (
-        tiles.unview(gradients["x"], tiles.head_shape),
-        tiles.unview_rows(gradients["dt"]),
-        tiles.unview_rows(gradients["log_decay"]),
-        _group_gradient(tiles, gradients["b"], b.dtype),
-        tiles.unview_state(gradients["h"]),
-    )
-
-
-_final_state.defvjp(_final_state_fwd, _final_state_bwd)
-
-
-def scan(
+def _gradients(
+    tiles: Tiles,
     x: jax.Array,
     dt: jax.Array,
     log_decay: jax.Array,
     b: jax.Array,
-    c: jax.Array,
+    c: jax.Array | None,
     d: jax.Array | None,
-    initial_state: jax.Array,
-    chunk_size: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Chunked SSD on a TPU; shapes and result as `reference.scan`. Chunks are of 128 tokens (see `block_sizes.py`).
+    kept: jax.Array,
+    dy: jax.Array | None,
+    dfinal: jax.Array,
+) -> dict[str, jax.Array]:
+    """Run the backward kernel on arrays of the public shapes; names as in `kernel_vjp`."""
+    found = backward(
+        tiles,
+        tiles.view(x, tiles.head_shape),
+        tiles.view_rows(dt),
+        tiles.view_rows(log_decay),
+        tiles.view(b, tiles.group_shape),
+        None if c is None else tiles.view(c, tiles.group_shape),
+        None if d is None else _skip_view(tiles, d),
+        kept,
+        None if dy is None else tiles.view(dy, tiles.head_shape),
+        tiles.view_state(dfinal),
+    )
+    gradients = {
+        "x": tiles.unview(found["x"], tiles.head_shape),
+        "dt": tiles.unview_rows(found["dt"]),
+        "log_decay": tiles.unview_rows(found["log_decay"]),
+        "b": _group_gradient(tiles, found["b"], b.dtype),
+        "h": tiles.unview_state(found["h"]),
+    }
+    if c is not None:
+        gradients["c"] = _group_gradient(tiles, found["c"], c.dtype)
+        gradients["d"] = jnp.sum(tiles.unview(found["skip"], tiles.head_shape), axis=(0, 1, 3))
+    return gradients
 
-    Raises:
-        ValueError: the kernels cannot serve the call (see `tiles_of`).
-    """
-    del chunk_size
-    skip = jnp.zeros((x.shape[2],), jnp.float32) if d is None else d
-    return _scan(tiles_of(x, b), *vary_alike(x, dt, log_decay, b, c, skip, initial_state))
 
-
-def final_state(
-    x: jax.Array, dt: jax.Array, log_decay: jax.Array, b: jax.Array, initial_state: jax.Array, chunk_size: int
-) -> jax.Array:
-    """Return the last state of `scan` alone, float32 [B,H,P,N]. Errors as for `scan`."""
-    del chunk_size
-    return _final_state(tiles_of(x, b), *vary_alike(x, dt, log_decay, b, initial_state))
+scan, final_state = kernel_vjp.operators(tiles_of, _run, _gradients)

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ssd import triton_blocks
-from pallas_kernels.ssd.pallas_tpu_tiles import vary_alike
+from pallas_kernels.ssd import kernel_vjp, triton_blocks
+from pallas_kernels.ssd.kernel_vjp import vary_alike
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
 _MAX_DIM = 256
@@ -262,7 +262,7 @@ def _outputs(plan, x, rows, b, c, d, states):
     )["y"]
 
 
-def _gradients(plan, x, rows, b, c, d, dy, states, dstates) -> dict[str, jax.Array]:
+def _row_gradients(plan, x, rows, b, c, d, dy, states, dstates) -> dict[str, jax.Array]:
     """Gradients of x, dt and l as rows, b, and of c and d where there is a `c`."""
     outputs, blocks = c is not None, plan.blocks
     c, d, dy = (c, d, dy) if outputs else (b, rows[0], x)
@@ -310,79 +310,24 @@ def _rows(plan, dt, log_decay) -> tuple[jax.Array, ...]:
     return (plan.rows(dt), *_sums(plan, plan.rows(log_decay)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(plan, x, dt, log_decay, b, c, d, h):
-    return _scan_fwd(plan, x, dt, log_decay, b, c, d, h)[0]
-
-
-def _scan_fwd(plan, x, dt, log_decay, b, c, d, h):
+def _run(plan, x, dt, log_decay, b, c, d, h, keep):
+    """Run the pass forwards; see `kernel_vjp`. What is kept, the states before the segments, is small."""
+    del keep
     rows = _rows(plan, dt, log_decay)
-    states, before, last = _states(plan, x, b, rows, h.swapaxes(2, 3))
-    y = _outputs(plan, x, rows, b, c, d, states)
-    return (y, last.swapaxes(2, 3)), (x, dt, log_decay, b, c, d, before)
+    states, before, last = _states(plan, x, b, rows, h.swapaxes(2, 3), keep=c is not None)
+    y = None if c is None else _outputs(plan, x, rows, b, c, d, states)
+    return y, last.swapaxes(2, 3), before
 
 
-def _scan_bwd(plan, residuals, cotangents):
-    x, dt, log_decay, b, c, d, before = residuals
-    dy, dlast = cotangents
+def _gradients(plan, x, dt, log_decay, b, c, d, before, dy, dlast) -> dict[str, jax.Array]:
+    """Run the pass backwards; see `kernel_vjp`."""
     rows = _rows(plan, dt, log_decay)
     states, _ = _walk(plan, x, b, rows, before)
-    dstates, _, dfirst = _states(plan, dy, c, rows, dlast.swapaxes(2, 3), reverse=True)
-    found = _gradients(plan, x, rows, b, c, d, dy, states, dstates)
-    ddt, dlog_decay = plan.tokens(found["dt"]), plan.tokens(found["log_decay"])
-    return found["x"], ddt, dlog_decay, found["b"], found["c"], found["d"], dfirst.swapaxes(2, 3)
+    value, key = (x, b) if c is None else (dy, c)
+    dstates, _, dfirst = _states(plan, value, key, rows, dlast.swapaxes(2, 3), reverse=True, add=c is not None)
+    found = _row_gradients(plan, x, rows, b, c, d, dy, states, dstates)
+    tokens = {name: plan.tokens(found[name]) for name in ("dt", "log_decay")}
+    return found | tokens | {"h": dfirst.swapaxes(2, 3)}
 
 
-_scan.defvjp(_scan_fwd, _scan_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _final_state(plan, x, dt, log_decay, b, h):
-    return _final_state_fwd(plan, x, dt, log_decay, b, h)[0]
-
-
-def _final_state_fwd(plan, x, dt, log_decay, b, h):
-    rows = _rows(plan, dt, log_decay)
-    _, before, last = _states(plan, x, b, rows, h.swapaxes(2, 3), keep=False)
-    return last.swapaxes(2, 3), (x, dt, log_decay, b, before)
-
-
-def _final_state_bwd(plan, residuals, dlast):
-    x, dt, log_decay, b, before = residuals
-    rows = _rows(plan, dt, log_decay)
-    states, _ = _walk(plan, x, b, rows, before)
-    dstates, _, dfirst = _states(plan, x, b, rows, dlast.swapaxes(2, 3), reverse=True, add=False)
-    found = _gradients(plan, x, rows, b, None, None, None, states, dstates)
-    ddt, dlog_decay = plan.tokens(found["dt"]), plan.tokens(found["log_decay"])
-    return found["x"], ddt, dlog_decay, found["b"], dfirst.swapaxes(2, 3)
-
-
-_final_state.defvjp(_final_state_fwd, _final_state_bwd)
-
-
-def scan(
-    x: jax.Array,
-    dt: jax.Array,
-    log_decay: jax.Array,
-    b: jax.Array,
-    c: jax.Array,
-    d: jax.Array | None,
-    initial_state: jax.Array,
-    chunk_size: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Chunked SSD by Triton; shapes and result as `reference.scan`. `triton_blocks.py` chooses the chunk.
-
-    Raises:
-        ValueError: the kernels cannot serve the call: dtype, dimensions, missing packages, another GPU.
-    """
-    del chunk_size
-    skip = jnp.zeros((x.shape[2],), jnp.float32) if d is None else d
-    return _scan(_Plan.make(x, b), *vary_alike(x, dt, log_decay, b, c, skip, initial_state))
-
-
-def final_state(
-    x: jax.Array, dt: jax.Array, log_decay: jax.Array, b: jax.Array, initial_state: jax.Array, chunk_size: int
-) -> jax.Array:
-    """Return the last state of `scan` alone, float32 [B,H,P,N]. Errors as for `scan`."""
-    del chunk_size
-    return _final_state(_Plan.make(x, b), *vary_alike(x, dt, log_decay, b, initial_state))
+scan, final_state = kernel_vjp.operators(_Plan.make, _run, _gradients)

@@ -1,0 +1,97 @@
+"""The two operators of an implementation by kernels, differentiable, from one pass forwards and one backwards."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Gradients = dict[str, jax.Array]
+
+
+def vary_alike(*values: jax.Array) -> tuple[jax.Array, ...]:
+    """Make all values vary over the mesh axes of any, inside `jax.shard_map`; elsewhere change nothing.
+
+    A kernel's operands and results vary over the same axes; the gradient of what did not is summed on the way back.
+    """
+    axes = frozenset().union(*(jax.typeof(value).manual_axis_type.varying for value in values))
+
+    def vary(value: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - jax.typeof(value).manual_axis_type.varying))
+        return jax.lax.pcast(value, missing, to="varying") if missing else value
+
+    return tuple(vary(value) for value in values)
+
+
+def operators(
+    plan_of: Callable[[jax.Array, jax.Array], Any],
+    run: Callable[..., tuple[jax.Array | None, jax.Array, Any]],
+    gradients: Callable[..., Gradients],
+) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Callable[..., jax.Array]]:
+    """Return `scan` and `final_state`, of the signatures in `reference.py`.
+
+    Args:
+        plan_of: (x, b) -> how the call is cut, hashable; raises ValueError where the kernels cannot serve the call.
+        run: (plan, x, dt, log_decay, b, c, d, h, keep) -> y, the final state, and what the backward pass wants of it
+            where `keep` is set. Without `c` and `d` there is no y.
+        gradients: (plan, x, dt, log_decay, b, c, d, kept, dy, dfinal) -> gradients by those names, and of h; without
+            `c`, `d` and `dy` for the state alone.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def whole(plan, x, dt, log_decay, b, c, d, h):
+        return run(plan, x, dt, log_decay, b, c, d, h, keep=False)[:2]
+
+    def whole_forward(plan, x, dt, log_decay, b, c, d, h):
+        y, final, kept = run(plan, x, dt, log_decay, b, c, d, h, keep=True)
+        return (y, final), (x, dt, log_decay, b, c, d, kept)
+
+    def whole_backward(plan, residuals, cotangents):
+        found = gradients(plan, *residuals, *cotangents)
+        return tuple(found[name] for name in ("x", "dt", "log_decay", "b", "c", "d", "h"))
+
+    whole.defvjp(whole_forward, whole_backward)
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def state_alone(plan, x, dt, log_decay, b, h):
+        return run(plan, x, dt, log_decay, b, None, None, h, keep=False)[1]
+
+    def state_forward(plan, x, dt, log_decay, b, h):
+        _, final, kept = run(plan, x, dt, log_decay, b, None, None, h, keep=True)
+        return final, (x, dt, log_decay, b, kept)
+
+    def state_backward(plan, residuals, dfinal):
+        x, dt, log_decay, b, kept = residuals
+        found = gradients(plan, x, dt, log_decay, b, None, None, kept, None, dfinal)
+        return tuple(found[name] for name in ("x", "dt", "log_decay", "b", "h"))
+
+    state_alone.defvjp(state_forward, state_backward)
+
+    def scan(
+        x: jax.Array,
+        dt: jax.Array,
+        log_decay: jax.Array,
+        b: jax.Array,
+        c: jax.Array,
+        d: jax.Array | None,
+        initial_state: jax.Array,
+        chunk_size: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Chunked SSD; shapes and result as `reference.scan`. The kernels choose the chunk themselves.
+
+        Raises:
+            ValueError: the kernels cannot serve the call (see `refusal` of the implementation).
+        """
+        del chunk_size
+        skip = jnp.zeros((x.shape[2],), jnp.float32) if d is None else d
+        return whole(plan_of(x, b), *vary_alike(x, dt, log_decay, b, c, skip, initial_state))
+
+    def final_state(
+        x: jax.Array, dt: jax.Array, log_decay: jax.Array, b: jax.Array, initial_state: jax.Array, chunk_size: int
+    ) -> jax.Array:
+        """Return the last state of `scan` alone, float32 [B, H, P, N]. Errors as for `scan`."""
+        del chunk_size
+        return state_alone(plan_of(x, b), *vary_alike(x, dt, log_decay, b, initial_state))
+
+    return scan, final_state
