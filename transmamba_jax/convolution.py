@@ -82,7 +82,7 @@ def _convolve_backward(residuals: tuple[Any, ...], dy: Array) -> tuple[Array, Ar
     dx_t = Σ_k kernel_k · dy_{t+(K-1)-k}      dkernel_k = Σ_t dy_t · x_{t-(K-1)+k}      dbias = Σ_t dy_t
 
     By hand, because XLA's CPU backend computes each of the K + 1 sums over tokens one strided element at a time, and
-    in each of them again whatever produced dy: 20 to 70 times as long. Here the sums are products with a row of ones,
+    in each of them again whatever produced dy: 20 times as long. Here the sums are products with a row of ones,
     over a block of tokens that stays in cache; other hardware takes all tokens as one block.
     """
     padded, kernel, bias, readable = residuals
