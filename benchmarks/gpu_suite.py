@@ -35,6 +35,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks import gpu_peers, timing  # noqa: E402
+from benchmarks.ssd_inputs import make_inputs  # noqa: E402
 from pallas_kernels.ssd import implementations  # noqa: E402
 from tests.kernels import oracle  # noqa: E402
 
@@ -140,26 +141,6 @@ def _first_line(error: BaseException) -> str:
 
 
 # --- races ------------------------------------------------------------------------------------------------------------
-
-
-def make_inputs(shape: tuple[int, ...], seed: int) -> gpu_peers.Arrays:
-    """Inputs with the decays of a freshly initialised layer, and cotangents; one group a head."""
-    batch, length, heads, head_dim, state_dim = shape
-    rng = np.random.default_rng(seed)
-
-    def normal(*dims: int) -> np.ndarray:
-        return rng.standard_normal(dims, np.float32)
-
-    return {
-        "x": normal(batch, length, heads, head_dim),
-        "dt": np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), (batch, length, heads))).astype(np.float32),
-        "a": -rng.uniform(1, 16, heads).astype(np.float32),
-        "b": normal(batch, length, heads, state_dim) / np.float32(state_dim**0.5),
-        "c": normal(batch, length, heads, state_dim),
-        "d": np.ones(heads, np.float32),
-        "dy": normal(batch, length, heads, head_dim),
-        "dstate": normal(batch, heads, head_dim, state_dim),
-    }
 
 
 def error_of(contender: gpu_peers.Contender, shape: tuple[int, ...], dtype: str) -> float:

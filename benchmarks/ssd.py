@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
+from benchmarks.ssd_inputs import make_inputs
 from pallas_kernels.ssd import ssd
 from tests.kernels import oracle
 
@@ -34,25 +35,6 @@ TOLERANCE = 1e-5
 
 Arrays = dict[str, np.ndarray]
 Run = Callable[[Any], Any]
-
-
-def make_inputs(batch: int, length: int, state_dim: int, seed: int) -> Arrays:
-    """Inputs with the decays of a freshly initialised Mamba-2 layer, and cotangents of both results."""
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32)
-
-    return {
-        "x": normal(batch, length, HEADS, HEAD_DIM),
-        "dt": np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), (batch, length, HEADS))).astype(np.float32),
-        "a": -rng.uniform(1, 16, HEADS).astype(np.float32),
-        "b": normal(batch, length, HEADS, state_dim) / np.float32(state_dim**0.5),
-        "c": normal(batch, length, HEADS, state_dim),
-        "d": np.ones(HEADS, np.float32),
-        "dy": normal(batch, length, HEADS, HEAD_DIM),
-        "dstate": normal(batch, HEADS, HEAD_DIM, state_dim),
-    }
 
 
 class _JaxRun:
@@ -144,7 +126,7 @@ def check(name: str, runs: tuple[Run, Run], state_dim: int) -> float:
     Raises:
         SystemExit: it is above TOLERANCE: the contender computes something else.
     """
-    inputs = make_inputs(1, 300, state_dim, seed=7)
+    inputs = make_inputs((1, 300, HEADS, HEAD_DIM, state_dim), seed=7)
     empty = np.zeros((1, HEADS, HEAD_DIM, state_dim))
     truth = oracle.ssd(inputs | {"initial_state": empty}, None, inputs["dy"], inputs["dstate"])
     (y, state), gradients = runs[1](convert(name, inputs))
@@ -162,12 +144,12 @@ def peak_memory(name: str, batch: int, length: int, state_dim: int) -> int:
     """Growth of the resident set in bytes during one forward + backward call, compilation not counted (Linux)."""
     own = int(name.rpartition(" ")[2])
     run = contenders((own,), (own,))[name][1]
-    arrays = make_inputs(batch, length, state_dim, seed=0)
+    arrays = make_inputs((batch, length, HEADS, HEAD_DIM, state_dim), seed=0)
     inputs = convert(name, arrays)
     if isinstance(run, _JaxRun):
         run = run.compiled(inputs)
     else:
-        run(convert(name, make_inputs(1, 64, state_dim, seed=0)))  # torch's threads and buffers
+        run(convert(name, make_inputs((1, 64, HEADS, HEAD_DIM, state_dim), seed=0)))  # torch's threads and buffers
 
     def resident(field: str) -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -203,7 +185,7 @@ def race(args: argparse.Namespace, runs: dict[str, tuple[Run, Run]]) -> None:
         print(f"\n{kind}: milliseconds (chunk)")
         print(f"{'B':>2} {'T':>5} {'N':>4}" + "".join(f"{family:>24}" for family in families), flush=True)
         for batch, length, state_dim in itertools.product(args.batch, args.length, args.state):
-            sets = [make_inputs(batch, length, state_dim, seed) for seed in range(2)]
+            sets = [make_inputs((batch, length, HEADS, HEAD_DIM, state_dim), seed) for seed in range(2)]
             inputs = {name: [convert(name, arrays) for arrays in sets] for name in runs}
             turns = {name: _turns(run[index], inputs[name]) for name, run in runs.items()}
             times = timing.round_robin(turns, rounds=args.rounds, seconds=args.seconds)
