@@ -16,13 +16,11 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,17 +35,7 @@ import numpy as np  # noqa: E402
 from benchmarks import gpu_peers, timing  # noqa: E402
 from benchmarks.ssd_inputs import make_inputs  # noqa: E402
 from pallas_kernels.ssd import implementations  # noqa: E402
-from tests.kernels import oracle  # noqa: E402
-
-if importlib.util.find_spec("pytest") is None:
-    # All that the suite uses of pytest when its checks are called as plain functions: a mark, which does nothing.
-    marks = types.SimpleNamespace(parametrize=lambda *_, **__: lambda function: function)
-    sys.modules["pytest"] = types.SimpleNamespace(mark=marks)  # type: ignore[assignment]
-    from tests.kernels import suite
-
-    del sys.modules["pytest"]
-else:
-    from tests.kernels import suite
+from tests.kernels import checks, oracle  # noqa: E402
 
 SHAPES = ("2x8192x16x96x96", "8x8192x16x64x64", "2x8192x16x128x128", "1x32768x16x64x128")
 PASSES = ("forward", "forward+backward")
@@ -69,38 +57,32 @@ Report = dict[str, Any]
 # --- the suite --------------------------------------------------------------------------------------------------------
 
 # Dimensions that every kernel serves, in place of the suite's small ones.
+FIELDS = {"head_dim": 64, "state_dim": 64}
 SPECS = (
-    suite.Spec(length=1, head_dim=64, state_dim=64),
-    suite.Spec(length=130, head_dim=96, state_dim=96, regime="strong"),
-    suite.Spec(length=200, heads=2, groups=1, head_dim=128, state_dim=64, chunk_size=128, regime="bursts"),
-    suite.Spec(rows=1, length=1100, heads=2, head_dim=64, state_dim=128, chunk_size=128, regime="slow"),
-    suite.Spec(rows=6, length=70, head_dim=64, state_dim=96, documents=True, regime="strong", groups=4),
-    dataclasses.replace(suite.LONG, head_dim=64, state_dim=64, regime="strong", chunk_size=128),
+    checks.Spec(length=1, head_dim=64, state_dim=64),
+    checks.Spec(length=130, head_dim=96, state_dim=96, regime="strong"),
+    checks.Spec(length=200, heads=2, groups=1, head_dim=128, state_dim=64, chunk_size=128, regime="bursts"),
+    checks.Spec(rows=1, length=1100, heads=2, head_dim=64, state_dim=128, chunk_size=128, regime="slow"),
+    checks.Spec(rows=6, length=70, head_dim=64, state_dim=96, documents=True, regime="strong", groups=4),
+    dataclasses.replace(checks.LONG, head_dim=64, state_dim=64, regime="strong", chunk_size=128),
 )
 
 
-def checks(implementation: str) -> dict[str, Callable[[], None]]:
+def checks_of(implementation: str) -> dict[str, Callable[[], None]]:
     """Every check of one implementation by name."""
-
-    class OnDevice(suite.SsdSuite):
-        fields = {"head_dim": 64, "state_dim": 64}  # noqa: RUF012
-
-    OnDevice.implementation = implementation
-    tests = OnDevice()
-    found: dict[str, Callable[[], None]] = {
-        str(spec): functools.partial(tests.test_values_and_gradients, spec) for spec in SPECS
-    }
-    found |= {f"state alone, {spec}": functools.partial(tests.test_state_alone, spec) for spec in SPECS[1:3]}
-    found["defaults"] = tests.test_defaults_are_no_skip_and_a_zero_state
-    found["bfloat16"] = tests.test_bfloat16
-    found["padding"] = tests.test_padding_changes_nothing
-    found["extreme decays"] = tests.test_extreme_decays_stay_finite
+    of = functools.partial
+    found = {str(spec): of(checks.check_against_oracle, implementation, spec) for spec in SPECS}
+    found |= {f"state alone, {spec}": of(checks.check_state_alone, implementation, spec) for spec in SPECS[1:3]}
+    found["defaults"] = of(checks.check_defaults, implementation, FIELDS)
+    found["bfloat16"] = of(checks.check_bfloat16, implementation, FIELDS)
+    found["padding"] = of(checks.check_padding, implementation, FIELDS)
+    found["extreme decays"] = of(checks.check_extreme_decays, implementation, FIELDS)
     return found
 
 
 def check_implementations(names: list[str], deadline: float) -> Report:
     """Run the suite for each, {"refused": why} where the first check cannot be served; after the deadline leave out."""
-    pending = {name: checks(name) for name in names}
+    pending = {name: checks_of(name) for name in names}
     reports: Report = {name: {"passed": 0, "failed": {}, "left_out": []} for name in names}
 
     def run(name: str, check: str) -> None:

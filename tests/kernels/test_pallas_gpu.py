@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as PS
 
 from pallas_kernels.ssd import block_sizes, pallas_gpu, ssd, ssd_state
 
-from . import oracle, suite
+from . import checks, oracle, suite
 from .test_pallas_tpu import QUICK_COMPILATION
 
 SERVED = jax.__version_info__ >= (0, 12)
@@ -26,12 +26,12 @@ SERVED = jax.__version_info__ >= (0, 12)
 FIELDS = {"heads": 1, "groups": 1, "head_dim": 64, "state_dim": 64}
 # Chunks have 64 tokens; float32 cuts P into parts. An interpreted kernel takes seconds: few cases, of few chunks.
 SPECS = (
-    suite.Spec(rows=1, length=70, heads=2, groups=1, head_dim=64, state_dim=64, regime="bursts"),
-    suite.Spec(rows=6, length=70, documents=True, regime="strong", **FIELDS),
+    checks.Spec(rows=1, length=70, heads=2, groups=1, head_dim=64, state_dim=64, regime="bursts"),
+    checks.Spec(rows=6, length=70, documents=True, regime="strong", **FIELDS),
 )
-STATE_SPECS = (suite.Spec(rows=1, length=70, heads=2, groups=1, head_dim=64, state_dim=96),)
+STATE_SPECS = (checks.Spec(rows=1, length=70, heads=2, groups=1, head_dim=64, state_dim=96),)
 # N = 96 is computed as two overlapping products.
-LONG = suite.Spec(rows=1, length=200, heads=1, groups=1, head_dim=96, state_dim=96)
+LONG = checks.Spec(rows=1, length=200, heads=1, groups=1, head_dim=96, state_dim=96)
 
 
 def _arguments(shape: tuple[int, ...], dtype: Any, groups: int | None = None) -> dict[str, Any]:
@@ -78,42 +78,42 @@ if SERVED:
         fields: ClassVar[dict[str, int]] = FIELDS
 
         @pytest.mark.parametrize("spec", SPECS, ids=str)
-        def test_values_and_gradients(self, spec: suite.Spec) -> None:
+        def test_values_and_gradients(self, spec: checks.Spec) -> None:
             super().test_values_and_gradients(spec)
 
         @pytest.mark.parametrize("regime", ["strong"])
         def test_long_rows(self, regime: str) -> None:
-            suite.check_against_oracle(self.implementation, dataclasses.replace(LONG, regime=regime))
+            checks.check_against_oracle(self.implementation, dataclasses.replace(LONG, regime=regime))
 
         @pytest.mark.parametrize("spec", STATE_SPECS, ids=str)
-        def test_state_alone(self, spec: suite.Spec) -> None:
+        def test_state_alone(self, spec: checks.Spec) -> None:
             super().test_state_alone(spec)
 
     @pytest.mark.parametrize(("head_dim", "state_dim", "stages"), [(64, 96, 2), (128, 128, 1)])
     def test_nothing_races(monkeypatch: pytest.MonkeyPatch, head_dim: int, state_dim: int, stages: int) -> None:
         """Copies, products, loads and stores are ordered, with slots that are filled again."""
         monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK_COMPILATION))
-        spec = suite.Spec(rows=1, length=140, heads=1, groups=1, head_dim=head_dim, state_dim=state_dim)
+        spec = checks.Spec(rows=1, length=140, heads=1, groups=1, head_dim=head_dim, state_dim=state_dim)
         assert block_sizes.choose_gpu(False, head_dim, state_dim, 1)[1].stages == stages
-        inputs: dict[str, Any] = dict(suite.make_inputs(spec))
+        inputs: dict[str, Any] = dict(checks.make_inputs(spec))
         inputs |= {name: jnp.asarray(inputs[name], jnp.bfloat16) for name in "xbc"}
-        dy, dstate = suite.make_cotangents(spec)
+        dy, dstate = checks.make_cotangents(spec)
         low = jnp.asarray(dy, jnp.bfloat16)
         with interpreting(detect_races=True):  # a race is an error
-            (y, _), gradients = suite.evaluate("pallas_gpu", spec, inputs, None, (low, dstate))
+            (y, _), gradients = checks.evaluate("pallas_gpu", spec, inputs, None, (low, dstate))
         rounded = {name: np.asarray(value, np.float32) for name, value in inputs.items()}
         truth = oracle.ssd(rounded, None, np.asarray(low, np.float32), dstate)
-        suite.check_close("y", np.asarray(y, np.float32), truth.y, suite.BF16_TOLERANCE)
+        checks.check_close("y", np.asarray(y, np.float32), truth.y, checks.BF16_TOLERANCE)
         for name, expected in truth.gradients.items():
             found = np.asarray(gradients[name], np.float32)
-            suite.check_close(f"gradient of {name}", found, expected, suite.BF16_TOLERANCE)
+            checks.check_close(f"gradient of {name}", found, expected, checks.BF16_TOLERANCE)
 
     @pytest.mark.usefixtures("interpreter")
     def test_a_gradient_that_forgets_a_term_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         """The suite sees the pairs that span a token, the smallest part of the gradient of the decay."""
         monkeypatch.setattr(pallas_gpu_backward, "_within", lambda pairs: pairs * 0.0)
         with pytest.raises(AssertionError, match="gradient of dt: relative error"):
-            suite.check_against_oracle("pallas_gpu", suite.Spec(rows=1, length=20, **FIELDS))
+            checks.check_against_oracle("pallas_gpu", checks.Spec(rows=1, length=20, **FIELDS))
 
     # --- Lowering for a Hopper ----------------------------------------------------------------------------------------
 
@@ -175,8 +175,8 @@ if SERVED:
 else:
 
     @pytest.mark.parametrize("spec", SPECS, ids=str)
-    def test_older_versions_are_refused(spec: suite.Spec) -> None:
-        inputs = suite.make_inputs(spec)
+    def test_older_versions_are_refused(spec: checks.Spec) -> None:
+        inputs = checks.make_inputs(spec)
         message = f"'pallas_gpu' cannot serve this call: jax must be at least 0.12, found {jax.__version__}"
         with pytest.raises(ValueError, match=message):
             ssd(**inputs, implementation="pallas_gpu")

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as PS
 from pallas_kernels import target
 from pallas_kernels.ssd import api, block_sizes, pallas_tpu_backward, ssd, ssd_state
 
-from . import suite
+from . import checks, suite
 
 # The interpreter's programs are large and run once: most of their time would go into optimising them.
 QUICK_COMPILATION: dict[str, bool | int] = {
@@ -37,15 +37,15 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 # The suite's lengths and chunk sizes are about chunks of any size; these have 128 tokens, cells at most 1024.
 SPECS = (
-    suite.Spec(rows=1, heads=1, groups=1, length=1),
-    suite.Spec(length=200, heads=2, head_dim=96, state_dim=64, chunk_size=128),
-    suite.Spec(rows=1, length=129, heads=2, groups=1, head_dim=32, state_dim=128, chunk_size=256),
-    suite.Spec(length=200, heads=2, groups=1, regime="bursts", chunk_size=128),
-    suite.Spec(rows=6, length=70, documents=True, regime="strong", groups=4, chunk_size=128),
+    checks.Spec(rows=1, heads=1, groups=1, length=1),
+    checks.Spec(length=200, heads=2, head_dim=96, state_dim=64, chunk_size=128),
+    checks.Spec(rows=1, length=129, heads=2, groups=1, head_dim=32, state_dim=128, chunk_size=256),
+    checks.Spec(length=200, heads=2, groups=1, regime="bursts", chunk_size=128),
+    checks.Spec(rows=6, length=70, documents=True, regime="strong", groups=4, chunk_size=128),
     # Cells of 3 heads cut from transposed copies; three cells share a group.
-    suite.Spec(rows=1, length=150, heads=18, groups=2, regime="slow"),
+    checks.Spec(rows=1, length=150, heads=18, groups=2, regime="slow"),
 )
-STATE_SPECS = (suite.SPECS[0], suite.Spec(rows=6, length=70, documents=True, regime="strong", groups=4))
+STATE_SPECS = (checks.SPECS[0], checks.Spec(rows=6, length=70, documents=True, regime="strong", groups=4))
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -53,7 +53,7 @@ class TestPallasTpu(suite.SsdSuite):
     implementation = "pallas_tpu"
 
     @pytest.mark.parametrize("spec", SPECS, ids=str)
-    def test_values_and_gradients(self, spec: suite.Spec) -> None:
+    def test_values_and_gradients(self, spec: checks.Spec) -> None:
         super().test_values_and_gradients(spec)
 
     @pytest.mark.parametrize("regime", ["strong"])
@@ -61,7 +61,7 @@ class TestPallasTpu(suite.SsdSuite):
         super().test_long_rows(regime)
 
     @pytest.mark.parametrize("spec", STATE_SPECS, ids=str)
-    def test_state_alone(self, spec: suite.Spec) -> None:
+    def test_state_alone(self, spec: checks.Spec) -> None:
         super().test_state_alone(spec)
 
 
@@ -70,7 +70,7 @@ def test_a_gradient_that_forgets_a_term_fails(monkeypatch: pytest.MonkeyPatch) -
     """The suite sees the pairs that span a token, the smallest part of the gradient of the decay."""
     monkeypatch.setattr(pallas_tpu_backward, "_spanning", lambda pairs: jnp.zeros_like(pairs[:, :1]))
     with pytest.raises(AssertionError, match="gradient of dt: relative error"):
-        suite.check_against_oracle("pallas_tpu", suite.Spec(rows=1, length=20, heads=1, groups=1))
+        checks.check_against_oracle("pallas_tpu", checks.Spec(rows=1, length=20, heads=1, groups=1))
 
 
 # --- The TPU's compiler -----------------------------------------------------------------------------------------------

@@ -10,13 +10,13 @@ import pytest
 
 from pallas_kernels.ssd import ssd
 
-from . import suite
+from . import checks, suite
 
 
 # The reference has no chunks: what the lengths of the suite are about does not concern it.
-@pytest.mark.parametrize("spec", [suite.SPECS[index] for index in (0, 1, 6, 7, 9, 11, 12)], ids=str)
-def test_reference(spec: suite.Spec) -> None:
-    suite.check_against_oracle("reference", spec)
+@pytest.mark.parametrize("spec", [checks.SPECS[index] for index in (0, 1, 6, 7, 9, 11, 12)], ids=str)
+def test_reference(spec: checks.Spec) -> None:
+    checks.check_against_oracle("reference", spec)
 
 
 class TestAssociative(suite.SsdSuite):
@@ -30,10 +30,10 @@ class TestSequential(suite.SsdSuite):
 @pytest.mark.parametrize("implementation", ["associative", "sequential"])
 def test_memory_is_linear_in_length(implementation: str) -> None:
     """Temporary buffers of forward + backward at twice the length are about twice as large, and bounded."""
-    shape = suite.Spec(rows=1, heads=4, groups=4, head_dim=64, state_dim=64)
+    shape = checks.Spec(rows=1, heads=4, groups=4, head_dim=64, state_dim=64)
 
     def temporary(length: int) -> int:
-        inputs = suite.make_inputs(dataclasses.replace(shape, length=length))
+        inputs = checks.make_inputs(dataclasses.replace(shape, length=length))
         loss = lambda inputs: jnp.sum(ssd(**inputs, chunk_size=64, implementation=implementation)[0])
         analysis: Any = jax.jit(jax.grad(loss)).lower(inputs).compile().memory_analysis()
         return analysis.temp_size_in_bytes
@@ -47,20 +47,20 @@ def test_memory_is_linear_in_length(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", ["associative", "sequential"])
 def test_chunk_size_does_not_change_the_result(implementation: str) -> None:
-    spec = suite.Spec(rows=1, length=100)
-    inputs = suite.make_inputs(spec)
+    spec = checks.Spec(rows=1, length=100)
+    inputs = checks.make_inputs(spec)
     expected, _ = jax.jit(lambda inputs: ssd(**inputs, implementation="reference"))(inputs)
     for chunk_size in (1, 7, 100, 1000):
         y, _ = jax.jit(lambda inputs, size=chunk_size: ssd(**inputs, chunk_size=size, implementation=implementation))(
             inputs
         )
-        suite.check_close(f"y at chunk {chunk_size}", y, np.asarray(expected, np.float64), 1e-6)
+        checks.check_close(f"y at chunk {chunk_size}", y, np.asarray(expected, np.float64), 1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["associative", "sequential"])
 def test_batching_over_an_added_axis(implementation: str) -> None:
-    spec = suite.Spec(rows=3, length=20)
-    inputs: dict[str, Any] = dict(suite.make_inputs(spec))
+    spec = checks.Spec(rows=3, length=20)
+    inputs: dict[str, Any] = dict(checks.make_inputs(spec))
     a, d = inputs.pop("a"), inputs.pop("d")
     run = lambda inputs: ssd(**inputs, a=a, d=d, chunk_size=8, implementation=implementation)
     expected = jax.jit(run)(inputs)

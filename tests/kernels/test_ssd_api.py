@@ -9,11 +9,11 @@ import pytest
 
 from pallas_kernels.ssd import api, implementations, ssd, ssd_state
 
-from . import suite
+from . import checks
 
 
 def _arguments(**changes: Any) -> dict[str, Any]:
-    return {name: jnp.asarray(value) for name, value in suite.make_inputs(suite.Spec(length=6)).items()} | changes
+    return {name: jnp.asarray(value) for name, value in checks.make_inputs(checks.Spec(length=6)).items()} | changes
 
 
 WRONG = {

@@ -10,9 +10,9 @@ import pytest
 
 from pallas_kernels.ssd import decay
 
-from . import suite
+from . import checks
 
-STRONG = suite.Spec(length=200, regime="strong", chunk_size=64)
+STRONG = checks.Spec(length=200, regime="strong", chunk_size=64)
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +22,9 @@ def _fresh_traces() -> Iterator[None]:
     jax.clear_caches()
 
 
-def _check_fails(implementation: str, spec: suite.Spec, match: str) -> None:
+def _check_fails(implementation: str, spec: checks.Spec, match: str) -> None:
     with pytest.raises(AssertionError, match=match):
-        suite.check_against_oracle(implementation, spec)
+        checks.check_against_oracle(implementation, spec)
 
 
 def test_decay_of_the_previous_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +35,7 @@ def test_decay_of_the_previous_token(monkeypatch: pytest.MonkeyPatch) -> None:
         return dt, jnp.pad((dt * a)[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
     monkeypatch.setattr(decay, "log_decays", shifted)
-    _check_fails("sequential", suite.Spec(), "y: relative error")
+    _check_fails("sequential", checks.Spec(), "y: relative error")
 
 
 def test_no_step_on_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_no_step_on_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
         return jnp.ones_like(dt), dt * a
 
     monkeypatch.setattr(decay, "log_decays", stepless)
-    _check_fails("sequential", suite.Spec(), "y: relative error")
+    _check_fails("sequential", checks.Spec(), "y: relative error")
 
 
 @pytest.mark.parametrize("implementation", ["associative", "sequential"])
@@ -76,7 +76,7 @@ def test_masking_after_the_exponential(monkeypatch: pytest.MonkeyPatch) -> None:
         return jnp.where(jnp.tri(exponent.shape[-1], dtype=bool), jnp.exp(exponent), 0.0)
 
     monkeypatch.setattr(decay, "pairs", masked_late)
-    monkeypatch.setattr(suite, "FORWARD_TOLERANCE", 1e-3)  # the running sum's own error is not the point here
+    monkeypatch.setattr(checks, "FORWARD_TOLERANCE", 1e-3)  # the running sum's own error is not the point here
     _check_fails("associative", STRONG, "not finite")
 
 
@@ -95,10 +95,10 @@ def test_gradient_of_decay_by_autodiff(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_documents_that_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding ignored but the state kept across documents."""
     monkeypatch.setattr(decay, "fill_padding", jnp.zeros_like)
-    _check_fails("sequential", suite.Spec(rows=6, length=70, documents=True), "y: relative error")
+    _check_fails("sequential", checks.Spec(rows=6, length=70, documents=True), "y: relative error")
 
 
 def test_padding_as_a_document_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding inside a document restarts the state."""
     monkeypatch.setattr(decay, "fill_padding", lambda segment_ids: segment_ids)
-    _check_fails("sequential", suite.Spec(rows=6, length=70, documents=True), "y: relative error")
+    _check_fails("sequential", checks.Spec(rows=6, length=70, documents=True), "y: relative error")

@@ -14,7 +14,7 @@ import pytest
 from pallas_kernels.ssd import ssd, triton_blocks
 from pallas_kernels.ssd import triton as implementation
 
-from . import suite
+from . import checks, suite
 
 HAS_TRITON = sys.platform == "linux" and sys.version_info < (3, 12)
 """As in the `dev` extra."""
@@ -25,7 +25,7 @@ SHARED_MEMORY = 99 * 1024
 
 def _call(head_dim: int = 64, dtype: Any = jnp.bfloat16) -> Any:
     """Trace a call."""
-    arguments = suite.make_inputs(suite.Spec(head_dim=head_dim))
+    arguments = checks.make_inputs(checks.Spec(head_dim=head_dim))
     low = {name: jnp.asarray(arguments[name], dtype) for name in ("x", "b", "c")}
     return jax.eval_shape(lambda inputs: ssd(**inputs, implementation="triton"), arguments | low)
 
@@ -81,10 +81,10 @@ if HAS_TRITON:
 
     # What counts is that every branch is met. Chunks have 32 tokens.
     SPECS = (
-        suite.Spec(rows=1, heads=1, groups=1, length=1),
-        suite.Spec(rows=1, length=40, heads=2, groups=1, head_dim=96, state_dim=40),
-        suite.Spec(rows=1, length=70, heads=2, groups=1, regime="bursts"),
-        suite.Spec(rows=6, length=70, heads=1, groups=1, documents=True, regime="strong"),
+        checks.Spec(rows=1, heads=1, groups=1, length=1),
+        checks.Spec(rows=1, length=40, heads=2, groups=1, head_dim=96, state_dim=40),
+        checks.Spec(rows=1, length=70, heads=2, groups=1, regime="bursts"),
+        checks.Spec(rows=6, length=70, heads=1, groups=1, documents=True, regime="strong"),
     )
 
     @pytest.mark.usefixtures("interpreter")
@@ -93,25 +93,25 @@ if HAS_TRITON:
         fields: ClassVar[dict[str, int]] = {"heads": 1, "groups": 1}  # the interpreter takes milliseconds an operation
 
         @pytest.mark.parametrize("spec", SPECS, ids=str)
-        def test_values_and_gradients(self, spec: suite.Spec) -> None:
+        def test_values_and_gradients(self, spec: checks.Spec) -> None:
             super().test_values_and_gradients(spec)
 
         @pytest.mark.parametrize("regime", ["strong"])
         def test_long_rows(self, regime: str) -> None:
             """Cut into two segments."""
-            spec = suite.Spec(rows=1, length=520, heads=1, groups=1, regime=regime)
+            spec = checks.Spec(rows=1, length=520, heads=1, groups=1, regime=regime)
             assert triton_blocks.choose(1, 520, 1, 8, 1, 16, itemsize=4).segments == 2
-            suite.check_against_oracle(self.implementation, spec)
+            checks.check_against_oracle(self.implementation, spec)
 
         @pytest.mark.parametrize("length", [20, 520])
         def test_state_alone(self, length: int) -> None:
-            super().test_state_alone(suite.Spec(rows=1, length=length, heads=1, groups=1))
+            super().test_state_alone(checks.Spec(rows=1, length=length, heads=1, groups=1))
 
         def test_heads_summed_in_the_kernel(self, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(triton_blocks, "_BUSY", 0)
-            spec = suite.Spec(rows=1, length=20, heads=4, groups=2)
+            spec = checks.Spec(rows=1, length=20, heads=4, groups=2)
             assert triton_blocks.choose(1, 20, 4, 8, 2, 16, itemsize=4).part == 2
-            suite.check_against_oracle(self.implementation, spec)
+            checks.check_against_oracle(self.implementation, spec)
 
     @pytest.mark.usefixtures("interpreter")
     def test_a_gradient_that_forgets_a_term_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ if HAS_TRITON:
         _, backward = triton_interpreter.modules()
         monkeypatch.setattr(backward, "_spanning", lambda pairs, _: tl.sum(pairs, 1) * 0.0)
         with pytest.raises(AssertionError, match="gradient of dt: relative error"):
-            suite.check_against_oracle("triton", suite.Spec(rows=1, length=20, heads=1, groups=1))
+            checks.check_against_oracle("triton", checks.Spec(rows=1, length=20, heads=1, groups=1))
 
     # --- The compiler -------------------------------------------------------------------------------------------------
 
