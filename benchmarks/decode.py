@@ -1,14 +1,15 @@
-"""Race decoding: `python -m benchmarks.decode` from the root of the repository prints tables.
+"""Race decoding: `python -m benchmarks.decode` from the root of the repository prints tables in about five minutes.
 
-One row, float32, greedy, a byte vocabulary. Speed does not depend on what is remembered, so a context of n tokens is a
-cache of n random tokens, which takes no time to make; every contender goes on for a few tokens in its turn, and the
-fastest turn counts.
+One row, float32, greedy, a byte vocabulary. Contenders hold their states side by side and go on for a few tokens in
+their turn, always from the same length, so that noise of the machine meets all alike; the fastest turn counts. With
+`--only`, some of the parts:
 
-  1. Time per token after the last TransPoint, at 1k, 4k, 16k and 64k tokens.
-  2. Bytes of the cache along a sequence of 16k tokens under V9, over those of the Transformer.
-  3. Tokens per second at 1k, 8k and 32k: V9, the Transformer and Mamba-2 of this code and, where transformers is
-     installed, its Llama of the same width, depth and MLP, and its Mamba-2 of about as many parameters.
-  4. The state carried along or left for the TransPoint; seconds to compile one stage of 16 layers.
+  flat     Time per token after the last TransPoint, after 1k, 4k, 16k and 64k tokens that were really read.
+  cache    Bytes of the cache along a sequence of 16k tokens under V9, over those of the Transformer.
+  speed    Tokens per second at 1k, 8k and 32k: V9, the Transformer and Mamba-2 of this code and, where transformers is
+           installed, its Llama of the same width, depth and MLP, and its Mamba-2 of about as many parameters. Speed
+           does not depend on what is remembered, so the caches are random, which takes no time to make.
+  choices  The state carried along or left for the TransPoint; seconds to compile one stage of 16 layers.
 """
 
 import argparse
@@ -32,7 +33,9 @@ from transmamba_jax.decode import BLOCK_STEPS, Decoder, DecodeState
 
 CONFIG = ModelConfig(transpoints=(0,), dtype="float32")  # 8 layers, d_model 256, H 4, head dim and state 64, MLP 704
 NEVER = 10**9
-STEPS = BLOCK_STEPS
+FLAT_STEPS = 8  # tokens of a turn of `flat`: short, so that some turns meet no noise
+PEER_STEPS = 4  # of a turn of transformers' models, which take tokens one by one
+Part = Callable[[Any, float, tuple[int, ...]], None]
 
 
 def random_params(config: ModelConfig) -> Any:
@@ -44,52 +47,55 @@ def random_params(config: ModelConfig) -> Any:
 
 def after(decoder: Decoder, length: int) -> DecodeState:
     """A state after `length` tokens, with a random cache and room for a turn."""
-    cache = memory.init_cache(decoder.config, 1, length + STEPS, decoder.transpoints, lazy=False)
     draw = np.random.default_rng(0)
-    fill = lambda leaf: jnp.array(draw.standard_normal(leaf.shape, np.float32), leaf.dtype)
-    layers = tuple(
-        dataclasses.replace(layer, state=fill(layer.state))
-        if point <= length
-        else dataclasses.replace(layer, keys=fill(layer.keys), values=fill(layer.values), state=fill(layer.state))
-        for point, layer in zip(decoder.transpoints, cache.layers, strict=True)
-    )
-    cache = dataclasses.replace(cache, layers=layers, lengths=jnp.array([length], jnp.int32))
-    return dataclasses.replace(decoder.start(1), cache=cache)
+    fill = lambda leaf: jnp.array(draw.random(leaf.shape, np.float32), leaf.dtype)
+    rooms = [length + BLOCK_STEPS if length < point else 0 for point in decoder.transpoints]
+    layers = tuple(jax.tree.map(fill, memory.init_layer(decoder.config, 1, room, lazy=True)) for room in rooms)
+    state = decoder.start(1)
+    cache = dataclasses.replace(state.cache, layers=layers, lengths=jnp.array([length], jnp.int32))
+    return dataclasses.replace(state, cache=cache)
 
 
-def turns(decoder: Decoder, length: int) -> timing.Contender:
-    """Go on for a turn from `length` tokens, always from the same state, whose copy is not part of the time."""
-    state = decoder.decode(after(decoder, length), 0)[1]
-    _, ready = decoder.decode(state, 1)  # drops what is not needed, makes room
-    ready = dataclasses.replace(ready, cache=dataclasses.replace(ready.cache, lengths=state.cache.lengths))
-    held = [ready]
+def turns(decoder: Decoder, state: DecodeState, steps: int) -> timing.Contender:
+    """Go on for a turn of `steps` tokens, always from the length of `state`."""
+    length, held = state.cache.lengths, [state]
+    total = int(length[0]) + BLOCK_STEPS
 
     def turn(_round: int) -> None:
-        _, following = decoder.decode(held.pop(), STEPS, consume=True, total=length + STEPS)
-        lengths = jnp.array([length], jnp.int32)
-        held.append(dataclasses.replace(following, cache=dataclasses.replace(following.cache, lengths=lengths)))
+        state = held.pop()
+        state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, lengths=jnp.array(length)))
+        held.append(decoder.decode(state, steps, consume=True, total=total)[1])
 
     return turn
 
 
-def flatness(params: Any, rounds: int) -> None:
+def flatness(params: Any, seconds: float, _contexts: tuple[int, ...]) -> None:
     """Print the time per token after the last TransPoint."""
     decoder = Decoder(tm.TransMamba(CONFIG), params, schedule.log_spaced(1024))
-    contenders = {f"{length // 1024}k": turns(decoder, length) for length in (1024, 4096, 16384, 65536)}
-    times = timing.round_robin(contenders, rounds=rounds)
-    base = times["1k"].minimum
-    print("1. after the last TransPoint (1024), ms per token and ratio to 1k")
+    text = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 65536).tolist()
+    state, read = decoder.start(1), 0
+    contenders = {}
+    for length in (1024, 4096, 16384, 65536):
+        state = decoder.extend(state, [text[read:length]])
+        contenders[f"{length // 1024}k"], read = turns(decoder, state, FLAT_STEPS), length
+    times = timing.round_robin(contenders, rounds=10_000, warmup=3, seconds=seconds)
+    base = times["1k"]
+    print(f"flat: after the last TransPoint (1024), {len(base.seconds)} rounds")
+    print("   tokens   ms a token   over 1k: minima   median of rounds")
     for name, measured in times.items():
-        print(f"   {name:>4} {1e3 * measured.minimum / STEPS:8.3f} {measured.minimum / base:8.3f}")
+        ratios = f"{measured.ratio(base):12.3f} {measured.paired_ratio(base):18.3f}"
+        print(f"   {name:>6} {1e3 * measured.minimum / FLAT_STEPS:12.3f} {ratios}")
 
 
-def bytes_along(params: Any) -> None:
+def bytes_along(params: Any, _seconds: float, _contexts: tuple[int, ...]) -> None:
     """Print the bytes of the cache just before and after every TransPoint of V9, over the Transformer's at 8k."""
     layers = CONFIG.num_layers
     whole = layers * memory.cache_bytes(CONFIG, 1, 8192, NEVER)
     pairs = layers * 8192 * (CONFIG.d_key + CONFIG.d_inner) * 4
     decoder = Decoder(tm.TransMamba(CONFIG), params, schedule.v9(8192))
-    print(f"2. V9, bytes of the cache; the Transformer of 8192 tokens has {whole:,}, keys and values alone {pairs:,}")
+    print(
+        f"cache: V9, bytes of the cache; the Transformer of 8192 tokens has {whole:,}, keys and values alone {pairs:,}"
+    )
     for length in (127, 255, 511, 1023, 2047, 4095, 8191, 8192, 12000, 16384):
         # What is allocated while token `length` is read: empty memories of the layers that are alive then.
         state = decoder._ready(decoder.start(1), length + 1, length, 16384)
@@ -116,14 +122,16 @@ def llama(length: int) -> timing.Contender:
         max_position_embeddings=1 << 17,
     )
     model = LlamaForCausalLM(config).eval()
-    past = [torch.randn(2, 1, heads, length, width) for _ in range(config.num_hidden_layers)]
+    cache = DynamicCache(config=config)
+    for index in range(config.num_hidden_layers):
+        cache.update(*torch.rand(2, 1, heads, length, width), index)
 
     def turn(_round: int) -> None:
-        cache = DynamicCache(config=config)
-        for index, (keys, values) in enumerate(past):
-            cache.update(keys, values, index)
         with torch.inference_mode():
             greedy_torch(lambda token: model(token, past_key_values=cache, use_cache=True).logits)
+        cache.crop(-PEER_STEPS)  # a view: the next token copies the cache, as every token does
+        if cache.get_seq_length() != length:
+            raise RuntimeError(f"the cache must be back at {length} tokens, found {cache.get_seq_length()}")
 
     return turn
 
@@ -160,11 +168,11 @@ def greedy_torch(forward: Callable[[Any], Any]) -> None:
     import torch
 
     token = torch.zeros(1, 1, dtype=torch.long)
-    for _ in range(STEPS):
+    for _ in range(PEER_STEPS):
         token = forward(token)[:, -1:].argmax(-1)
 
 
-def race(params: Any, rounds: int, contexts: tuple[int, ...]) -> None:
+def race(params: Any, seconds: float, contexts: tuple[int, ...]) -> None:
     """Print tokens per second against the peers."""
     model = tm.TransMamba(CONFIG)
     ours = {"V9": schedule.v9(8192), "Transformer": (NEVER,), "Mamba-2": (0,)}
@@ -172,60 +180,52 @@ def race(params: Any, rounds: int, contexts: tuple[int, ...]) -> None:
     peers: dict[str, Callable[[int], timing.Contender]] = {}
     if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
         peers = {"transformers Llama": llama, "transformers Mamba-2": mamba2}
-    print("3. tokens per second, and V9 over each")
+    steps = dict.fromkeys(ours, BLOCK_STEPS) | dict.fromkeys(peers, PEER_STEPS)
+    print("speed: tokens per second, and how many times as many V9 has")
     for length in contexts:
-        contenders = {name: turns(decoder, length) for name, decoder in decoders.items()}
+        contenders = {name: turns(decoder, after(decoder, length), BLOCK_STEPS) for name, decoder in decoders.items()}
         contenders |= {name: make(length) for name, make in peers.items()}
-        times = timing.round_robin(contenders, rounds=rounds)
-        row = (
-            f"{name} {STEPS / measured.minimum:.0f} ({measured.minimum / times['V9'].minimum:.2f})"
-            for name, measured in times.items()
-        )
-        print(f"   {length:>6}: " + ", ".join(row), flush=True)
+        times = timing.round_robin(contenders, rounds=1000, seconds=seconds)
+        speed = {name: steps[name] / measured.minimum for name, measured in times.items()}
+        row = (f"{name} {value:.1f} ({speed['V9'] / value:.2f})" for name, value in speed.items())
+        print(f"   {length:>6}, {len(times['V9'].seconds)} rounds: " + ", ".join(row), flush=True)
 
 
-def choices(params: Any, rounds: int) -> None:
+def choices(params: Any, seconds: float, _contexts: tuple[int, ...]) -> None:
     """Print eager against lazy, and the time to compile."""
     contenders = {}
     for name, lazy in (("lazy", True), ("eager", False)):
         decoder = Decoder(tm.TransMamba(CONFIG), params, (NEVER,), lazy)
-        state = decoder.prefill([[1] * 1000], total=1000 + STEPS)
-        held = [decoder.decode(state, 1, total=1000 + STEPS)[1]]
-
-        def turn(_round: int, held: list[DecodeState] = held, decoder: Decoder = decoder) -> None:
-            state = held.pop()
-            lengths = jnp.array([1000], jnp.int32)
-            state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, lengths=lengths))
-            held.append(decoder.decode(state, STEPS - 1, consume=True, total=1000 + STEPS)[1])
-
-        contenders[name] = turn
-    times = timing.round_robin(contenders, rounds=rounds)
-    print(f"4. lazy over eager while all 8 layers attend: {times['lazy'].ratio(times['eager']):.3f}")
+        contenders[name] = turns(decoder, decoder.prefill([[1] * 1000], total=1000 + BLOCK_STEPS), BLOCK_STEPS)
+    times = timing.round_robin(contenders, rounds=1000, warmup=2, seconds=seconds)
+    print(f"choices: lazy over eager while all 8 layers attend: {times['lazy'].ratio(times['eager']):.3f}")
     deep = dataclasses.replace(CONFIG, num_layers=16)
     decoder = Decoder(tm.TransMamba(deep), random_params(deep), schedule.v9(8192))
     for length in (3000, 9000):
         state = after(decoder, length)
         start = time.perf_counter()
         decoder.decode(state, 1)
-        seconds = time.perf_counter() - start
-        print(f"   16 layers, first token after {length} tokens, compilation included: {seconds:.1f} s")
+        taken = time.perf_counter() - start
+        print(f"   16 layers, first token after {length} tokens, compilation included: {taken:.1f} s")
+
+
+PARTS: dict[str, Part] = {"flat": flatness, "cache": bytes_along, "speed": race, "choices": choices}
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768])
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="parts; default: all")
+    parser.add_argument("--seconds", type=float, default=40, help="of timed rounds, a table's row; default: 40")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768], help="of speed, in tokens")
     options = parser.parse_args()
     packages = [name for name in ("torch", "transformers") if importlib.util.find_spec(name)]
     print(timing.heading("jax", *packages))
     params = random_params(CONFIG)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    print(f"float32, batch 1, {CONFIG.num_layers} layers, d_model {CONFIG.d_model}, {count:,} parameters\n")
-    flatness(params, options.rounds)
-    bytes_along(params)
-    race(params, options.rounds, tuple(options.contexts))
-    choices(params, options.rounds)
+    print(f"float32, batch 1, {CONFIG.num_layers} layers, d_model {CONFIG.d_model}, {count:,} parameters\n", flush=True)
+    for name in options.only:
+        PARTS[name](params, options.seconds, tuple(options.contexts))
 
 
 if __name__ == "__main__":
