@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from transmamba_jax.training.compile_only import EXIT_DOES_NOT_FIT, collective_bytes, topology_devices
+from transmamba_jax.training.compile_only import EXIT_DOES_NOT_FIT, read_program, topology_devices
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -44,6 +44,8 @@ def test_tiny_on_a_tpu_that_is_not_there() -> None:
     assert "of 16.000 GiB" in output
     assert "all-reduce" in output
     assert number("utilisation at most", output) <= 1
+    assert number("predicted           ", output) >= number("at least", output)
+    assert number("; utilisation", output) <= 1
     assert number("FLOPs of a device   ", output) == pytest.approx(3.319e9, rel=1e-3)
 
 
@@ -68,16 +70,31 @@ def test_an_unknown_topology_is_refused(name: str) -> None:
         topology_devices(name)
 
 
-def test_collectives_in_loops_count_as_often_as_they_run() -> None:
+def test_a_program_counts_its_loops_as_often_as_they_run() -> None:
     hlo = """
 %body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %g = f32[16,4]{1,0} all-gather(%x), dimensions={0}
   %s = (bf16[8], bf16[32]) all-gather-start(%y), dimensions={0}
+  %f = f32[8]{0} fusion(%y), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
+}
+
+%four (p: (s32[])) -> pred[] {
+  %end = s32[]{:T(128)} constant(4)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %end), direction=LT
+}
+
+%walk (p: (s32[])) -> (s32[]) {
+  %scan.7 = (f32[8]{0}) custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":\
+{"body":"TUw","cost_estimate":{"flops":"30","transcendentals":"0","bytes_accessed":"50"}}}
 }
 
 ENTRY %main (a: f32[4]) -> f32[4] {
   %w = (s32[], f32[8,4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
-  ROOT %r = f32[4]{0} all-reduce(%a), to_apply=%sum
+  %v = (s32[]) while(%u), condition=%four, body=%walk
+  ROOT %r = f32[4]{0} all-reduce(%a), to_apply=%sum, backend_config={"estimated_cycles":"7"}
 }
 """
-    assert collective_bytes(hlo) == {"all-gather": (6, 3 * (16 * 4 * 4 + 32 * 2)), "all-reduce": (1, 16)}
+    program = read_program(hlo)
+    assert program.collectives == {"all-gather": (6, 3 * (16 * 4 * 4 + 32 * 2)), "all-reduce": (1, 16)}
+    assert program.cycles == 307
+    assert program.kernels == {"scan": (4, 120, 200)}

@@ -5,6 +5,7 @@ The step, its shardings and kernels are those of a run; the TPU's own compiler (
 """
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -38,19 +39,52 @@ class Chip:
     """Bytes per second, to its memory."""
     links: float
     """Bytes per second, to other chips, all links together and one direction."""
+    matrix: int
+    """FLOPs of the matrix units in one clock cycle."""
 
 
 # Google Cloud's pages of the TPU versions. Interchip bandwidth is given there in Gbit/s and for both directions.
 CHIPS = {
-    "TPU v4": Chip(32 * 2**30, 1228e9, 2400e9 / 8 / 2),
-    "TPU v5 lite": Chip(16 * 2**30, 819e9, 1600e9 / 8 / 2),
-    "TPU v5": Chip(95 * 2**30, 2765e9, 4800e9 / 8 / 2),
-    "TPU v6 lite": Chip(32 * 2**30, 1638e9, 3584e9 / 8 / 2),
+    "TPU v4": Chip(32 * 2**30, 1228e9, 2400e9 / 8 / 2, 2**18),
+    "TPU v5 lite": Chip(16 * 2**30, 819e9, 1600e9 / 8 / 2, 2**17),
+    "TPU v5": Chip(95 * 2**30, 2765e9, 4800e9 / 8 / 2, 2**18),
+    "TPU v6 lite": Chip(32 * 2**30, 1638e9, 3584e9 / 8 / 2, 2**19),
 }
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a compiled program does on one device, a loop's body as often as it runs."""
+
+    collectives: dict[str, tuple[int, float]]
+    """Kind -> how many are run, and the bytes of their results."""
+    cycles: float
+    """Clock cycles of the operations, as the TPU's compiler estimates them; kernels have none."""
+    kernels: dict[str, tuple[int, float, float]]
+    """Name of a Pallas kernel -> how many are run, their FLOPs and bytes by the estimates that they carry."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What one step needs of one device."""
+
+    arguments: int
+    """Bytes."""
+    temporaries: int
+    """Bytes."""
+    needed: int
+    """Bytes: all that has to be in memory at one time."""
+    model_flops: float
+    """FLOPs, nothing counted twice."""
+    program: Program
+    bounds: dict[str, float]
+    """What limits a step -> seconds that it takes at least. Empty where the chip is not known."""
+    predicted: float
+    """Seconds: cycles and kernels one after another, collectives beside them. NaN where the compiler does not say."""
 
 
 def compile_only(config: Config, topology: str) -> int:
@@ -61,13 +95,9 @@ def compile_only(config: Config, topology: str) -> int:
     Raises:
         ValueError: the topology is unknown or its compiler is not installed, or the configuration cannot run on it.
     """
-    devices = topology_devices(topology)
-    mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_divides(config, mesh)
-    token_bytes = _token_bytes(config)
     begin = time.perf_counter()
     try:
-        compiled = _compile(config, mesh, token_bytes)
+        compiled, mesh = compile_step(config, topology)
     except jax.errors.JaxRuntimeError as error:
         # The TPU's compiler refuses what does not fit. Anything else is a failure of its own.
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -75,9 +105,26 @@ def compile_only(config: Config, topology: str) -> int:
         print(f"does not fit: {str(error).splitlines()[0]}\n{_advice(config)}")
         return EXIT_DOES_NOT_FIT
     seconds = time.perf_counter() - begin
-    kind = devices[0].device_kind
-    print(f"{topology}: {len(devices)} x {kind}, mesh {dict(mesh.shape)}, compiled in {seconds:.1f} s")
-    return _report(config, compiled, list(devices), CHIPS.get(kind))
+    kind = mesh.devices.flat[0].device_kind
+    print(f"{topology}: {mesh.size} x {kind}, mesh {dict(mesh.shape)}, compiled in {seconds:.1f} s")
+    return _report(config, compiled, mesh)
+
+
+def compile_step(config: Config, topology: str) -> tuple[Any, Mesh]:
+    """Compile the train step for a topology; return it and the mesh.
+
+    Raises:
+        ValueError: the topology is unknown or its compiler is not installed, or the configuration cannot run on it.
+        jax.errors.JaxRuntimeError: the compiler failed, with RESOURCE_EXHAUSTED where the step does not fit.
+    """
+    mesh = sharding.make_mesh(config.mesh, topology_devices(topology))
+    sharding.check_divides(config, mesh)
+    token_bytes = _token_bytes(config)
+    model = TransMamba(config.model)
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, model, mesh)
+        train_step = make_train_step(config, model, make_optimizer(config), mesh, token_bytes)
+        return train_step.lower(state, abstract_batch(config, mesh)).compile(), mesh
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
@@ -112,51 +159,64 @@ def _token_bytes(config: Config) -> np.ndarray:
     return tokenizer.token_bytes
 
 
-def _compile(config: Config, mesh: Mesh, token_bytes: np.ndarray) -> Any:
-    model = TransMamba(config.model)
-    with jax.set_mesh(mesh):
-        state = abstract_state(config, model, mesh)
-        train_step = make_train_step(config, model, make_optimizer(config), mesh, token_bytes)
-        return train_step.lower(state, abstract_batch(config, mesh)).compile()
-
-
-def _report(config: Config, compiled: Any, devices: list[jax.Device], chip: Chip | None) -> int:
-    """Print the compiler's figures beside our own, per device."""
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+def estimate(config: Config, compiled: Any, mesh: Mesh) -> Estimate:
+    """Read off the compiled step what it needs of one device, and how long it takes there at least."""
+    device = mesh.devices.flat[0]
+    chip, peak = CHIPS.get(device.device_kind), peak_flops([device])
+    memory = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = kept + memory.temp_size_in_bytes
     tokens = config.data.batch_size * config.data.seq_len
-    model_flops = flops_per_token(config.model, config.data.seq_len) * tokens / len(devices)
-    moved = collective_bytes(compiled.as_text())
+    model_flops = flops_per_token(config.model, config.data.seq_len) * tokens / mesh.size
+    program = read_program(compiled.as_text())
+    bounds, predicted = {}, math.nan
+    if chip is not None and peak is not None:
+        bounds = {
+            "FLOPs": model_flops / peak,
+            # Arguments and results move once, what lies in between is written and read.
+            "memory": (needed + memory.alias_size_in_bytes + memory.temp_size_in_bytes) / chip.bandwidth,
+            "links": sum(size for _, size in program.collectives.values()) / chip.links,
+        }
+        kernels = sum(max(flops / peak, size / chip.bandwidth) for _, flops, size in program.kernels.values())
+        predicted = max(program.cycles * chip.matrix / peak + kernels, bounds["links"])
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    return Estimate(arguments, temporaries, needed, model_flops, program, bounds, predicted)
 
+
+def _report(config: Config, compiled: Any, mesh: Mesh) -> int:
+    """Print the compiler's figures beside our own, per device."""
+    found, cost = estimate(config, compiled, mesh), compiled.cost_analysis()
+    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
     gib = lambda count: f"{count / 2**30:.3f} GiB"
     limit = f" of {gib(chip.memory)}" if chip else ""
-    parts = f"arguments {gib(memory.argument_size_in_bytes)}, temporaries {gib(memory.temp_size_in_bytes)}"
-    print(f"memory of a device   {parts}, together {gib(needed)}{limit}")
-    print(f"FLOPs of a device    {model_flops:.3e} a step, nothing counted twice")
+    parts = f"arguments {gib(found.arguments)}, temporaries {gib(found.temporaries)}"
+    print(f"memory of a device   {parts}, together {gib(found.needed)}{limit}")
+    print(f"FLOPs of a device    {found.model_flops:.3e} a step, nothing counted twice")
     flops, size, seconds = (cost.get(name, math.nan) for name in ("flops", "bytes accessed", "optimal_seconds"))
-    print(f"the compiler counts  {flops:.3e} FLOPs, {size:.3e} bytes, {1e3 * seconds:.2f} ms, a loop's body once")
-    for kind, (count, size) in sorted(moved.items()):
+    # Kernels make it negative.
+    optimal = f", {1e3 * seconds:.2f} ms" if seconds >= 0 else ""
+    print(f"the compiler counts  {flops:.3e} FLOPs, {size:.3e} bytes{optimal}, a loop's body once")
+    for kind, (count, size) in sorted(found.program.collectives.items()):
         print(f"{kind:<20} {count} a step, {size:.3e} bytes of results on a device")
-    if not moved:
+    if not found.program.collectives:
         print("no collectives")
-    if chip is None:
+    for name, (count, flops, size) in sorted(found.program.kernels.items()):
+        print(f"{name:<20} {count} a step, {flops:.3e} FLOPs, {size:.3e} bytes")
+    if not found.bounds or chip is None:
         return 0
-    bounds = {
-        "FLOPs": model_flops / (peak_flops(devices[:1]) or math.inf),
-        # Arguments and results move once, what lives in between is written and read.
-        "memory": (needed + memory.alias_size_in_bytes + memory.temp_size_in_bytes) / chip.bandwidth,
-        "links": sum(size for _, size in moved.values()) / chip.links,
-    }
-    slowest = max(bounds, key=lambda name: bounds[name])
-    print("bounds on a step     " + ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in bounds.items()))
+    slowest = max(found.bounds, key=lambda name: found.bounds[name])
+    print("bounds on a step     " + ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in found.bounds.items()))
     print(
-        f"step                 at least {1e3 * bounds[slowest]:.2f} ms ({slowest}); "
-        f"utilisation at most {bounds['FLOPs'] / bounds[slowest]:.2f}"
+        f"step                 at least {1e3 * found.bounds[slowest]:.2f} ms ({slowest}); "
+        f"utilisation at most {found.bounds['FLOPs'] / found.bounds[slowest]:.2f}"
     )
-    if needed <= chip.memory:
+    print(
+        f"predicted            {1e3 * found.predicted:.2f} ms from the compiler's cycles and the kernels; "
+        f"utilisation {found.bounds['FLOPs'] / found.predicted:.2f}"
+    )
+    if found.needed <= chip.memory:
         return 0
-    print(f"does not fit: {gib(needed)} of {gib(chip.memory)}; {_advice(config)}")
+    print(f"does not fit: {gib(found.needed)} of {gib(chip.memory)}; {_advice(config)}")
     return EXIT_DOES_NOT_FIT
 
 
@@ -169,10 +229,11 @@ def _advice(config: Config) -> str:
     return "; or ".join(options)
 
 
-def collective_bytes(hlo: str) -> dict[str, tuple[int, float]]:
-    """Sum the collectives of a compiled program by kind: how many are run, and the bytes of their results.
+def read_program(hlo: str) -> Program:
+    """Add up what a compiled program does, from its text.
 
-    A loop's body counts as often as it runs, where the compiler knows how often that is.
+    A loop's body counts as often as it runs: by the compiler's own count, or (the TPU's prints none) by the constant
+    that its condition compares the counter with; where neither is there, once.
     """
     bodies: dict[str, list[str]] = defaultdict(list)
     entry, name = "", ""
@@ -182,23 +243,52 @@ def collective_bytes(hlo: str) -> dict[str, tuple[int, float]]:
             entry = name if header[1] else entry
         elif line.startswith(" "):
             bodies[name].append(line)
-    totals: dict[str, tuple[int, float]] = {}
+    collectives: dict[str, tuple[int, float]] = {}
+    kernels: dict[str, tuple[int, float, float]] = {}
+    cycles = 0.0
 
     def visit(computation: str, times: int) -> None:
+        nonlocal cycles
         for line in bodies[computation]:
             operation = re.search(r"= (.*?) ([a-z][\w\-]*)\(", line)
             if operation is None:
                 continue
             kind = operation[2].removesuffix("-start")
             if kind in COLLECTIVES:
-                count, size = totals.get(kind, (0, 0.0))
-                totals[kind] = count + times, size + times * _result_bytes(operation[1], operation[2])
-            trips = re.search(r"known_trip_count\D*(\d+)", line) if operation[2] == "while" else None
+                count, size = collectives.get(kind, (0, 0.0))
+                collectives[kind] = count + times, size + times * _result_bytes(operation[1], operation[2])
+            if estimated := re.search(r'"estimated_cycles":"(\d+)"', line):
+                cycles += times * int(estimated[1])
+            if 'custom_call_target="tpu_custom_call"' in line:
+                called, flops, size = _kernel(line)
+                before = kernels.get(called, (0, 0.0, 0.0))
+                kernels[called] = before[0] + times, before[1] + times * flops, before[2] + times * size
+            trips = _trips(line, bodies) if operation[2] == "while" else 1
             for called in re.findall(r"(?:body|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
-                visit(called, times * (int(trips[1]) if trips else 1))
+                visit(called, times * trips)
 
     visit(entry, 1)
-    return totals
+    return Program(collectives, cycles, kernels)
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+    """Count the turns of a while loop that starts at 0, as `jax.lax.scan` makes them."""
+    if known := re.search(r"known_trip_count\D*(\d+)", line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = bodies[condition[1]] if condition else []
+    ends = [found[1] for text in lines if (found := re.search(r"= s32\[\]\S* constant\((\d+)\)", text))]
+    return int(ends[0]) if len(ends) == 1 and any("direction=LT" in text for text in lines) else 1
+
+
+def _kernel(line: str) -> tuple[str, float, float]:
+    """Return name, FLOPs and bytes of a Pallas kernel; without an estimate of its own, the bytes of its results."""
+    name = re.sub(r"\.\d+$", "", re.match(r"\s*(?:ROOT )?%?([\w.\-]+)", line)[1])  # type: ignore[index]
+    given = re.search(r'"cost_estimate":(\{[^{}]*\})', line)
+    if given is None:
+        return name, 0.0, _result_bytes(line.partition("custom-call(")[0], "custom-call")
+    cost = json.loads(given[1])
+    return name, float(cost["flops"]), float(cost["bytes_accessed"])
 
 
 def _result_bytes(shapes: str, operation: str) -> float:
