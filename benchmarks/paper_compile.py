@@ -121,10 +121,11 @@ def table(rows: dict[tuple[str, int, str, str], Row]) -> Iterator[str]:
         base = rows.get((size, length, topology, "transformer"))
         ratio = f"{row['predicted_seconds'] / base['predicted_seconds']:>6.2f}" if base else f"{'':>6}"
         memory = f"{row['needed_bytes'] / 2**30:.1f} of {row['memory_bytes'] / 2**30:.0f}"
+        name, layout = f"{model}-{size}", f"fsdp {mesh['fsdp']} x {mesh['context']}"
+        cut, predicted = f"{row['rows']} in {row['accumulation']}", row["predicted_seconds"]
         yield (
-            f"{topology:<10} {f'{model}-{size}':<16} {length:>6} {f'fsdp {mesh["fsdp"]} x {mesh["context"]}':<14} "
-            f"{f'{row["rows"]} in {row["accumulation"]}':>9} {memory:>14} {row['predicted_seconds']:>9.3f} s "
-            f"{bounds['FLOPs'] / row['predicted_seconds']:>11.2f} {bounds['FLOPs'] / max(bounds.values()):>6.2f} {ratio}"
+            f"{topology:<10} {name:<16} {length:>6} {layout:<14} {cut:>9} {memory:>14} {predicted:>9.3f} s "
+            f"{bounds['FLOPs'] / predicted:>11.2f} {bounds['FLOPs'] / max(bounds.values()):>6.2f} {ratio}"
         )
 
 
