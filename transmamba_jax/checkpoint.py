@@ -219,8 +219,7 @@ class Checkpointer:
             if hosts.is_first():
                 described = {path: dataclasses.replace(leaf, digest=digests[path]) for path, leaf in leaves.items()}
                 manifests.write(folder, step, loss, described)
-                steps.saving_marker(self._directory, step).unlink()
-                steps.delete_superseded(self._directory, self._config)
+                steps.tidy_up(self._directory, step, self._config)
             # No process takes the step for saved before the manifest is there.
             meetings.meet()
         except BaseException as error:  # whatever it is, the others have to know

@@ -77,6 +77,15 @@ def make_room(directory: Path, step: int, nbytes: int, rejected: set[int]) -> No
     saving_marker(directory, step).touch()
 
 
+def tidy_up(directory: Path, step: int, config: CheckpointConfig) -> None:
+    """Remove the marker of a step that has its manifest, and older steps. The step is saved, whatever fails here."""
+    try:
+        saving_marker(directory, step).unlink()
+        delete_superseded(directory, config)
+    except OSError as error:
+        say(f"checkpoint {step} is saved; older checkpoints could not be deleted: {error}")
+
+
 def delete_superseded(directory: Path, config: CheckpointConfig) -> None:
     """Delete the steps that are neither among the newest nor among the best by finite held-out loss.
 

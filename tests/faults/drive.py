@@ -4,6 +4,7 @@ A task is a JSON line {"run": name of a function here, "arguments": {...}, "envi
 answer is the exit status as `subprocess` reports it. No device is touched before the fork.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -18,13 +19,15 @@ import orbax.checkpoint as ocp
 
 import train as command
 from tests.faults import damage
-from tests.training.runs import strike
+from tests.training.runs import before_call, strike
 from tests.training.support import Little
-from transmamba_jax import checkpoint_manifest, checkpoint_steps, data, evaluate
+from transmamba_jax import checkpoint_manifest, checkpoint_steps, data, evaluate, run_lock
 from transmamba_jax.training import loop
 
 POISON = 255  # a byte that the text does not have
 KILL_POINTS = {
+    "start": (run_lock, "hold"),
+    "preparation": (checkpoint_steps, "make_room"),
     "data": (ocp.path.atomicity.AtomicRenameTemporaryPath, "finalize"),
     "manifest": (checkpoint_manifest, "write"),
     "manifest-rename": (os, "fsync"),
@@ -64,6 +67,8 @@ def run_training(arguments, accident="none", at=0):
             calls.append(path),
             usage(path)._replace(free=1000) if len(calls) in at else usage(path),
         )[1]
+    elif accident.startswith("read-only-in-"):
+        make_read_only(*KILL_POINTS[accident.removeprefix("read-only-in-")], *at)
     elif accident == "wait-in-step":
         wait_in_step(Path(at))
     else:
@@ -74,6 +79,16 @@ def run_training(arguments, accident="none", at=0):
 def run_damage(folder):
     """Damage copies of a checkpoint folder in every way and write what a restore did."""
     return damage.main(Path(folder))
+
+
+def make_read_only(owner, name, count, directory):
+    """Take the write permission from a directory when `owner.name` is called for the `count`-th time.
+
+    Root may write everywhere, by capabilities that this process gives up first, where it has them.
+    """
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, none) == 0
+    before_call(owner, name, count, lambda: Path(directory).chmod(0o555))
 
 
 def wait_in_step(file):

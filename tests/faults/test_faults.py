@@ -152,6 +152,50 @@ def test_a_save_without_space_is_an_alarm_and_the_run_goes_on(server, straight):
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
 
 
+@pytest.mark.parametrize(
+    ("point", "count", "directory", "lines", "left", "code"),
+    [
+        (
+            "preparation",
+            2,
+            "checkpoints",
+            ("ALARM: checkpoint 8 was not saved: ", "saving-8'. Failed saves: 1. The checkpoints are [4]"),
+            [4],
+            EXIT_NOT_SAVED,
+        ),
+        ("data", 8, "checkpoints", ("ALARM: checkpoint 8 was not saved: ", "checkpoints/8'"), [4], EXIT_NOT_SAVED),
+        ("manifest", 2, "checkpoints/8", ("ALARM: checkpoint 8 was not saved: ", "manifest.json"), [4, 12], 0),
+        ("deletion", 4, "checkpoints", ("older checkpoints could not be deleted: ", "deleting-4'"), [8, 12], 0),
+    ],
+)
+def test_a_directory_that_becomes_read_only(server, straight, point, count, directory, lines, left, code):
+    workdir = server.folder / f"read-only-{point}"
+    folder = workdir / directory
+    text = server.train(workdir, accident=f"read-only-in-{point}", at=[count, str(folder)], expect=code)
+    for line in (*lines, "[Errno 13] Permission denied"):
+        assert line in text
+    assert ("step 12 is NOT saved; the checkpoints are [4]" in text) == (code != 0)
+    assert good(workdir) == left
+    folder.chmod(0o755)
+    if point == "preparation":
+        assert "continuing from step 4" in server.train(workdir)
+        assert good(workdir) == [8, 12]
+    if left[-1] == 12 or point == "preparation":
+        found, expected = (checkpoint.restore(folder / "checkpoints") for folder in (workdir, straight))
+        jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+
+
+def test_a_work_directory_that_is_read_only_is_refused(server, straight):
+    workdir = server.folder / "read-only"
+    shutil.copytree(straight, workdir)
+    files = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    (workdir / "run.lock").chmod(0o444)
+    text = server.train(workdir, accident="read-only-in-start", at=[1, str(workdir)], expect=2)
+    assert f"workdir {workdir} cannot be written: Permission denied; use another --workdir" in text
+    workdir.chmod(0o755)
+    assert files == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("rows", ["row", "all"])
 def test_nan_in_one_microbatch_or_all_is_never_saved(server, rows):
     workdir = server.folder / f"poison-{rows}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,23 @@ from transmamba_jax import checkpoint
 from transmamba_jax.training.metrics import TIMING
 
 
-def strike(owner: Any, name: str, number: int, count: int) -> None:
-    """Send this process a signal when `owner.name` is called for the `count`-th time."""
+def before_call(owner: Any, name: str, count: int, accident: Callable[[], object]) -> None:
+    """Let an accident happen when `owner.name` is called for the `count`-th time."""
     original, calls = getattr(owner, name), 0
 
     def struck(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == count:
-            os.kill(os.getpid(), number)
+            accident()
         return original(*args, **kwargs)
 
     setattr(owner, name, struck)
+
+
+def strike(owner: Any, name: str, number: int, count: int) -> None:
+    """Send this process a signal when `owner.name` is called for the `count`-th time."""
+    before_call(owner, name, count, lambda: os.kill(os.getpid(), number))
 
 
 def metrics_of(workdir: Path) -> list[dict[str, Any]]:
