@@ -20,12 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import target
-from transmamba_jax import schedule
+from transmamba_jax import schedule, sharding
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.shapes import Array, Float, Float32, HeadScalar, Int, QueryKey, State, Step, Value
 
 Keys: TypeAlias = Float[Array, "B G S N"]
 Values: TypeAlias = Float[Array, "B H S P"]
+
+# Names of the dimensions, as sharding.ACTIVATIONS has them.
+_LAYOUTS = {
+    "window": ("rows", None, None),
+    "state": ("rows", "heads", None, None),
+    "keys": ("rows", "heads", None, None),
+    "values": ("rows", "heads", None, None),
+    "steps": ("rows", None, "heads"),
+}
 
 _BLOCK = 512  # keys, and queries, that scores exist for at one time
 
@@ -99,6 +108,12 @@ def init_layer(config: ModelConfig, batch: int, room: int, lazy: bool) -> LayerC
         values=zeros(config.dtype, config.num_heads, room, config.head_dim) if attends else None,
         steps=zeros("float32", room, config.num_heads) if pending else None,
     )
+
+
+def spread(layer: LayerCache) -> LayerCache:
+    """Put rows and heads where the mesh of `jax.set_mesh` has them; without one, do nothing."""
+    kept = {name: array for name, array in vars(layer).items() if array is not None}
+    return LayerCache(**{name: sharding.constrain(array, _LAYOUTS[name]) for name, array in kept.items()})
 
 
 def cache_bytes(config: ModelConfig, batch: int, length: int, point: int, lazy: bool = True) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from transmamba_jax import cache as memory
-from transmamba_jax import decode_step, schedule
+from transmamba_jax import decode_step, schedule, serving_mesh, sharding
 from transmamba_jax import sampling as choice
 from transmamba_jax.cache import Cache, LayerCache
 from transmamba_jax.config import ModelConfig
@@ -27,6 +27,7 @@ from transmamba_jax.shapes import Array, Float, Float32, Int
 
 BLOCK_STEPS = 32
 """Tokens of one call of a compiled program, at most."""
+_ROWS = ("rows", None)
 _SMALL_ROOM = 2048  # tokens; room that is made at once, however few tokens there are
 
 PIECE = 2048
@@ -72,7 +73,8 @@ class Decoder:
     """Reads prompts and continues them with one model under one schedule.
 
     Holds a copy of the parameters that is laid out for single tokens. Every method returns a new state and leaves the
-    given one as it was, unless told that it may be consumed, which saves a copy of the cache.
+    given one as it was, unless told that it may be consumed, which saves a copy of the cache. Parameters that lie on a
+    mesh are used on all of its devices: see `serving_mesh`.
     """
 
     def __init__(
@@ -81,13 +83,15 @@ class Decoder:
         """Lay out the parameters; `transpoints` None: the config's; `lazy`: see `cache`.
 
         Raises:
-            ValueError: the schedule is invalid.
+            ValueError: the schedule is invalid, or the parameters lie on several meshes.
         """
         self.config = model.config
-        self._model, self._params, self._lazy = model, params, lazy
+        self._model, self._lazy = model, lazy
+        self._params, self._mesh = serving_mesh.place(params)
         points = model.config.transpoints if transpoints is None else tuple(transpoints)
         self.transpoints = schedule.expand(points, model.config.num_layers)
-        self._weights = _lay_out(model.config, params)
+        with serving_mesh.use(self._mesh):
+            self._weights = _lay_out(model.config, self._params)
 
     def start(self, batch: int) -> DecodeState:
         """Return the state of `batch` rows without any token."""
@@ -134,7 +138,8 @@ class Decoder:
         news = np.array([len(prompt) for prompt in prompts])
         if lengths[0] > 0 and news.min() == news.max() <= BLOCK_STEPS:
             # A few tokens cost less one after another than a program for them would.
-            return self._go(state, np.array(prompts, np.int32), Sampling(), None, total or 0, consume)[1]
+            with serving_mesh.use(self._mesh):
+                return self._go(state, np.array(prompts, np.int32), Sampling(), None, total or 0, consume)[1]
         end = int(lengths[0] + news.max())
         seen = np.array(state.seen)
         for row, prompt in enumerate(prompts):
@@ -148,7 +153,8 @@ class Decoder:
             for row, prompt in enumerate(prompts):
                 tokens[row, : valid[row]] = prompt[offset : offset + width]
             consume = consume or offset > 0
-            state = self._read(state, int(lengths[0]) + offset, tokens, valid, max(total or 0, end), consume)
+            with serving_mesh.use(self._mesh):
+                state = self._read(state, int(lengths[0]) + offset, tokens, valid, max(total or 0, end), consume)
         return state
 
     def decode(
@@ -180,9 +186,10 @@ class Decoder:
         self._check_schedule(state)
         if state.lengths.min() == 0:
             raise ValueError("state must have at least one token a row; read a prompt first")
-        keys = choice.row_keys(key, len(state.lengths), sampling)
+        keys = serving_mesh.copy(choice.row_keys(key, len(state.lengths), sampling), self._mesh)
         unknown = np.full((len(state.lengths), steps), -1, np.int32)
-        return self._go(state, unknown, sampling, keys, total or 0, consume)
+        with serving_mesh.use(self._mesh):
+            return self._go(state, unknown, sampling, keys, total or 0, consume)
 
     def _go(
         self,
@@ -244,7 +251,8 @@ class Decoder:
         for index, (point, layer) in enumerate(zip(self.transpoints, state.cache.layers, strict=True)):
             size = min(point, room) if shortest < point else 0
             if empty:
-                layer = memory.init_layer(self.config, len(state.lengths), size, self._lazy and end <= point)
+                new = memory.init_layer(self.config, len(state.lengths), size, self._lazy and end <= point)
+                layer = memory.spread(new)
             elif layer.state is None and end > point:
                 converted = _convert(self.config, self._weights.layers[index], layer)
                 layer = dataclasses.replace(layer, state=converted, steps=None)
@@ -294,12 +302,14 @@ def _kind(point: int, lengths: np.ndarray) -> Kind:
 
 @partial(jax.jit, static_argnums=0)
 def _lay_out(config: ModelConfig, params: Any) -> _Weights:
-    layer = lambda index: decode_step.lay_out(config, jax.tree.map(lambda leaf: leaf[index], params["layers"]))
+    # Over a mesh: what fsdp cuts is collected once, not at every token; what tensor cuts stays so.
+    layer = lambda index: sharding.gather_layer(jax.tree.map(lambda leaf: leaf[index], params["layers"]))
+    whole = lambda name: sharding.gather_parameter(name, params[name]).astype(config.dtype)
     return _Weights(
-        embedding=params["embedding"].astype(config.dtype),
-        head=None if config.tie_embeddings else params["lm_head"].astype(config.dtype),
+        embedding=whole("embedding"),
+        head=None if config.tie_embeddings else whole("lm_head"),
         final_norm=params["final_norm"]["scale"],
-        layers=tuple(layer(index) for index in range(config.num_layers)),
+        layers=tuple(decode_step.lay_out(config, layer(index)) for index in range(config.num_layers)),
     )
 
 
@@ -320,11 +330,8 @@ def _read_piece(
     arguments = (tokens, state.cache.layers, start, valid, splits, fresh)
     hidden, layers = model.apply({"params": params}, *arguments, method="extend")
     logits = model.apply({"params": params}, hidden, method="logits")
-    return dataclasses.replace(
-        state,
-        cache=dataclasses.replace(state.cache, layers=layers, lengths=state.cache.lengths + valid),
-        logits=jnp.where(valid[:, None] > 0, logits, state.logits),
-    )
+    logits = jnp.where(valid[:, None] > 0, logits, state.logits)
+    return _spread(state.cache, layers, state.cache.lengths + valid, logits, state.seen)
 
 
 @partial(jax.jit, static_argnums=(6, 7, 8), donate_argnums=1)
@@ -359,9 +366,9 @@ def _decode_block(
             x, cache, recent = decode_step.layer_step(config, layer_weights, x, cache, recent, starts, index, kind)
             moved.append(LayerCache(cache.window, cache.state))
             written.append(recent)
-        logits = jnp.matmul(
-            decode_step.rms_norm(x, weights.final_norm, config), head, preferred_element_type=jnp.float32
-        )
+        normed = decode_step.rms_norm(x, weights.final_norm, config)
+        logits = jnp.matmul(normed, head, preferred_element_type=jnp.float32)
+        logits = sharding.constrain(logits, _ROWS)
         tokens, seen = tokens.at[:, index].set(token), seen.at[rows, token].set(True)
         return tokens, logits, seen, tuple(moved), tuple(written)
 
@@ -371,5 +378,14 @@ def _decode_block(
         dataclasses.replace(memory.merge(layer, recent, starts, steps), window=small.window, state=small.state)
         for layer, recent, small in zip(large, recents, moving, strict=True)
     )
-    cache = dataclasses.replace(state.cache, layers=layers, lengths=starts + steps)
-    return tokens, DecodeState(cache, logits, seen)
+    state = _spread(state.cache, layers, starts + steps, logits, seen)
+    return sharding.constrain(tokens, (None, None)), state
+
+
+def _spread(
+    before: Cache, layers: tuple[LayerCache, ...], lengths: Int[Array, "B"], logits: Array, seen: Array
+) -> DecodeState:
+    """Return the state after a program, where the mesh has its parts: rows and heads apart, lengths everywhere."""
+    lengths = sharding.constrain(lengths, (None,))
+    cache = dataclasses.replace(before, layers=tuple(map(memory.spread, layers)), lengths=lengths)
+    return DecodeState(cache, sharding.constrain(logits, _ROWS), sharding.constrain(seen, _ROWS))

@@ -12,15 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from transmamba_jax import cache as memory
+from transmamba_jax import parallel, sharding
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import ModelConfig
-from transmamba_jax.memory_converter import memory_converter
 from transmamba_jax.mixer import step_size
 from transmamba_jax.rotary import rotate
 from transmamba_jax.shapes import Array, Float, Float32, HeadScalar, Int, State
 
 Kind: TypeAlias = int | str
 """What a layer does at the next token: "attention", "ssm", or its TransPoint, where some rows are before it."""
+
+# Over a mesh, one token's activations are whole on every device but for rows and heads: a gather of so little is short.
+_ROWS = ("rows", None)
+_HEADS = ("rows", "heads", None)
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +60,10 @@ class LayerWeights:
 def lay_out(config: ModelConfig, params: Any) -> LayerWeights:
     """Arrange the parameters of one block."""
     mixer = params["mixer"]
-    matrix = lambda *parts: jnp.concatenate([part["kernel"] for part in parts], axis=1).astype(config.dtype)
+    side_by_side = lambda *parts: jnp.concatenate([part["kernel"] for part in parts], axis=1).astype(config.dtype)
+    # Over a mesh a device holds some of the columns, or of the rows where heads or an MLP's width come in.
+    matrix = lambda *parts: sharding.constrain(side_by_side(*parts), (None, "heads"))
+    rows = lambda part: sharding.constrain(side_by_side(part), ("heads", None))
     wide = lambda array: array.astype(jnp.float32)
     convolutions = [mixer[f"conv_{name}"] for name in "qkv"]
     taps = wide(jnp.concatenate([conv["kernel"] for conv in convolutions], axis=1))
@@ -66,18 +73,18 @@ def lay_out(config: ModelConfig, params: Any) -> LayerWeights:
     mlp = None
     if config.mlp_dim:
         parts = params["mlp"]
-        mlp = MLPWeights(params["mlp_norm"]["scale"], matrix(parts["gate"], parts["up"]), matrix(parts["down"]))
+        mlp = MLPWeights(params["mlp_norm"]["scale"], matrix(parts["gate"], parts["up"]), rows(parts["down"]))
     return LayerWeights(
         norm=params["mixer_norm"]["scale"],
         inputs=matrix(mixer["q"], mixer["k"], mixer["v"], mixer["dt"]),
-        taps=taps,
-        bias=bias,
+        taps=sharding.constrain(taps, (None, None)),
+        bias=sharding.constrain(bias, (None,)),
         dt_bias=wide(mixer["dt_bias"]),
         a=-jnp.exp(wide(mixer["a_log"])),
         skip=wide(mixer["skip"]) if config.skip else None,
         gate=matrix(mixer["z"]),
         out_norm=mixer["norm"]["scale"],
-        out=matrix(mixer["out"]),
+        out=rows(mixer["out"]),
         mlp=mlp,
     )
 
@@ -98,11 +105,12 @@ def layer_step(
     """
     normed = rms_norm(x, weights.norm, config)
     mixed, cache, recent = _mix(config, weights, normed, cache, recent, starts, index, kind)
-    x = x + mixed @ weights.out
+    x = sharding.constrain(x + mixed @ weights.out, _ROWS)
     if weights.mlp is None:
         return x, cache, recent
-    gate, up = jnp.split(rms_norm(x, weights.mlp.norm, config) @ weights.mlp.gate_up, 2, axis=-1)
-    return x + (jax.nn.silu(gate) * up) @ weights.mlp.down, cache, recent
+    both = sharding.constrain(rms_norm(x, weights.mlp.norm, config) @ weights.mlp.gate_up, _ROWS)
+    gate, up = jnp.split(both, 2, axis=-1)
+    return sharding.constrain(x + (jax.nn.silu(gate) * up) @ weights.mlp.down, _ROWS), cache, recent
 
 
 def rms_norm(x: Float[Array, "... C"], scale: Float[Array, "... C"], config: ModelConfig) -> Float[Array, "... C"]:
@@ -126,7 +134,7 @@ def convert(config: ModelConfig, weights: LayerWeights, cache: LayerCache) -> St
         keys = rotate(keys.astype(jnp.float32), -jnp.arange(keys.shape[1]), config.rope_theta)
     values = cache.values.swapaxes(1, 2).astype(keys.dtype)
     options: dict[str, Any] = {"chunk_size": config.chunk_size, "implementation": config.kernel}
-    return memory_converter(keys, values, cache.steps, weights.a, **options)
+    return parallel.convert(keys, values, cache.steps, weights.a, None, **options)
 
 
 def _mix(
@@ -140,13 +148,14 @@ def _mix(
     kind: Kind,
 ) -> tuple[Float[Array, "B HP"], LayerCache, LayerCache]:
     positions = starts + index
-    projected = x @ weights.inputs
+    projected = sharding.constrain(x @ weights.inputs, _ROWS)
     channels = weights.taps.shape[1]
     taps = jnp.concatenate([cache.window, projected[:, None, :channels]], axis=1)  # [B, K, C]
     convolved = jnp.sum(taps.astype(jnp.float32) * weights.taps, axis=1) + weights.bias
     q, k, v = jnp.split(jax.nn.silu(convolved.astype(x.dtype)), (config.d_key, 2 * config.d_key), axis=-1)
     q, k = (y.reshape(-1, config.num_groups, config.state_dim) for y in (q, k))
     v = v.reshape(-1, config.num_heads, config.head_dim)
+    q, k, v = (sharding.constrain(y, _HEADS) for y in (q, k, v))
     dt = step_size(config, projected[:, channels:], weights.dt_bias)
     turn = lambda y: rotate(y[:, None], positions[:, None], config.rope_theta)[:, 0]
     if config.rotary == "both":

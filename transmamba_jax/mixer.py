@@ -15,11 +15,9 @@ import jax.numpy as jnp
 
 from transmamba_jax import cache as memory
 from transmamba_jax import parallel
-from transmamba_jax.attention import causal_attention
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.convolution import causal_conv
-from transmamba_jax.memory_converter import memory_converter
 from transmamba_jax.rotary import rotate
 from transmamba_jax.shapes import (
     Array,
@@ -223,12 +221,13 @@ class Mixer(nn.Module):
     ) -> tuple[Float[Array, "B T HP"], LayerCache]:
         state = cache.state
         if state is not None:
-            state = memory_converter(
+            state = parallel.convert(
                 k,
                 v,
                 dt,
                 self._decay(),
-                initial_state=state,
+                None,
+                state,
                 chunk_size=self.config.chunk_size,
                 implementation=self.config.kernel,
             )
@@ -236,11 +235,11 @@ class Mixer(nn.Module):
             q, k = self._rotate(q, k, positions)
         cache = memory.write(dataclasses.replace(cache, state=state), k, v, dt, positions[0])
         if fresh:
-            y = causal_attention(q, k, v)
+            y = parallel.attend(q, k, v, None)
         elif cache.keys is None or cache.values is None:
             raise ValueError("cache must hold the keys and values of the tokens before; it was made without room")
         else:
-            y = memory.cached_attention(q, cache.keys, cache.values, positions[0])
+            y = parallel.attend_cached(q, cache.keys, cache.values, positions[0])
         y = y.reshape(*y.shape[:2], -1)
         return self._normalise(y) if self.config.attention_norm else y, cache
 

@@ -168,7 +168,8 @@ class TransMamba(nn.Module):
             The normalised output of the last layer at each row's last real token (without meaning where there is
             none), and what the layers remember then.
         """
-        x = embed(self.config, self.embedding, tokens)
+        x = embed(self.config, sharding.gather_parameter("embedding", self.embedding), tokens)
+        x = sharding.constrain(x, HIDDEN)
         kinds = [(split, jax.tree.map(jnp.shape, layer)) for split, layer in zip(splits, layers, strict=True)]
         period = schedule.smallest_period([kinds.index(kind) for kind in kinds])
         regroup = lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:])
@@ -178,10 +179,10 @@ class TransMamba(nn.Module):
             params, caches = xs
             done = []
             for index, cache in enumerate(caches):
-                layer = {"params": jax.tree.map(lambda leaf: leaf[index], params)}  # noqa: B023
+                layer = {"params": sharding.gather_layer(jax.tree.map(lambda leaf: leaf[index], params))}  # noqa: B023
                 x, cache = self._block().apply(layer, x, cache, start, valid, splits[index], fresh, method="extend")
                 done.append(cache)
-            return x, tuple(done)
+            return sharding.constrain(x, HIDDEN), tuple(done)
 
         x, stacked = jax.lax.scan(block, x, (jax.tree.map(regroup, self.layers), stacked))
         take = lambda index: jax.tree.map(lambda leaf: leaf[index // period], stacked[index % period])

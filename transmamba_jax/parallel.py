@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.ssd import decay, ssd, ssd_state
 from transmamba_jax.attention import causal_attention
+from transmamba_jax.cache import Keys, Values, cached_attention
 from transmamba_jax.convolution import causal_conv
 from transmamba_jax.memory_converter import memory_converter
 from transmamba_jax.shapes import Array, Float, HeadScalar, Int, QueryKey, SegmentIds, State, Step, Value
@@ -71,25 +72,32 @@ def attend(q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None) -
     return per_shard(causal_attention, (spread, spread, spread, _WHOLE), spread, q, k, v, segment_ids)
 
 
+def attend_cached(q: QueryKey, keys: Keys, values: Values, start: Int[Array, ""]) -> Value:
+    """Apply `cached_attention`."""
+    tokens, slots = (*_WHOLE, "heads", None), ("rows", "heads", None, None)
+    return per_shard(cached_attention, (tokens, slots, slots, ()), tokens, q, keys, values, start)
+
+
 def convert(
     k: QueryKey,
     v: Value,
     dt: Step,
     a: HeadScalar,
     segment_ids: SegmentIds | None,
+    initial_state: State | None = None,
     *,
     chunk_size: int,
     implementation: str | None,
 ) -> State:
     """Apply `memory_converter` to whole rows."""
 
-    def shard(k: Array, v: Array, dt: Array, a: Array, segment_ids: Array | None) -> Array:
+    def shard(k: Array, v: Array, dt: Array, a: Array, ids: Array | None, state: Array | None) -> Array:
         options: dict[str, Any] = {"chunk_size": chunk_size, "implementation": implementation}
-        return memory_converter(k, v, dt, a, segment_ids=segment_ids, **options)
+        return memory_converter(k, v, dt, a, initial_state=state, segment_ids=ids, **options)
 
     heads = (*_WHOLE, "heads")
-    layouts = ((*heads, None), (*heads, None), heads, _SCALARS, _WHOLE)
-    return per_shard(shard, layouts, _STATE, k, v, dt, a, segment_ids)
+    layouts = ((*heads, None), (*heads, None), heads, _SCALARS, _WHOLE, _STATE)
+    return per_shard(shard, layouts, _STATE, k, v, dt, a, segment_ids, initial_state)
 
 
 def scan(

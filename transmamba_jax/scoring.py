@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from transmamba_jax import cache, data
+from transmamba_jax import cache, data, serving_mesh
 from transmamba_jax.decode import Decoder
 from transmamba_jax.generate import stream
 from transmamba_jax.model import TransMamba
@@ -111,7 +111,8 @@ class Scorer:
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, found {value}")
         self.tokenizer, self.max_length, self.batch_size = tokenizer, max_length, batch_size
-        self._model, self._params, self._key = model, params, jax.random.key(seed)
+        self._model, self._key = model, jax.random.key(seed)
+        self._params, self._mesh = serving_mesh.place(params)
         self._scores = jax.jit(functools.partial(token_scores, model, loss_chunk))
 
     @functools.cached_property
@@ -143,7 +144,8 @@ class Scorer:
             tokens = np.zeros((min(self.batch_size, len(rows)), width), np.int32)
             for place, index in enumerate(batch):
                 tokens[place, : len(rows[index])] = rows[index]
-            scores, likeliest = (np.asarray(array) for array in self._scores(self._params, tokens))
+            with serving_mesh.use(self._mesh):
+                scores, likeliest = (np.asarray(array) for array in self._scores(self._params, tokens))
             for place, index in enumerate(batch):
                 stop = len(rows[index]) - 1
                 cut = np.s_[place, stop - len(pairs[index][1]) : stop]

@@ -1,0 +1,58 @@
+"""The mesh on which a model reads and writes: where its parameters lie decides.
+
+Parameters on one device are used there. Parameters on a mesh, or under `jax.set_mesh`, are used on all of its devices:
+rows of a batch over data and fsdp as far as these divide them, heads and their caches over tensor. One token at a time
+leaves nothing to split along a sequence, so the devices along context take parts of parameters and rows too, as those
+along fsdp do. Nobody has to name a mesh: whole copies on many devices (as `tm.restore` makes them) share the rows, and
+parameters on a mesh with other axes are cut anew.
+"""
+
+import contextlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from transmamba_jax import sharding
+
+_AXES = ("data", "fsdp", "context", "tensor")
+
+
+def place(params: Any) -> tuple[Any, Mesh | None]:
+    """Return the parameters where they are used, and the mesh; None: one device.
+
+    Raises:
+        ValueError: the parameters lie on several meshes.
+    """
+    placed = [leaf.sharding for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    found = [place.mesh for place in placed if isinstance(place, NamedSharding)]
+    meshes = {mesh for mesh in found if isinstance(mesh, Mesh) and mesh.size > 1}
+    if len(meshes) > 1:
+        raise ValueError(f"params must lie on one mesh, found them on {len(meshes)}: {sorted(map(str, meshes))}")
+    mesh = meshes.pop() if meshes else jax.sharding.get_mesh()
+    if mesh.size <= 1:
+        return params, None
+    mesh = _for_tokens(mesh, whole=all(place.is_fully_replicated for place in placed))
+    return jax.device_put(params, sharding.parameter_shardings(params, mesh)), mesh
+
+
+def use(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Return the context to call programs in."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def copy(tree: Any, mesh: Mesh | None) -> Any:
+    """Put whole copies of arrays, which may come from another mesh, on all devices."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def _for_tokens(mesh: Mesh, whole: bool) -> Mesh:
+    """Return the same devices in the same order along the axes of `sharding`, one part along context."""
+    devices = np.asarray(mesh.devices)
+    if mesh.axis_names == _AXES:
+        data, fsdp, context, tensor = devices.shape
+        devices = devices.reshape(data, fsdp * context, 1, tensor)
+    else:
+        devices = devices.reshape((-1, 1, 1, 1) if whole else (1, -1, 1, 1))
+    return Mesh(devices, _AXES, axis_types=(AxisType.Auto,) * len(_AXES))
