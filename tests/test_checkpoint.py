@@ -68,7 +68,7 @@ def save(folder: Path, *steps: int, losses: tuple[float | None, ...] = (), confi
 
 def run(code: str, *arguments: Any, devices: int = 1) -> subprocess.CompletedProcess:
     environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 

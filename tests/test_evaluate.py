@@ -194,7 +194,7 @@ np.testing.assert_allclose(
 
 def test_rows_split_over_eight_devices_give_the_same(folder):
     environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-W", "error", "-c", EIGHT_DEVICES, str(folder)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -150,8 +150,7 @@ TRIPLES = ((1, 2, 2, 2), (2, 1, 2, 2))
 
 def run_on_eight_devices(code: str, *arguments: str) -> dict:
     root = Path(__file__).parents[1]
-    # Unoptimised machine code: compiling is most of this test's time, and the collectives are the same.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", code, *arguments]
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)

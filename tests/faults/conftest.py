@@ -45,7 +45,7 @@ class Server:
 
     def send(self, name, process=None, devices=1, **arguments):
         """Start a task."""
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         output = self.folder / f"output-{(process or self.process).pid}.log"
         task = {"run": name, "arguments": arguments, "environment": {"XLA_FLAGS": flags}, "output": str(output)}
         stream = (process or self.process).stdin
