@@ -173,5 +173,53 @@ def test_meshes_of_eight_devices_give_the_numbers_of_one(meshes, transpoints, ac
         assert report[str(sizes)]["share"] < 1 / kept + 0.1
 
 
+EXCHANGE = r"""
+import json
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from transmamba_jax import parallel, sharding
+from transmamba_jax.config import MeshConfig
+from transmamba_jax.training.compile_only import read_program
+
+mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, context=4, tensor=1))
+
+def exchanged(length):
+    where = lambda axes: NamedSharding(mesh, P(*axes))
+    on = lambda shape, *axes, dtype="float32": jax.ShapeDtypeStruct(shape, dtype, sharding=where(axes))
+    tokens = lambda *shape, dtype="float32": on((4, length, *shape), "data", "context", dtype=dtype)
+    ids = tokens(dtype="int32")
+    floats = tokens(4, 8), tokens(4), on((4,)), tokens(2, 16), tokens(2, 16), on((4, 32)), on((32,))
+
+    def run(x, dt, a, b, c, kernel, bias, ids):
+        x = parallel.convolve(x.reshape(4, length, 32), kernel, bias, ids).reshape(x.shape)
+        return parallel.scan(x, dt, a, b, c, None, None, ids, chunk_size=16, implementation="sequential")
+
+    def both(ids, *floats):
+        out, back = jax.vjp(lambda *floats: run(*floats, ids), *floats)
+        return back(out)
+
+    with jax.set_mesh(mesh):
+        return read_program(jax.jit(both).lower(ids, *floats).compile().as_text()).collectives
+
+print(json.dumps({length: exchanged(length) for length in (64, 512)}))
+"""
+
+
+def test_what_parts_of_the_sequence_exchange_does_not_depend_on_its_length():
+    """Convolution and SSM, forwards and backwards, of 2 rows a device in 4 parts; H 4, P 8, N 16, K 4; 4 bytes each."""
+    short, long = run_on_eight_devices(EXCHANGE).values()
+    assert short == long
+    states, decays, edges = 4 * 2 * 4 * 8 * 16, 4 * 2 * 4, 2 * 4 * 2  # of every part, and the first and last document
+    halo, its_ids = 2 * 3 * 32, 2 * 3
+    sizes = {kind: size for kind, (_, size) in long.items()}
+    assert sizes == {
+        "all-gather": 4 * (states + decays + edges),
+        "reduce-scatter": 4 * (states + decays) / 4,
+        "collective-permute": 4 * (2 * halo + its_ids),
+        "all-reduce": 4 * (4 + 4 * 32 + 32),  # gradients of a, the convolution's kernel and its bias
+    }
+
+
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps({path.stem: parameter_specs(path) for path in CONFIGS}, indent=1) + "\n")

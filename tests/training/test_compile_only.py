@@ -91,10 +91,13 @@ def test_a_program_counts_its_loops_as_often_as_they_run() -> None:
 ENTRY %main (a: f32[4]) -> f32[4] {
   %w = (s32[], f32[8,4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %v = (s32[]) while(%u), condition=%four, body=%walk
-  ROOT %r = f32[4]{0} all-reduce(%a), to_apply=%sum, backend_config={"estimated_cycles":"7"}
+  %alone = f32[4]{0} all-reduce(%a), replica_groups={{0},{1}}, to_apply=%sum
+  %also = f32[4]{0} all-reduce(%a), replica_groups=[8,1]<=[8], to_apply=%sum
+  %pairs = f32[2]{0} all-reduce(%a), replica_groups=[4,2]<=[8], to_apply=%sum
+  ROOT %r = f32[4]{0} all-reduce(%a), replica_groups={{0,1}}, to_apply=%sum, backend_config={"estimated_cycles":"7"}
 }
 """
     program = read_program(hlo)
-    assert program.collectives == {"all-gather": (6, 3 * (16 * 4 * 4 + 32 * 2)), "all-reduce": (1, 16)}
+    assert program.collectives == {"all-gather": (6, 3 * (16 * 4 * 4 + 32 * 2)), "all-reduce": (2, 24)}
     assert program.cycles == 307
     assert program.kernels == {"scan": (4, 120, 200)}

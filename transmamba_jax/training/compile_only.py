@@ -254,7 +254,7 @@ def read_program(hlo: str) -> Program:
             if operation is None:
                 continue
             kind = operation[2].removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and not _alone(line):
                 count, size = collectives.get(kind, (0, 0.0))
                 collectives[kind] = count + times, size + times * _result_bytes(operation[1], operation[2])
             if estimated := re.search(r'"estimated_cycles":"(\d+)"', line):
@@ -269,6 +269,12 @@ def read_program(hlo: str) -> Program:
 
     visit(entry, 1)
     return Program(collectives, cycles, kernels)
+
+
+def _alone(line: str) -> bool:
+    """Tell whether a collective is among groups of one device, as a sum over no axis of the mesh is: nothing moves."""
+    groups = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{(\d+(?:,\d+)*)\})", line)
+    return groups is not None and (groups[1] or str(len(groups[2].split(",")))) == "1"
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
