@@ -146,7 +146,7 @@ def smem_bytes_backward(blocks: GpuBlocks, state_dim: int, pieces: int, outputs:
     values, operand, sides = blocks.values, 2 * pieces, 2 if outputs else 1
     stage = operand * (GPU_CHUNK * sides * (values + state_dim) + state_dim * values) + 3 * 4 * GPU_CHUNK
     gradient = GPU_CHUNK * ((2 if pieces == 1 else 4) * values + part_itemsize * state_dim)
-    scratch = (4 + operand) * state_dim * values + gradient + 4 * (5 * GPU_CHUNK + state_dim)
+    scratch = (4 + operand) * state_dim * values + gradient + 4 * (5 * GPU_CHUNK + state_dim + 128)
     if outputs:
         scratch += 2 * GPU_CHUNK**2 + operand * GPU_CHUNK * (squares_of(pieces) * GPU_CHUNK + values)
     return blocks.stages * stage + scratch

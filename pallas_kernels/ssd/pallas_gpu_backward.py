@@ -35,125 +35,166 @@ def _row_sums(value: jax.Array) -> jax.Array:
     return jnp.sum(value, axis=1)
 
 
+def _total(parts: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, parts)
+
+
 def _within(sums: jax.Array) -> jax.Array:
     """Keep, of sums over j < k at [k, i], those with i >= k."""
     row, column = gpu.indices()
     return jnp.where(column >= row, sums, 0.0)
 
 
-class _Squares:
-    """Operands [Q, Q] by number: all in shared memory, or, where there is room for one, in registers until used."""
-
-    def __init__(self, tiles: Tiles, ref: Any) -> None:
-        self._slots = [gpu.refs_of(tiles, ref, slot) for slot in range(ref.shape[0] // tiles.pieces)]
-        self._waiting: dict[int, jax.Array] = {}
-
-    def put(self, number: int, value: jax.Array) -> None:
-        """Keep an operand."""
-        if len(self._slots) == 1:
-            self._waiting[number] = value
-        else:
-            gpu.store(self._slots[number], value)
-
-    def get(self, number: int) -> list[Any]:
-        """Return an operand's pieces; one that had to wait replaces what `get` returned before."""
-        if number not in self._waiting:
-            return self._slots[number if len(self._slots) > 1 else 0]
-        gpu.store(self._slots[0], self._waiting.pop(number))
-        plgpu.commit_smem()
-        return self._slots[0]
-
-
 _PAIRS, _SCORES, _CROSS = range(3)
+"""Operands [Q, Q] by number."""
+
+_STREAMED = ("x", "b", "c", "dy", "h")
 
 
 class _Chunk:
-    """Differentiates one chunk: fills the shared memory that goes out, one result after another."""
+    """Differentiates one chunk: fills the shared memory that goes out, one result after another.
+
+    Matrices are worked on 64 columns at a time, and what is summed is stored as soon as it is there: a thread has 255
+    registers, and a matrix of 64 columns takes 32 of them.
+    """
 
     def __init__(self, cell: Cell, refs: dict[str, Any], scratch: dict[str, Any], slot: Any) -> None:
-        self.tiles, self.cell, self.refs, self.scratch = cell.tiles, cell, refs, scratch
+        self.tiles, self.cell, self.refs, self.scratch, self.slot = cell.tiles, cell, refs, scratch, slot
         self.outputs = "dy" in refs
-        self.x, self.b, self.h = (gpu.refs_of(self.tiles, scratch[name], slot) for name in ("x", "b", "h"))
-        self.dh = gpu.refs_of(self.tiles, scratch["dh_operand"])
         self.decays = Decays(scratch["rows"].at[slot])
-        self.sums: dict[str, jax.Array] = {}
-        if self.outputs:
-            self.c, self.dy = (gpu.refs_of(self.tiles, scratch[name], slot) for name in ("c", "dy"))
-            self.squares = _Squares(self.tiles, scratch["squares"])
+        self._waiting: dict[int, jax.Array] = {}
 
-    def pairs(self) -> None:
-        """Form S W and dt G W, [j, i], and the sums of their product."""
+    def _operands(self, *names: str) -> list[list[Any]]:
+        """Pieces of operands, at addresses worked out here (`gpu.unseen_zero`)."""
+        zero = gpu.unseen_zero(self.scratch)
+        slots = {name: self.slot if name in _STREAMED else 0 for name in names}
+        return [gpu.refs_of(self.tiles, self.scratch[name], slots[name] + zero) for name in names]
+
+    def _square(self, number: int) -> list[Any]:
+        """Pieces of an operand [Q, Q]; float32 has room for one, where one that had to wait replaces the one before."""
+        zero = gpu.unseen_zero(self.scratch)
+        square = gpu.refs_of(self.tiles, self.scratch["squares"], number % squares_of(self.tiles.pieces) + zero)
+        if number in self._waiting:
+            gpu.store(square, self._waiting.pop(number))
+            plgpu.commit_smem()
+        return square
+
+    def _keep(self, name: str, value: jax.Array) -> None:
+        """Store one scalar a token."""
+        self.scratch["vectors"][VECTORS.index(name)] = value
+
+    def _send(self, buffer: str, target: Any) -> None:
+        """Start the copy of a buffer in shared memory to its place."""
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(self.scratch[buffer].at[0], target)
+
+    def _fill(self, buffer: str, columns: Any, value: jax.Array) -> None:
+        """Write columns of a buffer."""
+        ref = self.scratch[buffer].at[gpu.unseen_zero(self.scratch)]
+        ref[:, columns] = value.astype(ref.dtype)
+
+    def pairs(self) -> jax.Array:
+        """Form S W and dt G W, [j, i], and the sums of their product; return those over i."""
         weights = self.decays.pairs_transposed()
-        scores = gpu.dot(self.b, gpu.transposed(self.c))
-        cross = gpu.dot(self.x, gpu.transposed(self.dy)) * weights
+        b, c = self._operands("b", "c")
+        scores = gpu.dot(b, gpu.transposed(c))
+        x, dy = self._operands("x", "dy")
+        cross = gpu.dot(x, gpu.transposed(dy)) * weights
         pairs = cross * scores
-        self.sums["dt"] = _row_sums(pairs)
+        sums = _row_sums(pairs)
         dt = gpu.down(self.decays.dt, CHUNK)
-        for number, value in ((_PAIRS, dt * pairs), (_SCORES, scores * weights), (_CROSS, dt * cross)):
-            self.squares.put(number, value)
-        plgpu.commit_smem()
-        before = gpu.dot([self.scratch["before"]], self.squares.get(_PAIRS))
-        self.sums["spans"] = _row_sums(_within(before))
+        self._waiting = {_PAIRS: dt * pairs, _SCORES: scores * weights, _CROSS: dt * cross}
+        if squares_of(self.tiles.pieces) > 1:
+            for number in (_PAIRS, _SCORES, _CROSS):
+                self._square(number)
+        before = gpu.dot([self.scratch["before"].at[gpu.unseen_zero(self.scratch)]], self._square(_PAIRS))
+        self._keep("spans", _row_sums(_within(before)))
+        return sums
 
-    def _send(self, name: str, value: jax.Array, buffer: str, target: Any) -> None:
-        """Write a gradient out through a buffer in shared memory."""
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        self.scratch[buffer][...] = value.astype(self.scratch[buffer].dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(self.scratch[buffer], target(self.refs[name]))
-
-    def x_gradient(self, skip: Any, target: Any) -> None:
+    def x_gradient(self, pair_sums: jax.Array | None, skip: Any, target: Any) -> None:
         """dx, and what of dt, the decay and the skip goes with it."""
-        values = self.x[0].shape[1]
-        x = gpu.load(self.x)
-        written = gpu.dot(self.b, self.dh) * gpu.down(self.decays.to_end, values)
-        sums = _row_sums(written * x)
-        self.sums["writes"] = self.decays.dt * sums
-        self.sums["dt"] = sums + self.sums["dt"] if self.outputs else sums
-        dt = gpu.down(self.decays.dt, values)
-        if not self.outputs:
-            self._send("dx", dt * written, "dx", target)
-            return
-        dy = gpu.load(self.dy)
-        self.sums["skip"] = _row_sums(dy * x)
-        written += gpu.dot(self.squares.get(_SCORES), self.dy)
-        self._send("dx", dt * written + skip * dy, "dx", target)
-        gpu.store(gpu.refs_of(self.tiles, self.scratch["read"]), gpu.down(self.decays.from_start, values) * dy)
-        plgpu.commit_smem()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        sums, skips = [], []
+        for columns in gpu.column_parts(self.tiles.backward.values):
+            width = columns.size
+            b, dh = self._operands("b", "dh_operand")
+            written = gpu.dot(b, gpu.columns_of(dh, columns)) * gpu.down(self.decays.to_end, width)
+            (x,) = self._operands("x")
+            x = gpu.load(gpu.columns_of(x, columns))
+            sums.append(_row_sums(written * x))
+            dt = gpu.down(self.decays.dt, width)
+            if not self.outputs:
+                self._fill("dx", columns, dt * written)
+                continue
+            (dy,) = self._operands("dy")
+            dy = gpu.columns_of(dy, columns)
+            written += gpu.dot(self._square(_SCORES), dy)
+            dy = gpu.load(dy)
+            skips.append(_row_sums(dy * x))
+            self._fill("dx", columns, dt * written + skip * dy)
+            (read,) = self._operands("read")
+            gpu.store(gpu.columns_of(read, columns), gpu.down(self.decays.from_start, width) * dy)
+        self._send("dx", target(self.refs["dx"]))
+        total = _total(sums)
+        self._keep("writes", self.decays.dt * total)
+        self._keep("dt", total if pair_sums is None else total + pair_sums)
+        if self.outputs:
+            self._keep("skip", _total(skips))
 
-    def group_gradients(self, target: Any) -> None:
-        """Form and send db and dc."""
-        state = self.tiles.state_dim
-        db = gpu.dot(self.x, gpu.transposed(self.dh)) * gpu.down(self.decays.dt * self.decays.to_end, state)
-        if not self.outputs:
-            self._send("db", db, "group", target)
-            return
-        cross = self.squares.get(_CROSS)
-        db += gpu.dot(cross, self.c)
-        self._send("db", db, "group", target)
-        dc = gpu.dot(self.dy, gpu.transposed(self.h)) * gpu.down(self.decays.from_start, state)
-        self.sums["reads"] = _row_sums(dc * gpu.load(self.c))
-        dc += gpu.dot(gpu.transposed(cross), self.b)
-        self._send("dc", dc, "group", target)
+    def b_gradient(self, target: Any) -> None:
+        """Form and send db."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for columns in gpu.column_parts(self.tiles.state_dim):
+            x, dh = self._operands("x", "dh_operand")
+            db = gpu.dot(x, gpu.transposed(gpu.rows_of(dh, columns)))
+            db *= gpu.down(self.decays.dt * self.decays.to_end, columns.size)
+            if self.outputs:
+                (c,) = self._operands("c")
+                db += gpu.dot(self._square(_CROSS), gpu.columns_of(c, columns))
+            self._fill("group", columns, db)
+        self._send("group", target(self.refs["db"]))
+
+    def c_gradient(self, target: Any) -> None:
+        """Form and send dc, and the sums of what is read of the state."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        sums = []
+        for columns in gpu.column_parts(self.tiles.state_dim):
+            dy, h = self._operands("dy", "h")
+            dc = gpu.dot(dy, gpu.transposed(gpu.rows_of(h, columns)))
+            dc *= gpu.down(self.decays.from_start, columns.size)
+            (c,) = self._operands("c")
+            sums.append(_row_sums(dc * gpu.load(gpu.columns_of(c, columns))))
+            (b,) = self._operands("b")
+            dc += gpu.dot(gpu.transposed(self._square(_CROSS)), gpu.columns_of(b, columns))
+            self._fill("group", columns, dc)
+        self._send("group", target(self.refs["dc"]))
+        self._keep("reads", _total(sums))
 
     def state_gradient(self, step: Any) -> None:
         """Replace dh by the gradient of the state before the chunk; send sum_P h dh exp(s_Q) [N]."""
-        following = []
-        for start in self.tiles.row_starts:
-            rows = pl.ds(start, ROWS)
-            kept = self.decays.whole * plgpu.load(self.scratch["dh"].at[rows], layout=gpu.MATRIX)
-            self.scratch["through"][rows] = _row_sums(kept * gpu.load([ref.at[rows] for ref in self.h]))
-            if self.outputs:
-                read = gpu.refs_of(self.tiles, self.scratch["read"])
-                kept += gpu.dot(gpu.transposed(gpu.columns_of(self.c, start, ROWS)), read)
-            following.append(kept)
-        # After all products of rows have read: where N = 96 they overlap.
-        for start, value in zip(self.tiles.row_starts, following, strict=True):
-            self.scratch["dh"][pl.ds(start, ROWS)] = value
-            gpu.store([ref.at[pl.ds(start, ROWS)] for ref in self.dh], value)
-        for k, name in enumerate(VECTORS):
-            if name in self.sums:
-                self.scratch["vectors"][k] = self.sums[name]
+        starts = self.tiles.row_starts
+        sums: dict[int, list[jax.Array]] = {start: [] for start in starts}
+        for columns in gpu.column_parts(self.tiles.backward.values):
+            following = []
+            for start in starts:
+                rows = pl.ds(start, ROWS)
+                gradient = self.scratch["dh"].at[gpu.unseen_zero(self.scratch)]
+                kept = self.decays.whole * plgpu.load(gradient.at[rows, columns], layout=gpu.MATRIX)
+                (h,) = self._operands("h")
+                sums[start].append(_row_sums(kept * gpu.load(gpu.columns_of(gpu.rows_of(h, rows), columns))))
+                if self.outputs:
+                    c, read = self._operands("c", "read")
+                    kept += gpu.dot(gpu.transposed(gpu.columns_of(c, rows)), gpu.columns_of(read, columns))
+                following.append(kept)
+            # After all products of rows have read: where N = 96 they overlap.
+            for start, value in zip(starts, following, strict=True):
+                rows = pl.ds(start, ROWS)
+                gradient = self.scratch["dh"].at[gpu.unseen_zero(self.scratch)]
+                gradient[rows, columns] = value
+                (dh,) = self._operands("dh_operand")
+                gpu.store(gpu.columns_of(gpu.rows_of(dh, rows), columns), value)
+        for start, found in sums.items():
+            self.scratch["through"][pl.ds(start, ROWS)] = _total(found)
         plgpu.commit_smem()
         place = (self.cell.row, self.cell.head, self.cell.part, step)
         plgpu.copy_smem_to_gmem(self.scratch["vectors"], self.refs["vectors"].at[place])
@@ -179,15 +220,16 @@ def _copies(cell: Cell, refs: dict[str, Any], scratch: dict[str, Any], step: Any
 def _start(tiles: Tiles, cell: Cell, refs: dict[str, Any], scratch: dict[str, Any]) -> None:
     """Fill dh with the gradient of the final state, and `before` with 1 at [k, j] for j < k."""
     barrier = scratch["state_barrier"]
-    plgpu.copy_gmem_to_smem(refs["dfinal"].at[cell.row, cell.head, :, cell.columns], scratch["dh"], barrier)
+    plgpu.copy_gmem_to_smem(refs["dfinal"].at[cell.row, cell.head, :, cell.columns], scratch["dh"].at[0], barrier)
     plgpu.barrier_wait(barrier)
+    scratch["zero"][...] = jnp.zeros(scratch["zero"].shape, jnp.int32)
     for start in tiles.row_starts:
         rows = pl.ds(start, ROWS)
-        value = plgpu.load(scratch["dh"].at[rows], layout=gpu.MATRIX)
+        value = plgpu.load(scratch["dh"].at[0, rows], layout=gpu.MATRIX)
         gpu.store([ref.at[rows] for ref in gpu.refs_of(tiles, scratch["dh_operand"])], value)
     if "before" in scratch:
         row, column = gpu.indices()
-        scratch["before"][...] = jnp.where(column < row, 1.0, 0.0).astype(jnp.bfloat16)
+        scratch["before"][0] = jnp.where(column < row, 1.0, 0.0).astype(jnp.bfloat16)
     plgpu.commit_smem()
 
 
@@ -202,19 +244,20 @@ def _kernel(*args: Any, names: tuple[str, ...], tiles: Tiles, **scratch: Any) ->
 
     def body(step: jax.Array, slot: jax.Array, carry: None) -> None:
         step = tiles.chunks - 1 - step
-        chunk = _Chunk(cell, refs, scratch, slot)
-        if outputs:
-            chunk.pairs()
-        place = (cell.row, gpu.tokens(step), cell.head)
-        chunk.x_gradient(skip, lambda ref: ref.at[(*place, cell.columns)])
-        chunk.group_gradients(lambda ref: ref.at[(cell.part, *place)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        chunk = _Chunk(cell, refs, scratch, slot)
+        pair_sums = chunk.pairs() if outputs else None
+        place = (cell.row, gpu.tokens(step), cell.head)
+        chunk.x_gradient(pair_sums, skip, lambda ref: ref.at[(*place, cell.columns)])
+        chunk.b_gradient(lambda ref: ref.at[(cell.part, *place)])
+        if outputs:
+            chunk.c_gradient(lambda ref: ref.at[(cell.part, *place)])
         chunk.state_gradient(step)
         return carry
 
     copies = functools.partial(_copies, cell, refs, scratch)
     stream(blocks.stages, tiles.chunks, copies, scratch["barrier"], body, None)
-    plgpu.copy_smem_to_gmem(scratch["dh"], refs["dinitial"].at[cell.row, cell.head, :, cell.columns])
+    plgpu.copy_smem_to_gmem(scratch["dh"].at[0], refs["dinitial"].at[cell.row, cell.head, :, cell.columns])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -227,6 +270,7 @@ def _scratch(tiles: Tiles, outputs: bool, io_dtype: Any, part_dtype: Any) -> dic
         "x": operand(CHUNK, values, stages),
         "b": operand(CHUNK, state, stages),
         "h": operand(state, values, stages),
+        "zero": gpu.ZERO,
         "dh": gpu.matrix(state, values, jnp.float32),
         "dh_operand": operand(state, values),
         "dx": gpu.matrix(CHUNK, values, io_dtype),
@@ -243,7 +287,7 @@ def _scratch(tiles: Tiles, outputs: bool, io_dtype: Any, part_dtype: Any) -> dic
             "dy": operand(CHUNK, values, stages),
             "squares": squares,
             "read": operand(CHUNK, values),
-            "before": plgpu.SMEM((CHUNK, CHUNK), jnp.bfloat16, transforms=squares.transforms),
+            "before": plgpu.SMEM((1, CHUNK, CHUNK), jnp.bfloat16, transforms=squares.transforms),
         }
     return scratch
 

@@ -60,18 +60,18 @@ def _load_state(tiles: Tiles, source: Any, scratch: dict[str, Any]) -> tuple[jax
     """Read a float32 state [N, values], 64 rows at a time."""
     parts = []
     for start in tiles.row_starts:
-        plgpu.copy_gmem_to_smem(source(pl.ds(start, ROWS)), scratch["state"], scratch["state_barrier"])
+        plgpu.copy_gmem_to_smem(source(pl.ds(start, ROWS)), scratch["state"].at[0], scratch["state_barrier"])
         plgpu.barrier_wait(scratch["state_barrier"])
-        parts.append(plgpu.load(scratch["state"], layout=gpu.MATRIX))
+        parts.append(plgpu.load(scratch["state"].at[0], layout=gpu.MATRIX))
         plgpu.commit_smem()
     return tuple(parts)
 
 
 def _store_state(tiles: Tiles, state: tuple[jax.Array, ...], target: Any, scratch: dict[str, Any]) -> None:
     for start, part in zip(tiles.row_starts, state, strict=True):
-        scratch["state"][...] = part
+        scratch["state"][0] = part
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(scratch["state"], target(pl.ds(start, ROWS)))
+        plgpu.copy_smem_to_gmem(scratch["state"].at[0], target(pl.ds(start, ROWS)))
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -86,7 +86,7 @@ def _output(scratch: dict[str, Any], decays: Decays, skip: Any, slot: Any, tiles
     y = gpu.dot(c, h) * gpu.down(decays.from_start, values)
     y += gpu.dot(weights, x)
     y += skip * gpu.load(x)
-    scratch["y"][...] = y.astype(scratch["y"].dtype)
+    scratch["y"][0] = y.astype(scratch["y"].dtype)
 
 
 def _kernel(*refs: Any, names: tuple[str, ...], tiles: Tiles, **scratch: Any) -> None:
@@ -113,11 +113,13 @@ def _kernel(*refs: Any, names: tuple[str, ...], tiles: Tiles, **scratch: Any) ->
         if "y" in named:
             _output(scratch, decays, skip, slot, tiles)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(scratch["y"], named["y"].at[cell.row, gpu.tokens(step), cell.head, cell.columns])
+            plgpu.copy_smem_to_gmem(
+                scratch["y"].at[0], named["y"].at[cell.row, gpu.tokens(step), cell.head, cell.columns]
+            )
         x = gpu.refs_of(tiles, scratch["x"], slot)
         following = []
         for start, part in zip(tiles.row_starts, state, strict=True):
-            added = gpu.dot(gpu.transposed(gpu.columns_of(written, start, ROWS)), x)
+            added = gpu.dot(gpu.transposed(gpu.columns_of(written, pl.ds(start, ROWS))), x)
             following.append(decays.whole * part + added)
         return tuple(following)
 

@@ -109,8 +109,22 @@ def operand(tiles: Tiles, blocks: GpuBlocks, rows: int, width: int, copies: int 
 
 
 def matrix(rows: int, width: int, dtype: Any) -> Any:
-    """Shared memory for a matrix that is copied or kept."""
-    return plgpu.SMEM((rows, width), dtype, transforms=_tiled(width, jnp.dtype(dtype).itemsize))
+    """Shared memory for a matrix that is copied or kept, [1, rows, width]."""
+    return plgpu.SMEM((1, rows, width), dtype, transforms=_tiled(width, jnp.dtype(dtype).itemsize))
+
+
+ZERO = plgpu.SMEM((128,), jnp.int32)
+"""Shared memory for `unseen_zero`; as many elements as a warpgroup can store."""
+
+
+def unseen_zero(scratch: dict[str, Any]) -> jax.Array:
+    """Return a zero that the compiler cannot tell from another number, to be added to the index of a buffer.
+
+    Addresses in shared memory and descriptors of operands (two registers each, eight of them a product) do not depend
+    on the chunk. Seeing that, the compiler works all of them out before the loop, or keeps those of one product for a
+    later one, and spills what no longer fits into registers. Behind this zero they are worked out where they are used.
+    """
+    return scratch["zero"][0]
 
 
 def refs_of(tiles: Tiles, ref: Any, slot: Any = 0) -> list[Any]:
@@ -123,9 +137,19 @@ def transposed(refs: Sequence[Any]) -> list[Any]:
     return [ref.transpose((1, 0)) for ref in refs]
 
 
-def columns_of(refs: Sequence[Any], start: int, width: int) -> list[Any]:
+def columns_of(refs: Sequence[Any], columns: Any) -> list[Any]:
     """Cut columns out of every piece."""
-    return [ref.at[:, pl.ds(start, width)] for ref in refs]
+    return [ref.at[:, columns] for ref in refs]
+
+
+def rows_of(refs: Sequence[Any], rows: Any) -> list[Any]:
+    """Cut rows out of every piece."""
+    return [ref.at[rows] for ref in refs]
+
+
+def column_parts(width: int) -> list[Any]:
+    """Cut columns into parts of at most 64."""
+    return [pl.ds(start, min(ROWS, width - start)) for start in range(0, width, ROWS)]
 
 
 def dot(left: Sequence[Any], right: Sequence[Any]) -> jax.Array:
