@@ -158,6 +158,7 @@ def main() -> None:
             result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
             row = json.loads(result.stdout.splitlines()[-1])
             if row is not None:
+                RESULTS.parent.mkdir(exist_ok=True)
                 with RESULTS.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(row) + "\n")
                 break
