@@ -135,7 +135,7 @@ def smem_bytes_forward(blocks: GpuBlocks, state_dim: int, pieces: int, outputs: 
     """Bytes of shared memory of the forward kernel; `pieces` as in `pallas_gpu_tiles.py`."""
     values, operand = blocks.values, 2 * pieces
     stage = GPU_CHUNK * operand * (values + (2 if outputs else 1) * state_dim) + 3 * 4 * GPU_CHUNK
-    scratch = operand * state_dim * (GPU_CHUNK + values) + 4 * GPU_CHUNK * values
+    scratch = operand * state_dim * (GPU_CHUNK + values) + 4 * (GPU_CHUNK * values + 128)
     if outputs:
         scratch += operand * GPU_CHUNK**2 + (2 if pieces == 1 else 4) * GPU_CHUNK * values
     return blocks.stages * stage + scratch

@@ -64,16 +64,12 @@ class _Chunk:
         self.decays = Decays(scratch["rows"].at[slot])
         self._waiting: dict[int, jax.Array] = {}
 
-    def _operands(self, *names: str) -> list[list[Any]]:
-        """Pieces of operands, at addresses worked out here (`gpu.unseen_zero`)."""
-        zero = gpu.unseen_zero(self.scratch)
-        slots = {name: self.slot if name in _STREAMED else 0 for name in names}
-        return [gpu.refs_of(self.tiles, self.scratch[name], slots[name] + zero) for name in names]
+    def _operand(self, name: str) -> list[Any]:
+        return gpu.refs_here(self.tiles, self.scratch, name, self.slot if name in _STREAMED else 0)
 
     def _square(self, number: int) -> list[Any]:
         """Pieces of an operand [Q, Q]; float32 has room for one, where one that had to wait replaces the one before."""
-        zero = gpu.unseen_zero(self.scratch)
-        square = gpu.refs_of(self.tiles, self.scratch["squares"], number % squares_of(self.tiles.pieces) + zero)
+        square = gpu.refs_here(self.tiles, self.scratch, "squares", number % squares_of(self.tiles.pieces))
         if number in self._waiting:
             gpu.store(square, self._waiting.pop(number))
             plgpu.commit_smem()
@@ -96,10 +92,8 @@ class _Chunk:
     def pairs(self) -> jax.Array:
         """Form S W and dt G W, [j, i], and the sums of their product; return those over i."""
         weights = self.decays.pairs_transposed()
-        b, c = self._operands("b", "c")
-        scores = gpu.dot(b, gpu.transposed(c))
-        x, dy = self._operands("x", "dy")
-        cross = gpu.dot(x, gpu.transposed(dy)) * weights
+        scores = gpu.dot(self._operand("b"), gpu.transposed(self._operand("c")))
+        cross = gpu.dot(self._operand("x"), gpu.transposed(self._operand("dy"))) * weights
         pairs = cross * scores
         sums = _row_sums(pairs)
         dt = gpu.down(self.decays.dt, CHUNK)
@@ -117,23 +111,20 @@ class _Chunk:
         sums, skips = [], []
         for columns in gpu.column_parts(self.tiles.backward.values):
             width = columns.size
-            b, dh = self._operands("b", "dh_operand")
-            written = gpu.dot(b, gpu.columns_of(dh, columns)) * gpu.down(self.decays.to_end, width)
-            (x,) = self._operands("x")
-            x = gpu.load(gpu.columns_of(x, columns))
+            written = gpu.dot(self._operand("b"), gpu.columns_of(self._operand("dh_operand"), columns))
+            written *= gpu.down(self.decays.to_end, width)
+            x = gpu.load(gpu.columns_of(self._operand("x"), columns))
             sums.append(_row_sums(written * x))
             dt = gpu.down(self.decays.dt, width)
             if not self.outputs:
                 self._fill("dx", columns, dt * written)
                 continue
-            (dy,) = self._operands("dy")
-            dy = gpu.columns_of(dy, columns)
-            written += gpu.dot(self._square(_SCORES), dy)
-            dy = gpu.load(dy)
+            arriving = gpu.columns_of(self._operand("dy"), columns)
+            written += gpu.dot(self._square(_SCORES), arriving)
+            dy = gpu.load(arriving)
             skips.append(_row_sums(dy * x))
             self._fill("dx", columns, dt * written + skip * dy)
-            (read,) = self._operands("read")
-            gpu.store(gpu.columns_of(read, columns), gpu.down(self.decays.from_start, width) * dy)
+            gpu.store(gpu.columns_of(self._operand("read"), columns), gpu.down(self.decays.from_start, width) * dy)
         self._send("dx", target(self.refs["dx"]))
         total = _total(sums)
         self._keep("writes", self.decays.dt * total)
@@ -145,12 +136,10 @@ class _Chunk:
         """Form and send db."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for columns in gpu.column_parts(self.tiles.state_dim):
-            x, dh = self._operands("x", "dh_operand")
-            db = gpu.dot(x, gpu.transposed(gpu.rows_of(dh, columns)))
+            db = gpu.dot(self._operand("x"), gpu.transposed(gpu.rows_of(self._operand("dh_operand"), columns)))
             db *= gpu.down(self.decays.dt * self.decays.to_end, columns.size)
             if self.outputs:
-                (c,) = self._operands("c")
-                db += gpu.dot(self._square(_CROSS), gpu.columns_of(c, columns))
+                db += gpu.dot(self._square(_CROSS), gpu.columns_of(self._operand("c"), columns))
             self._fill("group", columns, db)
         self._send("group", target(self.refs["db"]))
 
@@ -159,13 +148,10 @@ class _Chunk:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         sums = []
         for columns in gpu.column_parts(self.tiles.state_dim):
-            dy, h = self._operands("dy", "h")
-            dc = gpu.dot(dy, gpu.transposed(gpu.rows_of(h, columns)))
+            dc = gpu.dot(self._operand("dy"), gpu.transposed(gpu.rows_of(self._operand("h"), columns)))
             dc *= gpu.down(self.decays.from_start, columns.size)
-            (c,) = self._operands("c")
-            sums.append(_row_sums(dc * gpu.load(gpu.columns_of(c, columns))))
-            (b,) = self._operands("b")
-            dc += gpu.dot(gpu.transposed(self._square(_CROSS)), gpu.columns_of(b, columns))
+            sums.append(_row_sums(dc * gpu.load(gpu.columns_of(self._operand("c"), columns))))
+            dc += gpu.dot(gpu.transposed(self._square(_CROSS)), gpu.columns_of(self._operand("b"), columns))
             self._fill("group", columns, dc)
         self._send("group", target(self.refs["dc"]))
         self._keep("reads", _total(sums))
@@ -180,19 +166,19 @@ class _Chunk:
                 rows = pl.ds(start, ROWS)
                 gradient = self.scratch["dh"].at[gpu.unseen_zero(self.scratch)]
                 kept = self.decays.whole * plgpu.load(gradient.at[rows, columns], layout=gpu.MATRIX)
-                (h,) = self._operands("h")
-                sums[start].append(_row_sums(kept * gpu.load(gpu.columns_of(gpu.rows_of(h, rows), columns))))
+                h = gpu.columns_of(gpu.rows_of(self._operand("h"), rows), columns)
+                sums[start].append(_row_sums(kept * gpu.load(h)))
                 if self.outputs:
-                    c, read = self._operands("c", "read")
-                    kept += gpu.dot(gpu.transposed(gpu.columns_of(c, rows)), gpu.columns_of(read, columns))
+                    c = gpu.transposed(gpu.columns_of(self._operand("c"), rows))
+                    kept += gpu.dot(c, gpu.columns_of(self._operand("read"), columns))
                 following.append(kept)
             # After all products of rows have read: where N = 96 they overlap.
             for start, value in zip(starts, following, strict=True):
                 rows = pl.ds(start, ROWS)
                 gradient = self.scratch["dh"].at[gpu.unseen_zero(self.scratch)]
                 gradient[rows, columns] = value
-                (dh,) = self._operands("dh_operand")
-                gpu.store(gpu.columns_of(gpu.rows_of(dh, rows), columns), value)
+                dh = gpu.columns_of(gpu.rows_of(self._operand("dh_operand"), rows), columns)
+                gpu.store(dh, value)
         for start, found in sums.items():
             self.scratch["through"][pl.ds(start, ROWS)] = _total(found)
         plgpu.commit_smem()

@@ -10,6 +10,7 @@ c, is also what is kept for the backward pass.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -56,37 +57,48 @@ def stream(stages: int, chunks: int, copies: Any, barrier: Any, body: Any, carry
     return jax.lax.fori_loop(0, chunks, run, carry)
 
 
+def _parts(tiles: Tiles) -> list[tuple[Any, Any]]:
+    """Rows and columns of the parts in which a state is kept in registers, 64 rows of at most 64 columns each."""
+    columns = gpu.column_parts(tiles.forward.values)
+    return list(itertools.product((pl.ds(start, ROWS) for start in tiles.row_starts), columns))
+
+
 def _load_state(tiles: Tiles, source: Any, scratch: dict[str, Any]) -> tuple[jax.Array, ...]:
     """Read a float32 state [N, values], 64 rows at a time."""
     parts = []
     for start in tiles.row_starts:
-        plgpu.copy_gmem_to_smem(source(pl.ds(start, ROWS)), scratch["state"].at[0], scratch["state_barrier"])
+        buffer = scratch["state"].at[0]
+        plgpu.copy_gmem_to_smem(source(pl.ds(start, ROWS)), buffer, scratch["state_barrier"])
         plgpu.barrier_wait(scratch["state_barrier"])
-        parts.append(plgpu.load(scratch["state"].at[0], layout=gpu.MATRIX))
+        columns = gpu.column_parts(tiles.forward.values)
+        parts += [plgpu.load(buffer.at[:, part], layout=gpu.MATRIX) for part in columns]
         plgpu.commit_smem()
     return tuple(parts)
 
 
 def _store_state(tiles: Tiles, state: tuple[jax.Array, ...], target: Any, scratch: dict[str, Any]) -> None:
-    for start, part in zip(tiles.row_starts, state, strict=True):
-        scratch["state"][0] = part
+    parts = iter(state)
+    for start in tiles.row_starts:
+        buffer = scratch["state"].at[0]
+        for columns in gpu.column_parts(tiles.forward.values):
+            buffer[:, columns] = next(parts)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(scratch["state"].at[0], target(pl.ds(start, ROWS)))
+        plgpu.copy_smem_to_gmem(buffer, target(pl.ds(start, ROWS)))
         plgpu.wait_smem_to_gmem(0)
 
 
 def _output(scratch: dict[str, Any], decays: Decays, skip: Any, slot: Any, tiles: Tiles) -> None:
     """Leave y of a chunk in shared memory. The state before the chunk is in `h`."""
-    x, b, c = (gpu.refs_of(tiles, scratch[name], slot) for name in ("x", "b", "c"))
-    h, weights = gpu.refs_of(tiles, scratch["h"]), gpu.refs_of(tiles, scratch["weights"])
-    values = x[0].shape[1]
-    scores = gpu.dot(c, gpu.transposed(b)) * decays.pairs() * decays.dt_along()
-    gpu.store(weights, scores)
+    here = functools.partial(gpu.refs_here, tiles, scratch)
+    scores = gpu.dot(here("c", slot), gpu.transposed(here("b", slot))) * decays.pairs() * decays.dt_along()
+    gpu.store(here("weights"), scores)
     plgpu.commit_smem()
-    y = gpu.dot(c, h) * gpu.down(decays.from_start, values)
-    y += gpu.dot(weights, x)
-    y += skip * gpu.load(x)
-    scratch["y"][0] = y.astype(scratch["y"].dtype)
+    for columns in gpu.column_parts(tiles.forward.values):
+        y = gpu.dot(here("c", slot), gpu.columns_of(here("h"), columns)) * gpu.down(decays.from_start, columns.size)
+        x = gpu.columns_of(here("x", slot), columns)
+        y += gpu.dot(here("weights"), x)
+        y += skip * gpu.load(x)
+        scratch["y"][0, :, columns] = y.astype(scratch["y"].dtype)
 
 
 def _kernel(*refs: Any, names: tuple[str, ...], tiles: Tiles, **scratch: Any) -> None:
@@ -94,35 +106,35 @@ def _kernel(*refs: Any, names: tuple[str, ...], tiles: Tiles, **scratch: Any) ->
     named = dict(zip(names, refs, strict=True))
     blocks = tiles.forward
     cell = tiles.cell(blocks)
-    h, written = gpu.refs_of(tiles, scratch["h"]), gpu.refs_of(tiles, scratch["written"])
+    here = functools.partial(gpu.refs_here, tiles, scratch)
     skip = named["skip"][cell.head] if "y" in named else None
 
     def chunk(step: jax.Array, slot: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         decays = Decays(scratch["rows"].at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if "y" in named or "kept" in named:
-            for start, part in zip(tiles.row_starts, state, strict=True):
-                gpu.store([ref.at[pl.ds(start, ROWS)] for ref in h], part)
-        b = gpu.refs_of(tiles, scratch["b"], slot)
-        scale = gpu.down(decays.dt * decays.to_end, tiles.state_dim)
-        gpu.store(written, gpu.load(b) * scale)
+            for (rows, columns), part in zip(_parts(tiles), state, strict=True):
+                gpu.store(gpu.columns_of(gpu.rows_of(here("h"), rows), columns), part)
+        for columns in gpu.column_parts(tiles.state_dim):
+            scale = gpu.down(decays.dt * decays.to_end, columns.size)
+            b = gpu.load(gpu.columns_of(here("b", slot), columns))
+            gpu.store(gpu.columns_of(here("written"), columns), b * scale)
         plgpu.commit_smem()
         if "kept" in named:
-            for piece, ref in enumerate(h):
+            for piece, ref in enumerate(gpu.refs_of(tiles, scratch["h"])):
                 plgpu.copy_smem_to_gmem(ref, named["kept"].at[cell.piece_row(piece), cell.head, step, :, cell.columns])
         if "y" in named:
             _output(scratch, decays, skip, slot, tiles)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                scratch["y"].at[0], named["y"].at[cell.row, gpu.tokens(step), cell.head, cell.columns]
-            )
-        x = gpu.refs_of(tiles, scratch["x"], slot)
+            place = (cell.row, gpu.tokens(step), cell.head, cell.columns)
+            plgpu.copy_smem_to_gmem(scratch["y"].at[0], named["y"].at[place])
         following = []
-        for start, part in zip(tiles.row_starts, state, strict=True):
-            added = gpu.dot(gpu.transposed(gpu.columns_of(written, pl.ds(start, ROWS))), x)
-            following.append(decays.whole * part + added)
+        for (rows, columns), part in zip(_parts(tiles), state, strict=True):
+            written = gpu.transposed(gpu.columns_of(here("written"), rows))
+            following.append(decays.whole * part + gpu.dot(written, gpu.columns_of(here("x", slot), columns)))
         return tuple(following)
 
+    scratch["zero"][...] = jnp.zeros(scratch["zero"].shape, jnp.int32)
     place = lambda ref: lambda rows: ref.at[cell.row, cell.head, rows, cell.columns]
     state = _load_state(tiles, place(named["initial"]), scratch)
     copies = functools.partial(_copies, cell, named, scratch)
@@ -141,6 +153,7 @@ def _scratch(tiles: Tiles, outputs: bool, io_dtype: Any) -> dict[str, Any]:
         "b": operand(CHUNK, tiles.state_dim, blocks.stages),
         "written": operand(CHUNK, tiles.state_dim),
         "h": operand(tiles.state_dim, blocks.values),
+        "zero": gpu.ZERO,
         "state": gpu.matrix(ROWS, blocks.values, jnp.float32),
         "barrier": plgpu.Barrier(num_arrivals=arrivals, num_barriers=blocks.stages),
         "state_barrier": plgpu.Barrier(),

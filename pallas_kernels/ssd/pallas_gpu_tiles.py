@@ -132,6 +132,11 @@ def refs_of(tiles: Tiles, ref: Any, slot: Any = 0) -> list[Any]:
     return [ref.at[slot * tiles.pieces + piece] for piece in range(tiles.pieces)]
 
 
+def refs_here(tiles: Tiles, scratch: dict[str, Any], name: str, slot: Any = 0) -> list[Any]:
+    """`refs_of` an operand, its addresses worked out here (`unseen_zero`)."""
+    return refs_of(tiles, scratch[name], slot + unseen_zero(scratch))
+
+
 def transposed(refs: Sequence[Any]) -> list[Any]:
     """Transpose every piece."""
     return [ref.transpose((1, 0)) for ref in refs]
