@@ -1,13 +1,15 @@
 """What the split at the TransPoint costs: mixers, their parts and compilation, in one process.
 
-    python -m benchmarks.layer [--seq-len 8192] [--rounds 7]
+    python -m benchmarks.layer [--seq-len 8192] [--rounds 7] [--only cost|compilation]
 
 Prints ratios, forward and forward + backward, float32, batch 1:
   1. the mixer at P = 0 (P = T) over a mixer that has only the SSM (attention) branch;
   2. the mixer at P = T/2 over the sum of its parts, each timed alone: projections of T tokens, attention over P,
      converter over P, SSM over T - P, output projection of T;
   3. the mixer averaged over the TransPoints of schedule V9 over the mixer at P = T;
-  4. compilation of the gradient of a 16-layer model over that of an 8-layer one.
+  4. compilation of the gradient of a 16-layer model over that of an 8-layer one, in seconds of CPU time (other work on
+     the machine does not count): under V9, of which 8 layers are one period and need no loop over periods, and under
+     four TransPoints, of which they are two.
 """
 
 import argparse
@@ -78,25 +80,18 @@ def parts(params: Any, x: jax.Array, point: int) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def compile_seconds(num_layers: int, seq_len: int) -> float:
-    """Wall time to compile the gradient of a model under V9."""
-    model = tm.TransMamba(ModelConfig(num_layers=num_layers, transpoints=schedule.v9(seq_len), dtype="float32"))
+def compile_seconds(num_layers: int, seq_len: int, points: schedule.Schedule) -> float:
+    """CPU time to trace, lower and compile the gradient of a model."""
+    model = tm.TransMamba(ModelConfig(num_layers=num_layers, transpoints=points, dtype="float32"))
     tokens = jnp.zeros((1, seq_len), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    lowered = jax.jit(jax.grad(lambda params: jnp.mean(model.apply(params, tokens)))).lower(params)
-    start = time.perf_counter()
-    lowered.compile()
-    return time.perf_counter() - start
+    start = time.process_time()
+    jax.jit(jax.grad(lambda params: jnp.mean(model.apply(params, tokens)))).lower(params).compile()
+    return time.process_time() - start
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seq-len", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    length = options.seq_len
-    print(timing.heading("jax", "flax"))
+def cost(length: int, rounds: int) -> None:
+    """Print what a mixer costs at every TransPoint, beside its branches and its parts."""
     print(f"float32, batch 1, T {length}, d_model {CONFIG.d_model}, H {CONFIG.num_heads}, head dim and state 64\n")
     x = jax.random.normal(jax.random.key(0), (1, length, CONFIG.d_model))
     params = jax.jit(lambda: Mixer(CONFIG).init(jax.random.key(1), x[:, :1], 0))()["params"]
@@ -109,7 +104,7 @@ def main() -> None:
         contenders["ssm only"] = contender(only(ssm_only), backward, params, x)
         contenders["attention only"] = contender(only(attention_only), backward, params, x)
         pieces = {name: contender(call[0], backward, *call[1:]) for name, call in parts(params, x, length // 2).items()}
-        times = timing.round_robin({**contenders, **pieces}, rounds=options.rounds)
+        times = timing.round_robin({**contenders, **pieces}, rounds=rounds)
         whole = times[f"P={length}"].minimum
         total = sum(times[name].minimum for name in pieces)
         print(f"  P = 0 / SSM only          {times['P=0'].ratio(times['ssm only']):.3f}")
@@ -119,8 +114,25 @@ def main() -> None:
         mean = sum(times[f"P={point}"].minimum for point in v9) / len(v9)
         print(f"  mean over V9 / P = T      {mean / whole:.3f}")
         print("    ms:", ", ".join(f"{name} {1e3 * times[name].minimum:.0f}" for name in contenders))
-    ratios = sorted(compile_seconds(16, 256) / compile_seconds(8, 256) for _ in range(3))
-    print(f"compilation, 16 layers / 8 layers: {ratios[1]:.2f} (of three: {', '.join(f'{r:.2f}' for r in ratios)})")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seq-len", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=("cost", "compilation"))
+    options = parser.parse_args()
+    print(timing.heading("jax", "flax"))
+    if options.only != "compilation":
+        cost(options.seq_len, options.rounds)
+    if options.only != "cost":
+        compile_seconds(1, 16, (16,))  # what a process does once
+        length = 256
+        for name, points in (("V9", schedule.v9(length)), ("four", schedule.log_spaced(length, period=4))):
+            shallow, deep = (compile_seconds(num_layers, length, points) for num_layers in (8, 16))
+            ratio = f"{deep / shallow:.2f} ({deep:.1f} / {shallow:.1f} s of CPU time)"
+            print(f"compilation, 16 layers / 8 layers, {name}: {ratio}", flush=True)
 
 
 if __name__ == "__main__":
