@@ -192,6 +192,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
         edit_tensors(lambda found: found.update({"backbone.norm_f.weight": np.ones(12, np.int32)})),
         "must hold F32, BF16, F16, found I32",
     ),
+    "no config": ("tied", lambda at: (at / "config.json").unlink(), "must hold config.json, found model.safetensors"),
     "pickle": ("tied", pickles_only, r"must hold model.safetensors .*other formats are not read.*pytorch_model.bin"),
     "no safetensors": ("tied", lambda at: (at / "model.safetensors").write_bytes(b"PK"), "cannot be read as safe"),
     "no file": ("limited", lambda at: (at / "model-00002-of-00003.safetensors").unlink(), "00002.*cannot be read"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -146,13 +147,29 @@ def test_programs_compute_in_the_models_dtype() -> None:
 def test_what_does_not_fit_is_refused(folder: Path, params: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(ValueError, match=r"already holds model\.safetensors; name a new folder"):
         export.save(folder, Config(model=CONFIG), params, None)
-    with pytest.raises(ValueError, match="cannot read the config"):
-        export.load(tmp_path)
+    for missing, found in ((tmp_path / "nowhere", "no such folder"), (folder.parent, "checkpoints, exported")):
+        with pytest.raises(ValueError, match=f"{missing} must hold config.yaml and model.safetensors.*found {found}"):
+            export.load(missing)
     export.save(tmp_path / "other", Config(model=dataclasses.replace(CONFIG, tie_embeddings=True)), params, None)
     with pytest.raises(ValueError, match=r"needed and not there: none\n  there and not known: lm_head \[16, 256\]"):
         export.load(tmp_path / "other")
     with pytest.raises(ValueError, match="name must be one of forward, prepare, decode, found 'train'"):
         export.load_program(folder, "train")
+    with pytest.raises(ValueError, match=r"must hold forward.jax, found config.yaml, model.safetensors"):
+        export.load_program(tmp_path / "other", "forward")
+    (tmp_path / "other" / "forward.jax").write_bytes((folder / "forward.jax").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"forward\.jax is damaged"):
+        export.load_program(tmp_path / "other", "forward")
+    (tmp_path / "other" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"must hold model.safetensors or .*found config.yaml, forward.jax"):
+        export.load(tmp_path / "other")
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    for text in (b'{"version": ', b"\xff"):
+        (broken / export.TOKENIZER).write_bytes(text)
+        with pytest.raises(ValueError, match=r"broken/tokenizer.json cannot be read"):
+            export.load(broken)
+    with pytest.raises(ValueError, match=r"cannot make the folder .*config.yaml: File exists"):
+        export.save(broken / export.CONFIG, Config(model=CONFIG), params, None)
     assert export.main(["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "no complete checkpoint in" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"platforms must be some of cpu, cuda, tpu and rocm, found \['gpu'\]"):

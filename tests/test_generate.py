@@ -2,6 +2,9 @@
 
 import dataclasses
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -254,6 +257,9 @@ def test_session_goes_on_and_forgets(
     ("arguments", "message"),
     [
         (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "a", "--stop", ""], "--stop is empty; it needs at least one token"),
+        (["--prompt", "\udcff"], "the prompt must be text in UTF-8, found another byte at character 0"),
+        (["--prompt", "-"], "standard input must be text in UTF-8: "),
         (["--prompt", "a", "--top-p", "2"], r"top_p must be in (0, 1], found 2.0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be >= 1, found 0"),
         (["--prompt", "a", "--schedule", "v0"], "unknown schedule 'v0'"),
@@ -265,8 +271,21 @@ def test_session_goes_on_and_forgets(
 def test_command_reports_what_is_wrong(
     saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
     assert command.main(["--checkpoint", str(saved), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_command_ends_quietly_when_nobody_reads_on(saved: Path) -> None:
+    arguments = ["--checkpoint", str(saved), "--prompt", "def f", "--max-new-tokens", "2"]
+    program = [sys.executable, "-m", "transmamba_jax.generate", *arguments]
+    reading, writing = os.pipe()
+    os.close(reading)
+    root = Path(__file__).parents[1]
+    result = subprocess.run(program, cwd=root, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "BrokenPipe" not in result.stderr

@@ -133,6 +133,29 @@ def test_model_arguments_are_checked():
 
 
 @pytest.mark.usefixtures("offline")
+def test_the_command_says_in_a_line_what_is_refused(monkeypatch, capsys, tmp_path):
+    from transmamba_jax import lm_eval_adapter
+
+    def answer(arguments: str) -> int:
+        monkeypatch.setattr(lm_eval_adapter, "cli_evaluate", lambda: create(arguments))
+        return lm_eval_adapter.main()
+
+    create = lm_eval_adapter.TransMambaLM.create_from_arg_string
+    for arguments, message in {
+        f"checkpoint={tmp_path}": f"no complete checkpoint in {tmp_path}",
+        "chekpoint=a": "needs checkpoint=DIR",
+    }.items():
+        assert answer(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    # What is wrong in the harness keeps its traceback.
+    monkeypatch.setattr(lm_eval_adapter, "cli_evaluate", lambda: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        lm_eval_adapter.main()
+
+
+@pytest.mark.usefixtures("offline")
 def test_each_way_of_generating_gets_its_requests_and_its_options(monkeypatch):
     from lm_eval.api.instance import Instance
 

@@ -120,6 +120,17 @@ def test_command(run, capsys):
     assert "cannot read the metrics" in capsys.readouterr().err
 
 
+def test_what_is_no_work_directory_is_refused(run, capsys):
+    (run / "empty").mkdir()
+    places = {"nowhere": "no such folder", "empty": "nothing", "config.yaml": "a file"}
+    for folder, found in ((run / name, found) for name, found in places.items()):
+        assert report.main([str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert f"{folder} must be the work directory of a run, which holds config.yaml" in error
+        assert f"found {found}" in error
+        assert error.count("\n") == 1
+
+
 def drawn(points: tuple[int, ...], seq_len: int) -> tuple[Any, Any]:
     figure, axes = report._figure(5.5)
     axes.set_xscale("log", base=2)

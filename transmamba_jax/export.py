@@ -14,6 +14,7 @@ room s are whatever a call has. The schedule is the config's. Needs no orbax.
 import argparse
 import dataclasses
 import os
+import struct
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,15 +71,27 @@ def load(folder: str | Path) -> Loaded:
         ValueError: a file is missing or is not what `save` writes, or the parameters do not fit the config.
     """
     folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} must hold {CONFIG} and {tensor_files.FILE}, as python -m transmamba_jax.export writes them from "
+            f"a checkpoint, found {tensor_files.inside(folder)}"
+        )
     config = config_file.read_config_file(folder / CONFIG)
     with tensor_files.open_folder(folder) as tensors:
         leaves = {name: jnp.asarray(tensors.rows(name, 0, tensors.shape(name)[0])) for name in tensors.names()}
     asked = {path: list(leaf.shape) for path, leaf in tensor_files.flatten(abstract_params(config.model)).items()}
     found = {path: list(leaf.shape) for path, leaf in leaves.items()}
     tensor_files.raise_differences(f"the tensors in {folder} do not fit its {CONFIG}", asked, found)
-    file = folder / TOKENIZER
-    tokenizer = data.tokenizer_from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return Loaded(config, tensor_files.nest(leaves), tokenizer)
+    return Loaded(config, tensor_files.nest(leaves), _read_tokenizer(folder / TOKENIZER))
+
+
+def _read_tokenizer(file: Path) -> data.Tokenizer | None:
+    if not file.is_file():
+        return None
+    try:
+        return data.tokenizer_from_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
 
 
 def save_programs(
@@ -98,10 +111,20 @@ def save_programs(
 
 
 def load_program(folder: str | Path, name: str) -> jax_export.Exported:
-    """Read a program; `load_program(folder, "forward").call(params, tokens)` runs it."""
+    """Read a program; `load_program(folder, "forward").call(params, tokens)` runs it.
+
+    Raises:
+        ValueError: there is no such program, or the file is damaged.
+    """
     if name not in PROGRAMS:
         raise ValueError(f"name must be one of {', '.join(PROGRAMS)}, found {name!r}")
-    return jax_export.deserialize(bytearray((Path(folder) / f"{name}.jax").read_bytes()))
+    file = Path(folder) / f"{name}.jax"
+    if not file.is_file():
+        raise ValueError(f"{folder} must hold {file.name}, found {tensor_files.inside(Path(folder))}")
+    try:
+        return jax_export.deserialize(bytearray(file.read_bytes()))
+    except struct.error as error:  # of a file that ends too early
+        raise ValueError(f"{file} is damaged: {error}") from None
 
 
 def programs(

@@ -6,8 +6,9 @@
 is the harness's own command line with this model added. In Python, give `lm_eval.simple_evaluate` a `TransMambaLM`.
 """
 
+import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lm_eval.__main__ import cli_evaluate
@@ -26,6 +27,19 @@ _CHOICES = ("top_k", "top_p", "min_p", "repetition_penalty")
 _KNOWN = {"do_sample", "temperature", "until", "max_gen_toks", *_CHOICES}
 
 _Options = tuple[list[str], int, Sampling]
+
+
+class RefusedError(ValueError):
+    """What the command line or a task asks for cannot be had; the message is for who asked."""
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Tell what this package refuses from what goes wrong inside the harness."""
+    try:
+        yield
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
 
 
 @register_model("transmamba")
@@ -60,9 +74,14 @@ class TransMambaLM(TemplateLM):
             additional_config: batch_size; the harness's device is PyTorch's and means nothing here, JAX has its own.
 
         Raises:
-            ValueError: an argument is unknown, or `scoring.load` refuses it.
+            RefusedError: an argument is unknown, or `scoring.load` refuses it.
         """
-        given = {**(additional_config or {}), "device": None, **arg_dict}
+        with _refusals():
+            return cls._create(arg_dict, additional_config or {})
+
+    @classmethod
+    def _create(cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any]) -> "TransMambaLM":
+        given = {**additional_config, "device": None, **arg_dict}
         options = {name: value for name, value in given.items() if value is not None}
         if "checkpoint" not in options or not set(options) <= {"checkpoint", "schedule", *_NUMBERS}:
             raise ValueError(
@@ -106,9 +125,13 @@ class TransMambaLM(TemplateLM):
         """Continue each text as its task says.
 
         Raises:
-            ValueError: a task asks for what this model has not.
+            RefusedError: a task asks for what this model has not.
         """
         del disable_tqdm
+        with _refusals():
+            return self._generate_until(requests)
+
+    def _generate_until(self, requests: Sequence[Instance]) -> list[str]:
         groups: dict[str, tuple[_Options, list[int]]] = {}
         for index, request in enumerate(requests):
             options = _options(request.args[1], self.max_gen_toks)
@@ -137,5 +160,15 @@ def _options(generation: Mapping[str, Any], max_gen_toks: int) -> _Options:
     )
 
 
+def main() -> int:
+    """Run the harness's own command line; returns 2 where this package refuses what is asked for."""
+    try:
+        cli_evaluate()
+    except RefusedError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(cli_evaluate())
+    sys.exit(main())

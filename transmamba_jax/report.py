@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from transmamba_jax import report_page, schedule
+from transmamba_jax import report_page, schedule, tensor_files
 from transmamba_jax.config import Config
 from transmamba_jax.config_file import load_config
 
@@ -37,6 +37,11 @@ def write_report(workdir: Path) -> Path:
         ValueError: config.yaml or metrics.jsonl is missing or not what a run writes.
     """
     workdir = Path(workdir)
+    if not (workdir / "config.yaml").is_file():
+        raise ValueError(
+            f"{workdir} must be the work directory of a run, which holds config.yaml and metrics.jsonl, found "
+            f"{tensor_files.inside(workdir)}"
+        )
     config = load_config(workdir / "config.yaml")
     records = read_metrics(workdir / "metrics.jsonl")
     training = [record for record in records if "loss" in record]

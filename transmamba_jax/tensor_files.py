@@ -61,11 +61,11 @@ def open_folder(folder: Path) -> Iterator[Tensors]:
                 raise ValueError(f"{folder / file} cannot be read as safetensors: {error}") from None
         if not places:
             raise ValueError(f"{folder / INDEX} names no tensors in weight_map")
-        inside = {file: set(handle.keys()) for file, handle in opened.items()}
-        astray = [f"{name} in {file}" for name, file in places.items() if name and name not in inside[file]]
+        names = {file: set(handle.keys()) for file, handle in opened.items()}
+        astray = [f"{name} in {file}" for name, file in places.items() if name and name not in names[file]]
         if astray:
             raise ValueError(f"{folder / INDEX} names what is not there: {', '.join(astray)}")
-        yield Tensors({name: opened[file] for file in opened for name in inside[file]})
+        yield Tensors({name: opened[file] for file in opened for name in names[file]})
 
 
 def _places(folder: Path) -> dict[str, str]:
@@ -80,16 +80,24 @@ def _places(folder: Path) -> dict[str, str]:
         return places
     if (folder / FILE).is_file():
         return {"": FILE}
-    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no such folder"
-    raise ValueError(f"{folder} must hold {FILE} or {INDEX} (other formats are not read), found {found}")
+    raise ValueError(f"{folder} must hold {FILE} or {INDEX} (other formats are not read), found {inside(folder)}")
+
+
+def inside(folder: Path) -> str:
+    """Say what is in a folder, for a message."""
+    if not folder.is_dir():
+        return "a file" if folder.exists() else "no such folder"
+    return ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Raises:
-        ValueError: it cannot be read, or is something else.
+        ValueError: it is not there, cannot be read, or is something else.
     """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} must hold {path.name}, found {inside(path.parent)}")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -141,9 +149,12 @@ def claim(folder: Path) -> None:
     """Make a folder to write to.
 
     Raises:
-        ValueError: there are weights in it already; nothing is overwritten.
+        ValueError: it cannot be made, or there are weights in it already; nothing is overwritten.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {folder}: {error.strerror}") from None
     there = [name for name in (FILE, INDEX) if (folder / name).exists()]
     if there:
         raise ValueError(f"{folder} already holds {there[0]}; name a new folder, or delete it")

@@ -4,6 +4,7 @@ python -m transmamba_jax.generate --checkpoint runs/tiny/checkpoints --prompt "d
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,22 +92,25 @@ class Terminal:
         saved = checkpoint.restore(options.checkpoint, options.step, params_only=True)
         self.options, self.key = options, jax.random.key(options.seed)
         self.tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
-        self.stop = [[self.tokenizer.end_of_document], *(self.encode(text) for text in options.stop)]
+        self.stop = [[self.tokenizer.end_of_document], *(self.encode(text, "--stop") for text in options.stop)]
         transpoints = None
         if options.schedule is not None:
             seq_len = saved.config.data.seq_len if options.seq_len is None else options.seq_len
             transpoints = schedule.named(options.schedule, seq_len)
         self.decoder = Decoder(TransMamba(saved.config.model), saved.params, transpoints)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, name: str = "the prompt") -> list[int]:
         """Return the tokens of a text.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, or the text is from bytes that are no UTF-8.
         """
-        tokens = self.tokenizer.encode(text)
+        try:
+            tokens = self.tokenizer.encode(text)
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} must be text in UTF-8, found another byte at character {error.start}") from None
         if not tokens:
-            raise ValueError("the prompt is empty; it needs at least one token")
+            raise ValueError(f"{name} is empty; it needs at least one token")
         return tokens
 
     def show(self, state: DecodeState) -> DecodeState:
@@ -150,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.prompt is None:
             terminal.session()
             return 0
-        text = sys.stdin.read() if options.prompt == "-" else options.prompt
+        text = _standard_input() if options.prompt == "-" else options.prompt
         state = terminal.decoder.prefill([terminal.encode(text)], options.piece)
         print(text, end="", flush=True)
         terminal.show(state)
@@ -160,7 +164,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print()
         return 130
+    except BrokenPipeError:  # who read the text has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        return 1
     return 0
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input must be text in UTF-8: {error}") from None
 
 
 if __name__ == "__main__":
