@@ -230,7 +230,7 @@ class TrainConfig:
     accumulation: int = 1
     """Microbatches of one step; the gradient equals that of the whole batch."""
     loss_chunk: int = 8192
-    """Tokens whose logits exist at one time in the loss."""
+    """Tokens of a device whose logits exist at one time in the loss."""
     log_every: int = 10
     """Steps between training lines in metrics.jsonl."""
     max_bad_steps: int = 10

@@ -21,6 +21,7 @@ from transmamba_jax.mixer import Mixer, fan_in_uniform, over_tokens, residual_un
 from transmamba_jax.shapes import Array, Float, Hidden, Int, Logits, SegmentIds, Tokens, TransPoint, known
 
 HIDDEN = ("rows", "time", None)
+MLP = ("rows", "time", "width")
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -47,7 +48,8 @@ class GatedMLP(nn.Module):
         gate = over_tokens(dense(cfg.mlp_dim, kernel_init=fan_in_uniform, name="gate"), x)
         up = over_tokens(dense(cfg.mlp_dim, kernel_init=fan_in_uniform, name="up"), x)
         down = dense(cfg.d_model, kernel_init=residual_uniform(cfg.num_layers), name="down")
-        return over_tokens(down, nn.silu(gate) * up)
+        # Without it the compiler spreads what is kept for the backward pass over time instead, as the loss has it.
+        return over_tokens(down, sharding.constrain(nn.silu(gate) * up, MLP))
 
 
 class Block(nn.Module):

@@ -25,7 +25,7 @@ from transmamba_jax.cache import Keys, Values, cached_attention
 from transmamba_jax.convolution import causal_conv
 from transmamba_jax.memory_converter import memory_converter
 from transmamba_jax.shapes import Array, Float, HeadScalar, Int, QueryKey, SegmentIds, State, Step, Value
-from transmamba_jax.sharding import parts, per_shard
+from transmamba_jax.sharding import constrain, parts, per_shard
 
 _TOKENS = ("rows", "time")
 _WHOLE = ("rows", None)
@@ -66,7 +66,9 @@ def attend(q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None) -
     """Apply `causal_attention` to whole rows, which are spread over heads."""
     heads, groups = v.shape[2], q.shape[2]
     if parts("spread_heads", heads) > parts("spread_heads", groups):
-        # A group's queries and keys serve several heads; here those live on different devices.
+        # A group's queries and keys serve several heads; here those live on different devices, and all get all groups:
+        # left alone, the compiler spreads what groups there are over some of the devices, on the way back too.
+        q, k = (constrain(array, (*_WHOLE, None, None)) for array in (q, k))
         q, k = (jnp.repeat(array, heads // groups, axis=2) for array in (q, k))
     spread = (*_WHOLE, "spread_heads", None)
     return per_shard(causal_attention, (spread, spread, spread, _WHOLE), spread, q, k, v, segment_ids)

@@ -41,6 +41,7 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "rows": ("data", "fsdp"),
     "time": ("context",),
     "heads": ("tensor",),
+    "width": ("tensor",),
     # Attention needs whole rows, so what splits time elsewhere splits heads there. The loss needs whole vocabularies.
     "spread_heads": ("context", "tensor"),
     "spread_time": ("context", "tensor"),

@@ -86,6 +86,9 @@ def test_a_program_counts_its_loops_as_often_as_they_run() -> None:
 %walk (p: (s32[])) -> (s32[]) {
   %scan.7 = (f32[8]{0}) custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":\
 {"body":"TUw","cost_estimate":{"flops":"30","transcendentals":"0","bytes_accessed":"50"}}}
+  %splash_mha_dq_no_residuals.2 = bf16[2,3,8,4]{3,2,1,0} custom-call(%m, %q, %k, %v), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,2]{1,0}, bf16[2,3,8,4]{3,2,1,0}, \
+bf16[2,3,8,4]{3,2,1,0}, bf16[2,3,8,6]{3,2,1,0}}, backend_config={}
 }
 
 ENTRY %main (a: f32[4]) -> f32[4] {
@@ -100,4 +103,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
     program = read_program(hlo)
     assert program.collectives == {"all-gather": (6, 3 * (16 * 4 * 4 + 32 * 2)), "all-reduce": (2, 24)}
     assert program.cycles == 307
-    assert program.kernels == {"scan": (4, 120, 200)}
+    # Causal attention of 2 rows, 3 heads, 8 tokens: 2 FLOPs for half of the pairs.
+    flops, moved = 2 * 3 * 8 * 8 * (2 * 4 + 6), 2 * 2 * 3 * 8 * (4 + 4 + 4 + 6) + 2
+    attention = (4, 4 * flops, 4 * moved)
+    assert program.kernels == {"scan": (4, 120, 200), "splash_mha_dq_no_residuals": attention}

@@ -53,6 +53,10 @@ CHIPS = {
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
+# Products over query and key channels and over value channels that the kernels of jax's splash attention do for every
+# pair of tokens; they carry no estimates.
+_SPLASH = {"splash_mha_fwd": (1, 1), "splash_mha_dkv": (2, 2), "splash_mha_dq": (2, 1)}
+
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
 
 
@@ -288,13 +292,21 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
 
 
 def _kernel(line: str) -> tuple[str, float, float]:
-    """Return name, FLOPs and bytes of a Pallas kernel; without an estimate of its own, the bytes of its results."""
+    """Return name, FLOPs and bytes of a Pallas kernel: its own estimate, or for causal attention ours."""
     name = re.sub(r"\.\d+$", "", re.match(r"\s*(?:ROOT )?%?([\w.\-]+)", line)[1])  # type: ignore[index]
-    given = re.search(r'"cost_estimate":(\{[^{}]*\})', line)
-    if given is None:
-        return name, 0.0, _result_bytes(line.partition("custom-call(")[0], "custom-call")
-    cost = json.loads(given[1])
-    return name, float(cost["flops"]), float(cost["bytes_accessed"])
+    if given := re.search(r'"cost_estimate":(\{[^{}]*\})', line):
+        cost = json.loads(given[1])
+        return name, float(cost["flops"]), float(cost["bytes_accessed"])
+    results, _, rest = line.partition(" custom-call(")
+    operands = rest.partition("operand_layout_constraints=")[2].partition("}}")[0]
+    moved = _result_bytes(results, "custom-call") + _result_bytes(operands, "custom-call")
+    products = next((found for start, found in _SPLASH.items() if name.startswith(start)), None)
+    if products is None:
+        return name, 0.0, moved
+    q, _, v = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", operands)[:3]
+    *pairs, width = map(int, q.split(","))  # rows, heads, tokens
+    value_width = int(v.rpartition(",")[2])
+    return name, float(math.prod(pairs) * pairs[-1] * (products[0] * width + products[1] * value_width)), moved
 
 
 def _result_bytes(shapes: str, operation: str) -> float:

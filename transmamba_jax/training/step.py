@@ -102,11 +102,12 @@ def chunked_cross_entropy(
     weights: Float32[Array, "B T"],
     chunk: int,
 ) -> Float32[Array, ""]:
-    """Sum weighted cross-entropies in nats, with the logits of at most `chunk` tokens at a time.
+    """Sum weighted cross-entropies in nats, with the logits of at most `chunk` tokens of a device at a time.
 
     At least one token of every row is taken, and of every part of it where devices split time: chunks are cut along
-    time within those parts. The backward pass computes a chunk's logits again instead of keeping them. Accumulates in
-    float32.
+    time within those parts. Over a mesh the gradient of the output projection is summed over devices chunk by chunk,
+    so that many small chunks are many large sums. The backward pass computes a chunk's logits again instead of keeping
+    them. Accumulates in float32.
     """
 
     def summed(hidden: Array, targets: Array, weights: Array) -> Array:
@@ -116,7 +117,8 @@ def chunked_cross_entropy(
     rows, time = targets.shape
     shards = sharding.parts("spread_time", time)
     part = time // shards
-    count = math.ceil(part / max(chunk // (rows * shards), 1))
+    held = rows // sharding.parts("rows", rows)
+    count = math.ceil(part / max(chunk // held, 1))
     if count == 1:
         return summed(hidden, targets, weights)
     width = math.ceil(part / count)
