@@ -130,6 +130,21 @@ def test_rematerialisation_saves_memory_and_changes_no_gradient(traced: bool) ->
     assert least <= fewer < most
 
 
+@pytest.mark.parametrize("kernel", ["sequential", "associative"])
+def test_what_is_kept_is_not_computed_again(kernel: str) -> None:
+    """With "dots", the loops of attention and of the SSM run forwards once; with "full" twice."""
+
+    def loops(remat: str) -> int:
+        model = tm.TransMamba(
+            dataclasses.replace(CONFIG, num_layers=2, remat=remat, kernel=kernel, transpoints=(0, SEQ_LEN))
+        )
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens_of())
+        gradient = jax.grad(lambda params: jnp.sum(model.apply(params, tokens_of())))
+        return str(jax.make_jaxpr(gradient)(params)).count("scan[")
+
+    assert loops("none") == loops("dots") < loops("full")
+
+
 def test_parameter_tree_is_the_same_under_every_schedule() -> None:
     shapes = {}
     for name, points in SCHEDULES.items():

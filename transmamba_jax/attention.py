@@ -13,12 +13,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from pallas_kernels import target
 from transmamba_jax.shapes import QueryKey, SegmentIds, Value, known
 
 Implementation = Literal["blockwise", "cudnn", "splash"]
+
+NAME = "attention"
+"""What a forward pass leaves for the backward one has this name, for the policies of `jax.checkpoint` that keep it."""
 
 # Block edge: 512 has the fastest forward on a CPU and ties with 256 for the backward (128 takes 1.4 times as long).
 _BLOCK = 512
@@ -233,7 +237,7 @@ def _attend_forward(
         return None, ((out / total[..., None]).astype(v.dtype), top + jnp.log(total))
 
     _, (out, log_total) = lax.scan(query_block, None, (jnp.arange(count), first, qs, ids_b))
-    out = _join(out)
+    out, log_total = checkpoint_name((_join(out), log_total), NAME)
     return out, (q, k, v, ids, out, log_total)
 
 
@@ -333,7 +337,7 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: floa
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
-    kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
+    kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, residual_checkpoint_name=NAME)
     if segment_ids is None:
         out = jax.vmap(kernel)(q, k, value)
     else:

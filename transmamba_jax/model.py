@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transmamba_jax import schedule, sharding
+from pallas_kernels.ssd import kernel_vjp
+from transmamba_jax import attention, schedule, sharding
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.mixer import Mixer, fan_in_uniform, over_tokens, residual_uniform
@@ -24,7 +25,10 @@ HIDDEN = ("rows", "time", None)
 MLP = ("rows", "time", "width")
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(attention.NAME, kernel_vjp.NAME),
+    ),
     "full": None,
 }
 

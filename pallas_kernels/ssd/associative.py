@@ -15,8 +15,10 @@ for the decays' (see `decay.py`), with everything of size Q x Q recomputed in th
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.ssd import decay
+from pallas_kernels.ssd.kernel_vjp import NAME
 
 
 def _einsum(spec: str, left: jax.Array, right: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -113,8 +115,8 @@ def scan(
     log_decay = _chunk_decays(log_decay, chunk, groups)
     written = _written(x, dt, chunk, groups)
     b, c = _chunk(b, chunk), _chunk(c, chunk)
-    states, final = _states(written, log_decay, b, _split_heads(initial_state, groups))
-    y = _inside(written, log_decay, b, c) + _carried(states, log_decay, c)
+    states, final = checkpoint_name(_states(written, log_decay, b, _split_heads(initial_state, groups)), NAME)
+    y = checkpoint_name(_inside(written, log_decay, b, c) + _carried(states, log_decay, c), NAME)
     y = y.reshape(batch, -1, num_heads, head_dim)[:, :length]
     if d is not None:
         y = y + d[:, None] * x.astype(jnp.float32)

@@ -6,8 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Gradients = dict[str, jax.Array]
+
+
+NAME = "ssd"
+"""What a forward pass leaves for the backward one has this name, for the policies of `jax.checkpoint` that keep it."""
 
 
 def vary_alike(*values: jax.Array) -> tuple[jax.Array, ...]:
@@ -44,7 +49,7 @@ def operators(
         return run(plan, x, dt, log_decay, b, c, d, h, keep=False)[:2]
 
     def whole_forward(plan, x, dt, log_decay, b, c, d, h):
-        y, final, kept = run(plan, x, dt, log_decay, b, c, d, h, keep=True)
+        y, final, kept = checkpoint_name(run(plan, x, dt, log_decay, b, c, d, h, keep=True), NAME)
         return (y, final), (x, dt, log_decay, b, c, d, kept)
 
     def whole_backward(plan, residuals, cotangents):
@@ -58,7 +63,7 @@ def operators(
         return run(plan, x, dt, log_decay, b, None, None, h, keep=False)[1]
 
     def state_forward(plan, x, dt, log_decay, b, h):
-        _, final, kept = run(plan, x, dt, log_decay, b, None, None, h, keep=True)
+        _, final, kept = checkpoint_name(run(plan, x, dt, log_decay, b, None, None, h, keep=True), NAME)
         return final, (x, dt, log_decay, b, kept)
 
     def state_backward(plan, residuals, dfinal):

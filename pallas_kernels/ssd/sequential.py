@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.ssd import decay
+from pallas_kernels.ssd.kernel_vjp import NAME
 
 _CHUNK = 32
 """Tokens of one chunk at most: the fastest of 16, 32, 64 and 128 at every size measured."""
@@ -173,7 +175,7 @@ def _ssd(x, dt, log_decay, b, c, d, h, chunk):
 
 
 def _ssd_fwd(x, dt, log_decay, b, c, d, h, chunk):
-    y, final, states = _forward(x, dt, log_decay, b, c, d, h, chunk, keep=True)
+    y, final, states = checkpoint_name(_forward(x, dt, log_decay, b, c, d, h, chunk, keep=True), NAME)
     return (y, final), (x, dt, log_decay, b, c, d, states)
 
 
