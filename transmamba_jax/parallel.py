@@ -71,7 +71,9 @@ def attend(q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None) -
         q, k = (constrain(array, (*_WHOLE, None, None)) for array in (q, k))
         q, k = (jnp.repeat(array, heads // groups, axis=2) for array in (q, k))
     spread = (*_WHOLE, "spread_heads", None)
-    return per_shard(causal_attention, (spread, spread, spread, _WHOLE), spread, q, k, v, segment_ids)
+    y = per_shard(causal_attention, (spread, spread, spread, _WHOLE), spread, q, k, v, segment_ids)
+    # What follows is over tokens: its statistics over groups would otherwise be cut as the heads are.
+    return constrain(y, (*_TOKENS, "heads", None)) if splits_time(y.shape[1]) else y
 
 
 def attend_cached(q: QueryKey, keys: Keys, values: Values, start: Int[Array, ""]) -> Value:
