@@ -2,7 +2,8 @@
 
 A thread block walks one row and head (or a part of its P columns) with the float32 state in registers; chunks arrive by
 TMA while the tensor cores multiply. `pallas_gpu_forward.py` and `pallas_gpu_backward.py` have the equations,
-`pallas_gpu_tiles.py` how operands lie and how float32 is multiplied, `block_sizes.py` the sizes. The kernels lower for
+`pallas_gpu_tiles.py` how operands lie and how float32 is multiplied, `pallas_gpu_split.py` how few rows and heads fill
+the chip, `block_sizes.py` the sizes. The kernels lower for
 a GPU whatever the default backend is, and run on a CPU under
 `jax.experimental.pallas.mosaic_gpu.force_gpu_interpret_mode()`. Mosaic GPU is imported by the first call.
 """
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import target
-from pallas_kernels.ssd import block_sizes, kernel_vjp
+from pallas_kernels.ssd import block_sizes, kernel_vjp, pallas_gpu_split
 
 if TYPE_CHECKING:
     from pallas_kernels.ssd.pallas_gpu_tiles import Tiles
@@ -168,4 +169,11 @@ def _gradients(
     return gradients | {"log_decay": tokens(dlog_decay), "h": found["dinitial"].swapaxes(2, 3)}
 
 
-scan, final_state = kernel_vjp.operators(tiles_of, _run, _gradients)
+def _parts_of(x: jax.Array, b: jax.Array) -> int:
+    """Return into how many parts of the sequence a call is cut. Errors as for `tiles_of`."""
+    tiles = tiles_of(x, b)
+    blocks = tiles.batch * tiles.num_heads * (tiles.head_dim // tiles.forward.values)
+    return block_sizes.choose_gpu_parts(blocks, tiles.chunks)
+
+
+scan, final_state = pallas_gpu_split.operators(_parts_of, *kernel_vjp.operators(tiles_of, _run, _gradients))

@@ -89,6 +89,16 @@ if SERVED:
         def test_state_alone(self, spec: checks.Spec) -> None:
             super().test_state_alone(spec)
 
+    @pytest.mark.usefixtures("interpreter")
+    @pytest.mark.parametrize("alone", [False, True])
+    def test_parts_of_the_sequence(monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
+        """Few rows and heads are cut into parts that start from the states of those before; the last part is short."""
+        monkeypatch.setattr(block_sizes, "_PART_CHUNKS", 1)
+        assert block_sizes.choose_gpu_parts(blocks=2, chunks=3) == 3
+        spec = checks.Spec(rows=1, length=150, regime="slow", **FIELDS)
+        check = checks.check_state_alone if alone else checks.check_against_oracle
+        check("pallas_gpu", spec)
+
     @pytest.mark.parametrize(("head_dim", "state_dim", "stages"), [(96, 64, 2), (96, 96, 1)])
     def test_nothing_races(monkeypatch: pytest.MonkeyPatch, head_dim: int, state_dim: int, stages: int) -> None:
         """Copies, products, loads and stores are ordered, with slots that are filled again."""
@@ -129,11 +139,11 @@ if SERVED:
 
     def test_gradient_lowers() -> None:
         mesh = AbstractMesh((), (), abstract_device=HOPPER)
-        arguments = _arguments((2, 8192, 16, 96, 96), jnp.bfloat16)
+        arguments = _arguments((8, 8192, 16, 96, 96), jnp.bfloat16)
         assert kernels(jax.grad(_loss), arguments, mesh) == ["ssd_forward", "ssd_backward"]
 
     def test_gradient_lowers_inside_shard_map() -> None:
-        """Rows over one mesh axis, heads over the other; a and d vary over the heads' axis alone."""
+        """Rows over one mesh axis, heads over the other (a and d vary over that alone); every shard cuts its rows."""
         mesh = AbstractMesh((2, 2), ("data", "tensor"), (AxisType.Auto, AxisType.Auto), abstract_device=HOPPER)
         rows = PS("data", None, "tensor")
         specs = {"x": rows, "dt": rows, "a": PS("tensor"), "b": rows, "c": rows, "d": PS("tensor")}
@@ -146,7 +156,8 @@ if SERVED:
             return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state)
 
         arguments = _arguments((2, 131072, 16, 64, 64), jnp.bfloat16)
-        assert kernels(jax.grad(loss), arguments, mesh) == ["ssd_forward", "ssd_backward"]
+        found = kernels(jax.grad(loss), arguments, mesh)
+        assert found == ["ssd_forward", "ssd_backward", "ssd_state_forward", "ssd_state_backward"]
 
     @pytest.mark.parametrize(
         ("dtype", "head_dim", "state_dim", "message"),
@@ -183,6 +194,13 @@ else:
         del inputs["c"], inputs["d"]
         with pytest.raises(ValueError, match=message):
             ssd_state(**inputs, implementation="pallas_gpu")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "chunks", "parts"), [(16, 128, 8), (16, 100, 6), (44, 128, 3), (45, 128, 1), (200, 128, 1), (1, 40, 1)]
+)
+def test_parts_fill_the_chip_once(blocks: int, chunks: int, parts: int) -> None:
+    assert block_sizes.choose_gpu_parts(blocks, chunks) == parts
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
