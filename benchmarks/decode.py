@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import importlib.util
 import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -69,22 +70,39 @@ def turns(decoder: Decoder, state: DecodeState, steps: int) -> timing.Contender:
     return turn
 
 
+def with_cpu_time(call: timing.Contender) -> tuple[timing.Contender, list[float]]:
+    """Note the CPU seconds of each call, which other processes do not lengthen by taking turns on the core."""
+    spent: list[float] = []
+
+    def noted(index: int) -> None:
+        start = time.process_time()
+        call(index)
+        spent.append(time.process_time() - start)
+
+    return noted, spent
+
+
 def flatness(params: Any, seconds: float, _contexts: tuple[int, ...]) -> None:
     """Print the time per token after the last TransPoint."""
     decoder = Decoder(tm.TransMamba(CONFIG), params, schedule.log_spaced(1024))
     text = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 65536).tolist()
     state, read = decoder.start(1), 0
-    contenders = {}
+    contenders, spent = {}, {}
     for length in (1024, 4096, 16384, 65536):
-        state = decoder.extend(state, [text[read:length]])
-        contenders[f"{length // 1024}k"], read = turns(decoder, state, FLAT_STEPS), length
+        state, read = decoder.extend(state, [text[read:length]]), length
+        name = f"{length // 1024}k"
+        contenders[name], spent[name] = with_cpu_time(turns(decoder, state, FLAT_STEPS))
     times = timing.round_robin(contenders, rounds=10_000, warmup=3, seconds=seconds)
     base = times["1k"]
     print(f"flat: after the last TransPoint (1024), {len(base.seconds)} rounds")
-    print("   tokens   ms a token   over 1k: minima   median of rounds")
+    print("   tokens   ms a token   CPU ms   over 1k: median of rounds, minima, CPU median, CPU minima")
+    middle = lambda name: statistics.median(spent[name])
     for name, measured in times.items():
-        ratios = f"{measured.ratio(base):12.3f} {measured.paired_ratio(base):18.3f}"
-        print(f"   {name:>6} {1e3 * measured.minimum / FLAT_STEPS:12.3f} {ratios}")
+        each = f"{1e3 * measured.minimum / FLAT_STEPS:12.3f} {1e3 * min(spent[name]) / FLAT_STEPS:8.3f}"
+        wall = f"{measured.paired_ratio(base):9.3f} {measured.ratio(base):8.3f}"
+        print(
+            f"   {name:>6} {each} {wall} {middle(name) / middle('1k'):8.3f} {min(spent[name]) / min(spent['1k']):8.3f}"
+        )
 
 
 def bytes_along(params: Any, _seconds: float, _contexts: tuple[int, ...]) -> None:
