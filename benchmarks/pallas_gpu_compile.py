@@ -98,7 +98,7 @@ def usage(folder: Path, kernel: str) -> tuple[int, int, int]:
     if [len(found) for found in reports] != [1, 1]:
         raise RuntimeError(f"expected one .ptxas and one .resources.txt of {kernel}, found {os.listdir(folder)}")
     ptxas, resources = (found[0].read_text() for found in reports)
-    patterns = (r"Used (\d+) registers", r"(\d+) bytes spill stores, \d+ bytes spill loads\s*\nptxas info")
+    patterns = (r"Used (\d+) registers", r"bytes stack frame, (\d+) bytes spill stores")
     matches = [re.findall(pattern, ptxas) for pattern in patterns]
     matches.append(re.findall(r"smem_scratch_bytes=(\d+)", resources))
     if [len(match) for match in matches] != [1, 1, 1]:
