@@ -263,6 +263,7 @@ def test_session_goes_on_and_forgets(
         (["--prompt", "a", "--top-p", "2"], r"top_p must be in (0, 1], found 2.0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be >= 1, found 0"),
         (["--prompt", "a", "--schedule", "v0"], "unknown schedule 'v0'"),
+        (["--prompt", "a", "--seq-len", "64"], "--seq-len=64 scales --schedule, and there is none"),
         (["--prompt", "a", "--step", "4"], "no complete checkpoint of step 4"),
         (["--prompt", "a", "--checkpoint", "/nowhere"], "no complete checkpoint in /nowhere"),
         ([], "--prompt is needed"),

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from transmamba_jax import config_file, data, schedule, sharding
+from transmamba_jax import config_file, data, schedule, serving_mesh, sharding
 from transmamba_jax.config import Config
 from transmamba_jax.model import TransMamba
 from transmamba_jax.scoring import token_scores
@@ -209,7 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         saved = checkpoint.restore(options.checkpoint, options.step, params_only=True)
         config = _configured(saved.config, options)
         tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
-        result = Evaluator(TransMamba(config.model), config, tokenizer)(saved.params)
+        params, mesh = serving_mesh.place(saved.params)  # on several devices each reads some of the windows
+        with serving_mesh.use(mesh):
+            result = Evaluator(TransMamba(config.model), config, tokenizer, mesh)(params)
         peers = data.baselines(data.training_text(config.data), data.held_out_text(config.data))
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -89,6 +89,8 @@ class Terminal:
         )
         if options.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens must be >= 1, found {options.max_new_tokens}")
+        if options.seq_len is not None and options.schedule is None:
+            raise ValueError(f"--seq-len={options.seq_len} scales --schedule, and there is none")
         saved = checkpoint.restore(options.checkpoint, options.step, params_only=True)
         self.options, self.key = options, jax.random.key(options.seed)
         self.tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
