@@ -62,9 +62,18 @@ def log_decays(dt: jax.Array, a: jax.Array, segment_ids: jax.Array | None) -> tu
 # adds up everything and subtracts the rest, which loses the gradient where decay is strong.
 
 
+# Running sums are products with a triangular matrix of ones: a cumulative sum goes over its array log Q times.
+
+
+def _times(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Multiply matrices in float32, whatever a device would take for enough."""
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+
+
 def _sums(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
     coarse, fine = split(log_decay)
-    return jnp.cumsum(coarse, axis=-1), jnp.cumsum(fine, axis=-1)
+    upto = jnp.tri(log_decay.shape[-1], dtype=log_decay.dtype).T  # [k, i]: k <= i
+    return _times(coarse, upto), _times(fine, upto)
 
 
 @jax.custom_vjp
@@ -122,7 +131,8 @@ def _pairs_fwd(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _pairs_bwd(decays: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
     before = jnp.tri(decays.shape[-1], k=-1, dtype=decays.dtype)  # [k, j]: j < k
-    rows = jax.lax.cumsum(cotangent * decays, axis=decays.ndim - 2, reverse=True)  # [k, j]: sum over i >= k
+    since = jnp.tri(decays.shape[-1], dtype=decays.dtype).T  # [k, i]: i >= k
+    rows = _times(since, cotangent * decays)  # [k, j]
     return (jnp.sum(before * rows, axis=-1),)
 
 
