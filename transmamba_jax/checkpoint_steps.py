@@ -47,9 +47,13 @@ def step_folder(directory: str | Path, step: int | None = None) -> Path:
     done = complete_steps(folder)
     if not done or (step is not None and step not in done):
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        inside = complete_steps(folder / "checkpoints")
-        hint = f"; {folder / 'checkpoints'} has the steps {inside}" if inside else ""
-        raise ValueError(f"no complete {wanted} in {folder}: its complete steps are {done}{hint}")
+        if inside := complete_steps(folder / "checkpoints"):
+            found = f"; {folder / 'checkpoints'} has the steps {inside}"
+        elif folder.name.isdigit() and int(folder.name) in complete_steps(folder.parent):
+            found = f"; it is a step itself, of {folder.parent}: give that folder"
+        else:
+            found = "" if folder.is_dir() else "; there is no such folder"
+        raise ValueError(f"no complete {wanted} in {folder}: its complete steps are {done}{found}")
     return folder / str(done[-1] if step is None else step)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from transmamba_jax import cache, data, serving_mesh
+from transmamba_jax import cache, data, serving_mesh, sharding
 from transmamba_jax.decode import Decoder
 from transmamba_jax.generate import stream
 from transmamba_jax.model import TransMamba
@@ -41,13 +41,14 @@ def token_scores(
 ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
     """Return log p of each token but the first given those before it, and whether it is the most likely one.
 
-    Logits exist for `chunk` tokens at a time, in float32.
+    Logits exist for `chunk` tokens of a device at a time, in float32.
     """
     targets = tokens[:, 1:]
     inputs = {} if segment_ids is None else {"segment_ids": segment_ids[:, :-1]}
     hidden = model.apply({"params": params}, tokens[:, :-1], **inputs, method="hidden")
     rows, time = targets.shape
-    width = min(max(chunk // rows, 1), time)
+    held = rows // sharding.parts("rows", rows)
+    width = min(max(chunk // held, 1), time)
     count = math.ceil(time / width)
 
     def cut(x: Array) -> Array:
