@@ -82,24 +82,60 @@ def _convolve_backward(residuals: tuple[Any, ...], dy: Array) -> tuple[Array, Ar
     dx_t = Σ_k kernel_k · dy_{t+(K-1)-k}      dkernel_k = Σ_t dy_t · x_{t-(K-1)+k}      dbias = Σ_t dy_t
 
     By hand, because XLA's CPU backend computes each of the K + 1 sums over tokens one strided element at a time, and
-    in each of them again whatever produced dy: 20 times as long. Here the sums are products with a row of ones,
-    over a block of tokens that stays in cache; other hardware takes all tokens as one block.
+    in each of them again whatever produced dy: 20 times as long. There the sums are products with a row of ones, over a
+    block of tokens that stays in cache.
     """
     padded, kernel, bias, readable = residuals
-    batch, length, channels = dy.shape
-    taps, wide = kernel.shape[0], jnp.promote_types(dy.dtype, jnp.float32)
-    block = min(_BLOCK, length) if target.platform() == "cpu" else length
+    reach = kernel.shape[0] - 1
+    # History gets from the first tokens what tokens get from those after them.
+    first = lambda value: jnp.pad(value[:, :reach], ((0, 0), (reach, 0)) + ((0, 0),) * (value.ndim - 2))
+    firsts = None if readable is None else tuple(map(first, readable))
+    dhistory = _spread(first(dy), kernel, firsts)[:, :reach]
+    dpadded = jnp.concatenate([dhistory, _spread(dy, kernel, readable)], axis=1)
+    in_blocks = target.platform() == "cpu"
+    dkernel, dbias = _sums_in_blocks(padded, dy, readable) if in_blocks else _sums(padded, dy, readable)
+    return dpadded.astype(padded.dtype), dkernel.astype(kernel.dtype), dbias.astype(bias.dtype), None
 
-    def read(tap: int, dy: Array, readable: tuple[Array, ...] | None) -> Array:
-        return dy if readable is None else jnp.where(readable[tap][..., None], dy, 0)
 
-    following = jnp.pad(dy.astype(wide), ((0, 0), (taps - 1, taps - 1), (0, 0)))
-    masks = None if readable is None else tuple(jnp.pad(m, ((0, 0), (taps - 1, taps - 1))) for m in readable)
-    dpadded = jnp.zeros(padded.shape, wide)
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _read(tap: int, values: Array, readable: tuple[Array, ...] | None) -> Array:
+    """Put zeros where the tap was not read."""
+    return values if readable is None else jnp.where(readable[tap][..., None], values, 0)
+
+
+def _spread(dy: Array, kernel: Array, readable: tuple[Array, ...] | None) -> Array:
+    """Sum kernel_k · dy_{t+(K-1)-k} over the taps, in float32: what token t is given back by those that read it.
+
+    Slices are widened one by one: of a float32 copy, accelerators would write every slice to memory before the sum.
+    """
+    taps, length = kernel.shape[0], dy.shape[1]
+    behind = lambda value: jnp.pad(value, ((0, 0), (0, taps - 1)) + ((0, 0),) * (value.ndim - 2))
+    wide = jnp.promote_types(dy.dtype, jnp.float32)
+    after, total = behind(dy), jnp.zeros(dy.shape, wide)
     for tap in range(taps):
-        there = slice(taps - 1 - tap, taps - 1 - tap + padded.shape[1])
-        mask = None if masks is None else tuple(m[:, there] for m in masks)
-        dpadded += read(tap, following[:, there], mask) * kernel[tap].astype(wide)
+        there = slice(taps - 1 - tap, taps - 1 - tap + length)
+        term = after[:, there].astype(wide) * kernel[tap].astype(wide)
+        total += term if readable is None else jnp.where(behind(readable[tap])[:, there, None], term, 0)
+    return total
+
+
+def _sums(padded: Array, dy: Array, readable: tuple[Array, ...] | None) -> tuple[Array, Array]:
+    """Gradients of kernel and bias, as sums over all tokens that the compiler makes in one pass."""
+    wide, length = jnp.promote_types(dy.dtype, jnp.float32), dy.shape[1]
+    add_up = lambda value: jnp.sum(value, axis=(0, 1))
+    dy = dy.astype(wide)
+    there = lambda tap: padded[:, tap : tap + length].astype(wide)
+    taps = range(padded.shape[1] - length + 1)
+    return jnp.stack([add_up(_read(tap, dy, readable) * there(tap)) for tap in taps]), add_up(dy)
+
+
+def _sums_in_blocks(padded: Array, dy: Array, readable: tuple[Array, ...] | None) -> tuple[Array, Array]:
+    """Do what `_sums` does, a block of tokens after the other, by products with a row of ones."""
+    batch, length, channels = dy.shape
+    taps, wide = padded.shape[1] - length + 1, jnp.promote_types(dy.dtype, jnp.float32)
+    block = min(_BLOCK, length)
 
     def body(sums: tuple[Array, Array], first: Array) -> tuple[tuple[Array, Array], None]:
         start = jnp.minimum(first, length - block)  # a short last block reaches back over tokens that are counted
@@ -108,15 +144,11 @@ def _convolve_backward(residuals: tuple[Any, ...], dy: Array) -> tuple[Array, Ar
         mask = None if readable is None else tuple(cut(m, block) for m in readable)
         ones = jnp.tile((start + jnp.arange(block) >= first).astype(wide), (1, batch))
         add_up = lambda value: (ones @ value.reshape(batch * block, channels))[0]
-        products = [add_up(read(tap, dy_block, mask) * x[:, tap : tap + block]) for tap in range(taps)]
+        products = [add_up(_read(tap, dy_block, mask) * x[:, tap : tap + block]) for tap in range(taps)]
         return (sums[0] + jnp.stack(products), sums[1] + add_up(dy_block)), None
 
-    init = jnp.zeros(kernel.shape, wide), jnp.zeros(bias.shape, wide)
-    (dkernel, dbias), _ = jax.lax.scan(body, init, jnp.arange(0, length, block))
-    return dpadded.astype(padded.dtype), dkernel.astype(kernel.dtype), dbias.astype(bias.dtype), None
-
-
-_convolve.defvjp(_convolve_forward, _convolve_backward)
+    init = jnp.zeros((taps, channels), wide), jnp.zeros((channels,), wide)
+    return jax.lax.scan(body, init, jnp.arange(0, length, block))[0]
 
 
 def _check(x: Array, kernel: Array, bias: Array, segment_ids: Array | None, history: Array | None) -> None:

@@ -253,11 +253,12 @@ class Mixer(nn.Module):
             return self._scan(x, q, k, v, dt, None, segment_ids)
         before = None if segment_ids is None else segment_ids[:, :point]
         after = None if segment_ids is None else segment_ids[:, point:]
-        attended = self._attend(q[:, :point], k[:, :point], v[:, :point], before)
+        past, rest = slice(None, point), slice(point, None)
+        attended = self._attend(*(_tokens(array, past) for array in (q, k, v)), before)
         state = parallel.convert(
-            k[:, :point],
-            v[:, :point],
-            dt[:, :point],
+            _tokens(k, past),
+            _tokens(v, past),
+            dt[:, past],
             self._decay(),
             before,
             chunk_size=self.config.chunk_size,
@@ -265,7 +266,7 @@ class Mixer(nn.Module):
         )
         if before is not None and after is not None:
             state = jnp.where(_same_document(before, after)[:, None, None, None], state, 0)
-        scanned = self._scan(x[:, point:], q[:, point:], k[:, point:], v[:, point:], dt[:, point:], state, after)
+        scanned = self._scan(x[:, rest], *(_tokens(array, rest) for array in (q, k, v)), dt[:, rest], state, after)
         return jnp.concatenate([attended, scanned], axis=1)
 
     def _project(self, x: Hidden, segment_ids: SegmentIds | None) -> tuple[QueryKey, QueryKey, Value]:
@@ -338,6 +339,15 @@ class Mixer(nn.Module):
 
     def _normalise(self, y: Float[Array, "B T HP"]) -> Float[Array, "B T HP"]:
         return self.norm(y.reshape(*y.shape[:2], self.config.num_groups, -1)).reshape(y.shape)
+
+
+def _tokens(array: Float[Array, "B T H P"], which: slice) -> Float[Array, "B _ H P"]:
+    """Slice tokens with their heads side by side, as projections leave them and kernels read them.
+
+    A TPU keeps [H, P] in tiles of 128 lanes, so that slices of the four axes are a copy there and another one back.
+    """
+    flat = array.reshape(*array.shape[:2], -1)[:, which]
+    return flat.reshape(*flat.shape[:2], *array.shape[2:])
 
 
 def _same_document(before: SegmentIds, after: SegmentIds) -> Array:
