@@ -254,10 +254,11 @@ class Mixer(nn.Module):
         before = None if segment_ids is None else segment_ids[:, :point]
         after = None if segment_ids is None else segment_ids[:, point:]
         past, rest = slice(None, point), slice(point, None)
-        attended = self._attend(*(_tokens(array, past) for array in (q, k, v)), before)
+        k_past, v_past = _tokens(k, past), _tokens(v, past)
+        attended = self._attend(_tokens(q, past), k_past, v_past, before)
         state = parallel.convert(
-            _tokens(k, past),
-            _tokens(v, past),
+            k_past,
+            v_past,
             dt[:, past],
             self._decay(),
             before,
@@ -266,7 +267,8 @@ class Mixer(nn.Module):
         )
         if before is not None and after is not None:
             state = jnp.where(_same_document(before, after)[:, None, None, None], state, 0)
-        scanned = self._scan(x[:, rest], *(_tokens(array, rest) for array in (q, k, v)), dt[:, rest], state, after)
+        q, k, v = (_tokens(array, rest) for array in (q, k, v))
+        scanned = self._scan(x[:, rest], q, k, v, dt[:, rest], state, after)
         return jnp.concatenate([attended, scanned], axis=1)
 
     def _project(self, x: Hidden, segment_ids: SegmentIds | None) -> tuple[QueryKey, QueryKey, Value]:
