@@ -276,7 +276,13 @@ def read_program(hlo: str) -> Program:
 
 
 def _alone(line: str) -> bool:
-    """Tell whether a collective is among groups of one device, as a sum over no axis of the mesh is: nothing moves."""
+    """Tell whether a collective is among groups of one device, as a sum over no axis of the mesh is: nothing moves.
+
+    Groups are written as a list of devices, as [groups,devices of one]<=..., or (jax 0.12) by axes of a mesh.
+    """
+    if by_axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", by_axes[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", by_axes[2])) == 1
     groups = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{(\d+(?:,\d+)*)\})", line)
     return groups is not None and (groups[1] or str(len(groups[2].split(",")))) == "1"
 
