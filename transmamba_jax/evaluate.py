@@ -65,12 +65,22 @@ class EvalResult:
 
 
 class Evaluator:
-    """Measures parameters on the held-out windows that the config names; compiles once."""
+    """Measures parameters on the held-out windows that the config names; reads them once and compiles once."""
 
     def __init__(self, model: TransMamba, config: Config, tokenizer: data.Tokenizer, mesh: Mesh | None = None) -> None:
-        self._config = config
-        self._tokenizer = tokenizer
+        """Read the windows; rows of weight 0 fill a batch up to what divides over the devices.
+
+        Raises:
+            ValueError: the held-out split cannot be read or is too short for one window.
+        """
+        self._seq_len = config.data.seq_len
         self._mesh = mesh
+        batches = data.eval_batches(config.data, tokenizer, config.eval.windows, config.eval.batch_size)
+        missing = -config.eval.batch_size % (1 if mesh is None else sharding.row_shards(mesh))
+        self._batches = [
+            {name: np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) for name, rows in batch.items()}
+            for batch in batches
+        ]
         self._token_bytes = np.asarray(tokenizer.token_bytes, np.float64)
         self._nll = jax.jit(
             functools.partial(_nll_by_position, model, config.train.loss_chunk),
@@ -83,7 +93,7 @@ class Evaluator:
         Raises:
             EvaluationStopped: `should_stop()` turned true between two batches.
         """
-        nll, counts = np.zeros((2, self._config.data.seq_len), np.float64)  # [T]
+        nll, counts = np.zeros((2, self._seq_len), np.float64)  # [T]
         byte_count = 0.0
         for index, batch in enumerate(self._batches):
             if should_stop():
@@ -103,17 +113,6 @@ class Evaluator:
                 if counts[start:stop].any()
             ),
         )
-
-    @functools.cached_property
-    def _batches(self) -> list[dict[str, np.ndarray]]:
-        """The held-out windows, read once; rows of weight 0 fill a batch up to what divides over the devices."""
-        config = self._config
-        batches = data.eval_batches(config.data, self._tokenizer, config.eval.windows, config.eval.batch_size)
-        missing = -config.eval.batch_size % (1 if self._mesh is None else sharding.row_shards(self._mesh))
-        return [
-            {name: np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) for name, rows in batch.items()}
-            for batch in batches
-        ]
 
     def _place(self, rows: np.ndarray) -> Any:
         # Every process reads the same windows, so each hands over the same global array.
@@ -177,7 +176,9 @@ def _table(result: EvalResult, transpoints: Sequence[int]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m transmamba_jax.evaluate", description="Measure a checkpoint on held-out text."
+        prog="python -m transmamba_jax.evaluate",
+        description="Measure a checkpoint on held-out text.",
+        allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="<workdir>/checkpoints")
     parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")

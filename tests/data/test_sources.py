@@ -117,8 +117,12 @@ def test_wrong_split_names_the_nearest(source):
 
 def test_too_few_files_for_a_split(tmp_path, write_corpus):
     write_corpus(1)
-    with pytest.raises(ValueError, match=r"too few files for a non-empty .* \(train 1, validation 0, test 0\).*'all'"):
+    ways = "give more files, or .* --data.eval-split all, or .* --eval.every 0$"
+    with pytest.raises(ValueError, match=rf"too few files .*'validation'.* \(train 1, validation 0, test 0\); {ways}"):
         open_documents(text_source(tmp_path), "validation")
+    (tmp_path / "0000.txt").rename(tmp_path / "0036.txt")
+    with pytest.raises(ValueError, match=r"\(train 0, validation 1, test 0\); .* --data.train-split all$"):
+        open_documents(text_source(tmp_path), "train")
 
 
 def test_too_few_records_for_a_split(tmp_path):

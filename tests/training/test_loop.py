@@ -78,6 +78,15 @@ def test_a_run_leaves_its_files_and_a_second_start_only_reports_them(make, capsy
     assert _lines(settings) == lines
 
 
+def test_a_held_out_split_that_cannot_be_read_is_refused_before_anything_is_made(make, capsys):
+    wrong = {"eval_split": "vaildation"}
+    with pytest.raises(ValueError, match="no split 'vaildation' .*did you mean 'validation'"):
+        loop.train(make(data=wrong))
+    assert "compiling" not in capsys.readouterr().out
+    assert not (Path(make().workdir) / "config.yaml").exists()
+    assert loop.train(make(data=wrong, train={"steps": 1}, eval={"every": 0})) == 0
+
+
 def test_a_longer_run_continues_and_names_what_changed(make, capsys):
     loop.train(make(train={"steps": 6}))
     capsys.readouterr()

@@ -206,7 +206,7 @@ def _open_text(config: DataConfig, pattern: str, split: str) -> Documents:
     chosen = [path for path in paths if split in ("all", split_of(names[path]))]
     if not chosen:
         counts = {each: sum(split_of(name) == each for name in names.values()) for each in SPLITS}
-        raise ValueError(_too_few(config.source, split, "files", counts))
+        raise ValueError(_too_few(config, split, "files", counts))
     return TextFiles(chosen)
 
 
@@ -216,7 +216,7 @@ def _open_records(config: DataConfig, pattern: str, split: str) -> Documents:
     documents = Records(paths, split)
     if len(documents) == 0:
         raise ValueError(
-            _too_few(config.source, split, "records", {each: len(Records(paths, each)) for each in SPLITS})
+            _too_few(config, split, "records", {each: len(Records(paths, each)) for each in SPLITS})
         )
     return documents
 
@@ -247,11 +247,17 @@ def _fixed_part(pattern: str) -> str:
     return os.path.join(*fixed) if fixed else os.curdir
 
 
-def _too_few(source: str, split: str, what: str, counts: dict[str, int]) -> str:
+def _too_few(config: DataConfig, split: str, what: str, counts: dict[str, int]) -> str:
     found = ", ".join(f"{name} {count}" for name, count in counts.items())
+    ways = [f"give more {what}"]
+    if split == config.train_split:
+        ways.append("train on all of them with --data.train-split all")
+    if split == config.eval_split:
+        ways.append("measure on what is trained on with --data.eval-split all")
+        ways.append("train without a held-out loss with --eval.every 0")
     return (
-        f"data.source {source!r} has too few {what} for a non-empty {split!r} split ({found}); give more {what}, "
-        f"or use the split 'all'"
+        f"data.source {config.source!r} has too few {what} for a non-empty {split!r} split ({found}); "
+        f"{', or '.join(ways)}"
     )
 
 

@@ -78,6 +78,7 @@ def train(config: Config) -> int:
             part, parts = hosts.row_share(mesh, config.data.batch_size)
             batches = data.train_batches(config.data, tokenizer, part, parts)
             cleanup.callback(batches.close)
+            evaluator = Evaluator(model, config, tokenizer, mesh) if config.eval.every > 0 else None
 
         # 2. The state: the newest checkpoint's, or a new one.
         checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint)
@@ -107,7 +108,7 @@ def train(config: Config) -> int:
             vote=hosts.Vote(mesh),
             writer=cleanup.enter_context(MetricsWriter(workdir, start)) if hosts.is_first() else None,
             console=cleanup.enter_context(Console(start, config.train.steps)),
-            evaluator=Evaluator(model, config, tokenizer, mesh),
+            evaluator=evaluator,
         )
         # 4. Steps, then the report.
         state, step = run.train(state, start)
@@ -137,7 +138,8 @@ class _Run:
     writer: MetricsWriter | None
     """Of the first process."""
     console: "Console"
-    evaluator: Evaluator
+    evaluator: Evaluator | None
+    """None: nothing is evaluated."""
 
     def train(self, state: TrainState, start: int) -> tuple[TrainState, int]:
         """Go from `start` to the last step, or to where a signal asks to stop; return the state and its step."""
@@ -226,7 +228,9 @@ class _Run:
         return compiled
 
     def _evaluate(self, state: TrainState, step: int) -> float | None:
-        """Measure and log the held-out loss; None when a signal stopped it."""
+        """Measure and log the held-out loss; None when a signal stopped it, or nothing is evaluated."""
+        if self.evaluator is None:
+            return None
         try:
             result = self.evaluator(state.params, should_stop=lambda: self.vote.later(self.preemption.requested))
         except EvaluationStopped:
