@@ -74,7 +74,7 @@ def checks_of(implementation: str) -> dict[str, Callable[[], None]]:
     found = {str(spec): of(checks.check_against_oracle, implementation, spec) for spec in SPECS}
     found |= {f"state alone, {spec}": of(checks.check_state_alone, implementation, spec) for spec in SPECS[1:3]}
     found["defaults"] = of(checks.check_defaults, implementation, FIELDS)
-    found["bfloat16"] = of(checks.check_bfloat16, implementation, FIELDS)
+    found["bfloat16"] = of(checks.check_bfloat16, implementation, dataclasses.replace(checks.BFLOAT16, **FIELDS))
     found["padding"] = of(checks.check_padding, implementation, FIELDS)
     found["extreme decays"] = of(checks.check_extreme_decays, implementation, FIELDS)
     return found

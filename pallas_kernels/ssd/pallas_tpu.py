@@ -62,27 +62,27 @@ def _run(
     """Run the forward kernel on arrays of the public shapes; see `forward` for the results (kept states: a view)."""
     y, final, kept = forward(
         tiles,
-        tiles.view(x, tiles.head_shape),
+        tiles.view(x, tiles.by_head),
         tiles.view_rows(dt),
         tiles.view_rows(log_decay),
-        tiles.view(b, tiles.group_shape),
-        None if c is None else tiles.view(c, tiles.group_shape),
+        tiles.view(b, tiles.by_group),
+        None if c is None else tiles.view(c, tiles.by_group),
         None if d is None else _skip_view(tiles, d),
         tiles.view_state(h),
         keep,
     )
-    return (None if y is None else tiles.unview(y, tiles.head_shape)), tiles.unview_state(final), kept
+    return (None if y is None else tiles.unview(y, tiles.by_head)), tiles.unview_state(final), kept
 
 
 def _skip_view(tiles: Tiles, d: jax.Array) -> jax.Array:
     whole = jnp.broadcast_to(d[:, None], (tiles.num_heads, tiles.head_dim))
-    return tiles.view(whole[None, None], tiles.head_shape)
+    return tiles.view(whole[None, None], tiles.by_head)
 
 
 def _group_gradient(tiles: Tiles, gradient: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """[B, T, G, N] from the backward kernel's db or dc, summed where several cells share a group."""
     if tiles.cells_per_group == 1:
-        return tiles.unview(gradient, tiles.group_shape)
+        return tiles.unview(gradient, tiles.by_group)
     parts = gradient.reshape(tiles.batch, tiles.groups, tiles.cells_per_group, tiles.length, tiles.state_dim)
     return jnp.sum(parts, axis=2).transpose(0, 2, 1, 3).astype(dtype)
 
@@ -102,18 +102,18 @@ def _gradients(
     """Run the backward kernel on arrays of the public shapes; names as in `kernel_vjp`."""
     found = backward(
         tiles,
-        tiles.view(x, tiles.head_shape),
+        tiles.view(x, tiles.by_head),
         tiles.view_rows(dt),
         tiles.view_rows(log_decay),
-        tiles.view(b, tiles.group_shape),
-        None if c is None else tiles.view(c, tiles.group_shape),
+        tiles.view(b, tiles.by_group),
+        None if c is None else tiles.view(c, tiles.by_group),
         None if d is None else _skip_view(tiles, d),
         kept,
-        None if dy is None else tiles.view(dy, tiles.head_shape),
+        None if dy is None else tiles.view(dy, tiles.by_head),
         tiles.view_state(dfinal),
     )
     gradients = {
-        "x": tiles.unview(found["x"], tiles.head_shape),
+        "x": tiles.unview(found["x"], tiles.by_head),
         "dt": tiles.unview_rows(found["dt"]),
         "log_decay": tiles.unview_rows(found["log_decay"]),
         "b": _group_gradient(tiles, found["b"], b.dtype),
@@ -121,7 +121,7 @@ def _gradients(
     }
     if c is not None:
         gradients["c"] = _group_gradient(tiles, found["c"], c.dtype)
-        gradients["d"] = jnp.sum(tiles.unview(found["skip"], tiles.head_shape), axis=(0, 1, 3))
+        gradients["d"] = jnp.sum(tiles.unview(found["skip"], tiles.by_head), axis=(0, 1, 3))
     return gradients
 
 

@@ -265,7 +265,7 @@ def backward(
     Those of b and c are [B, head blocks, T, N] float32, to be summed, where several head blocks share a group.
     """
     outputs = c is not None
-    x_spec, b_spec = (tiles.token_spec(shape, reverse=True) for shape in (tiles.head_shape, tiles.group_shape))
+    x_spec, b_spec = (tiles.token_spec(lanes, reverse=True) for lanes in (tiles.by_head, tiles.by_group))
     row_spec, state_spec = tiles.row_spec(reverse=True), tiles.state_spec()
     operands: list[Any] = [x, dt, log_decay, b, *((c, skip, dy) if outputs else ()), kept, dfinal]
     in_specs = [x_spec, row_spec, row_spec, b_spec]
@@ -288,7 +288,7 @@ def backward(
     outs |= {"h": (result(x, dfinal.shape, jnp.float32), state_spec)}
     out_shape, out_specs = ([out[place] for out in outs.values()] for place in (0, 1))
 
-    width, chunk = tiles.blocks.heads * tiles.head_dim, tiles.blocks.chunk
+    width, chunk = tiles.by_head.block, tiles.blocks.chunk
     results = pl.pallas_call(
         functools.partial(_kernel, tiles=tiles, outputs=outputs),
         grid=tiles.grid,

@@ -98,7 +98,7 @@ def forward(
     """
     outputs = c is not None
     operands: list[Any] = [x, dt, log_decay, b, *((c, skip) if outputs else ()), h]
-    x_spec, b_spec = tiles.token_spec(tiles.head_shape), tiles.token_spec(tiles.group_shape)
+    x_spec, b_spec = tiles.token_spec(tiles.by_head), tiles.token_spec(tiles.by_group)
     row_spec, state_spec = tiles.row_spec(), tiles.state_spec()
     in_specs = [x_spec, row_spec, row_spec, b_spec, *((b_spec, tiles.skip_spec()) if outputs else ()), state_spec]
 
@@ -114,7 +114,7 @@ def forward(
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=[pltpu.VMEM((tiles.state_dim, tiles.blocks.heads * tiles.head_dim), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((tiles.state_dim, tiles.by_head.block), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=products(tiles, outputs)[0],

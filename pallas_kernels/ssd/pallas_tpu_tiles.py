@@ -19,6 +19,29 @@ from pallas_kernels.ssd.block_sizes import Blocks, whole_lanes
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
+class Lanes(NamedTuple):
+    """How the last axes of an array are cut: [.., H, P] of x, y and states by heads, [.., G, N] of b and c by groups."""
+
+    parts: int
+    """Heads or groups of a block."""
+    width: int
+    """P or N."""
+    total: int
+    """Heads or groups of the array."""
+    sharing: int
+    """Neighbouring cells that read the same block."""
+
+    @property
+    def block(self) -> int:
+        """Lanes of a block."""
+        return self.parts * self.width
+
+    @property
+    def flat(self) -> bool:
+        """Whether blocks can be cut out of the array as it lies."""
+        return whole_lanes(self.block, self.total * self.width)
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """Shapes of a call and its block sizes: how every array is cut."""
@@ -62,38 +85,34 @@ class Tiles:
         return self.grid[2] * self.blocks.tokens
 
     @property
-    def head_shape(self) -> tuple[int, int]:
-        """Heads of a block and the width of one: the last axis of x, y, states."""
-        return self.blocks.heads, self.head_dim
+    def by_head(self) -> Lanes:
+        """Lanes of x, y and states."""
+        return Lanes(self.blocks.heads, self.head_dim, self.num_heads, 1)
 
     @property
-    def group_shape(self) -> tuple[int, int]:
-        """Groups of a block and the width of one: the last axis of b and c."""
-        return self.cell_groups, self.state_dim
+    def by_group(self) -> Lanes:
+        """Lanes of b and c."""
+        return Lanes(self.cell_groups, self.state_dim, self.groups, self.cells_per_group)
 
-    def _flat(self, shape: tuple[int, int]) -> bool:
-        full = self.num_heads * self.head_dim if shape == self.head_shape else self.groups * self.state_dim
-        return whole_lanes(shape[0] * shape[1], full)
-
-    def view(self, value: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    def view(self, value: jax.Array, lanes: Lanes) -> jax.Array:
         """[B, T, H, P] -> [B, 1, T, H P], or [B, blocks, T, heads P] where blocks are not whole lanes."""
         batch, length = value.shape[:2]
-        if self._flat(shape):
+        if lanes.flat:
             return value.reshape(batch, 1, length, -1)
-        return value.reshape(batch, length, -1, shape[0] * shape[1]).transpose(0, 2, 1, 3)
+        return value.reshape(batch, length, -1, lanes.block).transpose(0, 2, 1, 3)
 
-    def unview(self, value: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    def unview(self, value: jax.Array, lanes: Lanes) -> jax.Array:
         """Undo `view`."""
         batch, _, length, _ = value.shape
-        return value.transpose(0, 2, 1, 3).reshape(batch, length, -1, shape[1])
+        return value.transpose(0, 2, 1, 3).reshape(batch, length, -1, lanes.width)
 
     def view_state(self, state: jax.Array) -> jax.Array:
         """[B, H, P, N] -> the view of [B, N, H, P]."""
-        return self.view(state.transpose(0, 3, 1, 2), self.head_shape)
+        return self.view(state.transpose(0, 3, 1, 2), self.by_head)
 
     def unview_state(self, state: jax.Array) -> jax.Array:
         """Undo `view_state`."""
-        return self.unview(state, self.head_shape).transpose(0, 2, 3, 1)
+        return self.unview(state, self.by_head).transpose(0, 2, 3, 1)
 
     def view_rows(self, value: jax.Array) -> jax.Array:
         """[B, T, H] -> [B, blocks, heads, T], zeros beyond the end: dt = 0 and l = 0 leave the state as it is."""
@@ -104,17 +123,16 @@ class Tiles:
         """Undo `view_rows`."""
         return value.reshape(self.batch, self.num_heads, self.padded_length).transpose(0, 2, 1)[:, : self.length]
 
-    def token_spec(self, shape: tuple[int, int], reverse: bool = False) -> pl.BlockSpec:
+    def token_spec(self, lanes: Lanes, reverse: bool = False) -> pl.BlockSpec:
         """Block of `view`: [tokens, heads P] or [tokens, groups N]."""
-        share = 1 if shape == self.head_shape else self.cells_per_group
-        flat, last = self._flat(shape), self.grid[2] - 1
+        sharing, flat, last = lanes.sharing, lanes.flat, self.grid[2] - 1
 
         def index(b, h, t):
-            h = jax.lax.div(h, jnp.int32(share)) if share > 1 else h  # `//` asks the default backend for its kind
+            h = jax.lax.div(h, jnp.int32(sharing)) if sharing > 1 else h  # `//` asks the default backend for its kind
             t = last - t if reverse else t
             return (b, 0, t, h) if flat else (b, h, t, 0)
 
-        return pl.BlockSpec((None, None, self.blocks.tokens, shape[0] * shape[1]), index)
+        return pl.BlockSpec((None, None, self.blocks.tokens, lanes.block), index)
 
     def partial_spec(self) -> pl.BlockSpec:
         """Block [tokens, N] of [B, head blocks, T, N], walked in reverse: a group's gradient, cell by cell."""
@@ -131,33 +149,33 @@ class Tiles:
 
     def state_spec(self, rows: int | None = None) -> pl.BlockSpec:
         """Block [N, heads P] of `view_state`, one for all blocks of tokens; `rows` instead of N."""
-        flat = self._flat(self.head_shape)
-        width = self.blocks.heads * self.head_dim
+        flat = self.by_head.flat
+        width = self.by_head.block
         index = lambda b, h, _: (b, 0, 0, h) if flat else (b, h, 0, 0)
         return pl.BlockSpec((None, None, rows or self.state_dim, width), index)
 
     def skip_spec(self) -> pl.BlockSpec:
         """Block [1, heads P] of the view of the skip [1, 1, H, P]: the same for every row of the batch."""
-        flat = self._flat(self.head_shape)
-        width = self.blocks.heads * self.head_dim
+        flat = self.by_head.flat
+        width = self.by_head.block
         return pl.BlockSpec((None, None, 1, width), lambda _, h, __: (0, 0, 0, h) if flat else (0, h, 0, 0))
 
     def kept_spec(self, reverse: bool = False) -> pl.BlockSpec:
         """Block [N, heads P] of the states kept before each block of tokens, [B, token blocks, ...]."""
-        flat, last = self._flat(self.head_shape), self.grid[2] - 1
+        flat, last = self.by_head.flat, self.grid[2] - 1
 
         def index(b, h, t):
             t = last - t if reverse else t
             return (b, t, 0, 0, h) if flat else (b, t, h, 0, 0)
 
-        return pl.BlockSpec((None, None, None, self.state_dim, self.blocks.heads * self.head_dim), index)
+        return pl.BlockSpec((None, None, None, self.state_dim, self.by_head.block), index)
 
     def state_shape(self, *lead: int, rows: int | None = None) -> tuple[int, ...]:
         """Shape of `view_state`, after the axes of `lead`; `rows` instead of N."""
         rows = rows or self.state_dim
-        if self._flat(self.head_shape):
+        if self.by_head.flat:
             return (*lead, 1, rows, self.num_heads * self.head_dim)
-        return (*lead, self.grid[1], rows, self.blocks.heads * self.head_dim)
+        return (*lead, self.grid[1], rows, self.by_head.block)
 
 
 def result(like: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:

@@ -34,7 +34,7 @@ class SsdSuite:
         checks.check_defaults(self.implementation, self.fields)
 
     def test_bfloat16(self) -> None:
-        checks.check_bfloat16(self.implementation, self.fields)
+        checks.check_bfloat16(self.implementation, dataclasses.replace(checks.BFLOAT16, **self.fields))
 
     def test_padding_changes_nothing(self) -> None:
         checks.check_padding(self.implementation, self.fields)

@@ -44,7 +44,10 @@ SPECS = (
     checks.Spec(rows=6, length=70, documents=True, regime="strong", groups=4, chunk_size=128),
     # Cells of 3 heads cut from transposed copies; three cells share a group.
     checks.Spec(rows=1, length=150, heads=18, groups=2, regime="slow"),
+    # As wide a block of b as of x, and several cells read it.
+    checks.Spec(rows=1, length=140, heads=2, groups=1, head_dim=128, state_dim=128),
 )
+BFLOAT16_SPECS = (checks.Spec(rows=1, length=150, heads=7, groups=1, head_dim=96, state_dim=96),)
 STATE_SPECS = (checks.SPECS[0], checks.Spec(rows=6, length=70, documents=True, regime="strong", groups=4))
 
 
@@ -59,6 +62,10 @@ class TestPallasTpu(suite.SsdSuite):
     @pytest.mark.parametrize("regime", ["strong"])
     def test_long_rows(self, regime: str) -> None:
         super().test_long_rows(regime)
+
+    @pytest.mark.parametrize("spec", BFLOAT16_SPECS, ids=str)
+    def test_bfloat16_of_whole_chunks(self, spec: checks.Spec) -> None:
+        checks.check_bfloat16(self.implementation, spec)
 
     @pytest.mark.parametrize("spec", STATE_SPECS, ids=str)
     def test_state_alone(self, spec: checks.Spec) -> None:
