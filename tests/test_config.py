@@ -66,6 +66,7 @@ def test_differences_name_the_fields() -> None:
         ("model: {d_model: 0}", "model.d_model must be >= 1, found 0"),
         ("data: {source: txt:a}", "data.source must be .* found 'txt:a'; did you mean 'text'?"),
         ("data: {source: 'text:'}", "data.source must be"),
+        ("data: {end_of_document: </s>}", "data.end_of_document is for a tokenizer.json: .* found '</s>'"),
         (
             "data: {batch_size: 6}\ntrain: {accumulation: 4}",
             r"train.accumulation=4 must divide data.batch_size=6; .*\[1, 2, 3, 6\]",

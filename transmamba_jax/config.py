@@ -139,6 +139,9 @@ class DataConfig:
     """Split of the held-out loss."""
     tokenizer: str = "bytes"
     """`bytes`, or the path of a tokenizer.json."""
+    end_of_document: str | None = None
+    """Added token of a tokenizer.json that ends a document; None: the one that it puts behind a text itself, else one
+    of a few known names."""
     seq_len: int = 512
     """Tokens of one row that the model reads (T)."""
     batch_size: int = 8
@@ -159,6 +162,11 @@ class DataConfig:
         """Check the ranges."""
         _at_least("data", self, 1, "seq_len", "batch_size")
         _at_least("data", self, 0, "num_workers", "seed", "streams")
+        require(
+            self.end_of_document is None or self.tokenizer != "bytes",
+            f"data.end_of_document is for a tokenizer.json: data.tokenizer='bytes' ends a document with byte 0, found "
+            f"{self.end_of_document!r}",
+        )
         kind = self.source.partition(":")[0]
         kinds = ("stdlib", "text", "tfds", "array_record")
         require(

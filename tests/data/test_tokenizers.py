@@ -114,7 +114,13 @@ def test_missing_file_is_named(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not JSON"), ("[]", "found list"), ('{"model": {}}', r"keys model, added_tokens and decoder.*\['model'\]")],
+    [
+        ("{", "not JSON"),
+        ("[]", "found list"),
+        ('{"model": {}}', r"keys model, added_tokens and decoder.*\['model'\]"),
+        ('{"model": {}, "added_tokens": [], "decoder": null}', r"tokenizer\.json is not .* library can read: data did"),
+        (tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(), r"tokenizer\.json is .* without a single token"),
+    ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str):
     path = tmp_path / "tokenizer.json"
@@ -126,5 +132,42 @@ def test_other_files_are_refused(tmp_path: Path, text: str, message: str):
 def test_a_tokenizer_without_an_end_is_refused():
     tree = json.loads(BPE.to_json())
     tree["added_tokens"] = []
-    with pytest.raises(ValueError, match="has no end-of-document token"):
+    with pytest.raises(ValueError, match=r"has no end-of-document token: .*name it with data\.end_of_document"):
         JsonTokenizer(json.dumps(tree), "an endless tokenizer")
+
+
+def with_added(*tokens: str) -> tokenizers.Tokenizer:
+    """The test's tokenizer with more special tokens."""
+    tokenizer = tokenizers.Tokenizer.from_str(BPE.to_json())
+    tokenizer.add_special_tokens(list(tokens))
+    return tokenizer
+
+
+@pytest.mark.parametrize("present", [None, tokenizers.processors.ByteLevel()], ids=["alone", "behind_another"])
+def test_another_end_can_be_named_and_travels(tmp_path: Path, present):
+    tokenizer = with_added("<end: of text>")
+    tokenizer.post_processor = present
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    assert load_tokenizer(str(path)).end_of_document == BPE.end_of_document
+    read = load_tokenizer(str(path), "<end: of text>")
+    expected = [*BPE.encode(TEXT), tokenizer.token_to_id("<end: of text>")]
+    for copy in (read, tokenizer_from_json(read.to_json()), pickle.loads(pickle.dumps(read))):
+        assert copy.encode_document(TEXT.encode()).tolist() == expected
+        assert copy.to_json() == read.to_json()
+    assert JsonTokenizer(read.to_json(), "the same", "<end: of text>").to_json() == read.to_json()
+    assert tokenizers.Tokenizer.from_str(read.to_json()).encode(TEXT).ids == expected
+    with pytest.raises(
+        ValueError, match=r"data\.end_of_document='</end>' is none .*tokenizer\.json, found \['<\|endoft"
+    ):
+        load_tokenizer(str(path), "</end>")
+
+
+@pytest.mark.parametrize(
+    ("single", "end"), [("$A <2>", "<2>"), ("$A <1> <2>", END_OF_DOCUMENT), ("<1> $A", END_OF_DOCUMENT)]
+)
+def test_the_end_that_a_tokenizer_appends_itself_counts(single: str, end: str):
+    tokenizer = with_added("<1>", "<2>")
+    ids = [(name, tokenizer.token_to_id(name)) for name in ("<1>", "<2>")]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=ids)
+    assert JsonTokenizer(tokenizer.to_str(), "the test's").end_of_document == tokenizer.token_to_id(end)

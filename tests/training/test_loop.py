@@ -10,7 +10,8 @@ import train as command
 from tests.training.support import Little, little_config
 from transmamba_jax import checkpoint, config_file
 from transmamba_jax.config import Config
-from transmamba_jax.training import loop
+from transmamba_jax.data import train_tokenizer
+from transmamba_jax.training import compile_only, loop
 
 
 @pytest.fixture(name="make")
@@ -80,11 +81,20 @@ def test_a_run_leaves_its_files_and_a_second_start_only_reports_them(make, capsy
 
 def test_a_held_out_split_that_cannot_be_read_is_refused_before_anything_is_made(make, capsys):
     wrong = {"eval_split": "vaildation"}
-    with pytest.raises(ValueError, match="no split 'vaildation' .*did you mean 'validation'"):
+    with pytest.raises(ValueError, match=r"no split 'vaildation' .*did you mean 'validation'"):
         loop.train(make(data=wrong))
     assert "compiling" not in capsys.readouterr().out
     assert not (Path(make().workdir) / "config.yaml").exists()
     assert loop.train(make(data=wrong, train={"steps": 1}, eval={"every": 0})) == 0
+
+
+def test_the_end_of_a_document_is_looked_for_in_the_tokenizer(make, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(train_tokenizer.train(iter([b"text"]), 300), encoding="utf-8")
+    config = make(data={"tokenizer": str(path), "end_of_document": "</text>"})
+    for start in (loop.train, compile_only._token_bytes):
+        with pytest.raises(ValueError, match=r"data\.end_of_document='</text>' is none of the added tokens of"):
+            start(config)
 
 
 def test_a_longer_run_continues_and_names_what_changed(make, capsys):

@@ -215,9 +215,7 @@ def _open_records(config: DataConfig, pattern: str, split: str) -> Documents:
     paths = _matches(config.source, pattern)
     documents = Records(paths, split)
     if len(documents) == 0:
-        raise ValueError(
-            _too_few(config, split, "records", {each: len(Records(paths, each)) for each in SPLITS})
-        )
+        raise ValueError(_too_few(config, split, "records", {each: len(Records(paths, each)) for each in SPLITS}))
     return documents
 
 

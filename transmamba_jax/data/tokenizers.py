@@ -11,11 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
+from tokenizers import processors
 
 END_OF_DOCUMENT = "<|endoftext|>"
 """The special token that ends a document in tokenizers trained here."""
 
-_END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|end|>", "[EOS]", "<EOS>")
+_KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|end|>", "[EOS]", "<EOS>")
 
 
 class Tokenizer(Protocol):
@@ -83,34 +84,53 @@ class JsonTokenizer:
     Text that spells a special token stays text. `token_bytes` is exact for byte-level vocabularies and for
     SentencePiece vocabularies with byte fallback; for others (those that drop case or spaces) it is the length of the
     decoded token.
+
+    A document ends with the added token that `end_of_document` names; else with the one that the post-processor puts
+    behind a text and nothing else; else with the first that is there of a few known names. A named one is given to the
+    post-processor, so that the text of `to_json` has it too, in a form that other programs understand.
     """
 
-    def __init__(self, text: str, where: str):
+    def __init__(self, text: str, where: str, end_of_document: str | None = None):
         """Read the JSON `text`; `where` names it in error messages.
 
         Raises:
-            ValueError: `text` is not a tokenizer, or has no token that can end a document.
+            ValueError: `text` is not a tokenizer, has no tokens, or none that can end a document.
         """
-        _check_json(text, where)
-        self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        self._tokenizer = _parse(text, where)
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._where = where
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError(f"{where} is a tokenizer without a single token; train one, or use data.tokenizer: bytes")
         self.vocab_size = max(vocabulary.values()) + 1
         added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
-        ends = [name for name in _END_NAMES if name in added]
+        if end_of_document is not None and end_of_document not in added:
+            raise ValueError(
+                f"data.end_of_document={end_of_document!r} is none of the added tokens of {where}, found {added}"
+            )
+        appended = _appended(json.loads(self.to_json())["post_processor"])
+        ends = [name for name in (end_of_document, appended, *_KNOWN_ENDS) if name in added]
         if not ends:
             raise ValueError(
-                f"{where} has no end-of-document token: one of {', '.join(_END_NAMES)} is needed among its added "
-                f"tokens, found {added}"
+                f"{where} has no end-of-document token: its added tokens are {added}, none of them is known as one "
+                f"({', '.join(_KNOWN_ENDS)}); name it with data.end_of_document"
             )
         self.end_of_document = vocabulary[ends[0]]
+        if end_of_document not in (None, appended):
+            self._append(ends[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as JSON: worker processes get their own copy."""
         return JsonTokenizer, (self.to_json(), self._where)
+
+    def _append(self, end: str) -> None:
+        """Let the post-processor put the token `end` behind a text, as the last thing that it does."""
+        named = {"id": "end", "ids": [self.end_of_document], "tokens": [end]}
+        template = processors.TemplateProcessing(single="$A end", special_tokens=[named])
+        present = self._tokenizer.post_processor
+        self._tokenizer.post_processor = template if present is None else processors.Sequence([present, template])
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
@@ -150,8 +170,7 @@ class JsonTokenizer:
         return self._tokenizer.to_str()
 
 
-def _check_json(text: str, where: str) -> None:
-    """Refuse what is not a tokenizer.json at a glance: the library itself raises a bare Exception."""
+def _parse(text: str, where: str) -> tokenizers.Tokenizer:
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
@@ -162,6 +181,22 @@ def _check_json(text: str, where: str) -> None:
             f"{where} is not a tokenizer.json of the tokenizers library: the keys model, added_tokens and decoder are "
             f"needed, found {found}"
         )
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"{where} is not a tokenizer.json that the tokenizers library can read: {error}") from None
+
+
+def _appended(post_processor: dict[str, Any] | None) -> str | None:
+    """Name the token that a post-processor's last part puts behind a text, where it does nothing else."""
+    while post_processor is not None and post_processor["type"] == "Sequence":
+        post_processor = post_processor["processors"][-1] if post_processor["processors"] else None
+    if post_processor is None or post_processor["type"] != "TemplateProcessing":
+        return None
+    kinds, pieces = zip(*(item for piece in post_processor["single"] for item in piece.items()), strict=True)
+    if kinds != ("Sequence", "SpecialToken"):
+        return None
+    return post_processor["special_tokens"][pieces[1]["id"]]["tokens"][-1]
 
 
 def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
@@ -172,8 +207,10 @@ def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
     return {decoder["type"]}
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
+def load_tokenizer(spec: str, end_of_document: str | None = None) -> Tokenizer:
     """Return the tokenizer that `data.tokenizer` names: `bytes`, or the path of a tokenizer.json.
+
+    `end_of_document` names the token of a tokenizer.json that ends a document; None: see `JsonTokenizer`.
 
     Raises:
         ValueError: the file cannot be read or is not a tokenizer.
@@ -186,7 +223,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         raise ValueError(
             f"data.tokenizer must be 'bytes' or the path of a tokenizer.json; cannot read {spec!r}: {error}"
         ) from None
-    return JsonTokenizer(text, spec)
+    return JsonTokenizer(text, spec, end_of_document)
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:

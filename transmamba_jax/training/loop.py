@@ -72,7 +72,7 @@ def train(config: Config) -> int:
                 cleanup.enter_context(run_lock.hold(workdir))
         hosts.require_same({f"workdir {workdir}, which all processes share": run_lock.shown(workdir)})
         with hosts.together():
-            tokenizer = data.load_tokenizer(config.data.tokenizer)
+            tokenizer = data.load_tokenizer(config.data.tokenizer, config.data.end_of_document)
             data.check_vocabulary(tokenizer, config.model.vocab_size)
             resume.compare_with_earlier_run(config, model, workdir)
             part, parts = hosts.row_share(mesh, config.data.batch_size)
