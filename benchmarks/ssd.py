@@ -4,6 +4,9 @@ Competitors that are not installed are left out: transformers' `mamba2_chunk_sca
 `ssd_forward`, each at several chunk sizes, of which the fastest counts, shape by shape. All contenders run in one
 process and take turns; every one is compared with the float64 recurrence before it is timed. A time is the fastest
 call. Peak memory is the growth of the resident set during one call, in a process of its own.
+
+JAX takes a CPU for one device, and XLA runs what is inside a loop on one core of it. `--devices 2` makes it two and adds
+a contender that splits the heads over them with `jax.shard_map`, as `mesh.tensor` does; everything else stays on one.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import timing
 from benchmarks.ssd_inputs import make_inputs
@@ -29,6 +33,7 @@ from tests.kernels import oracle
 
 HEADS, HEAD_DIM = 8, 64
 PORTABLE = ("associative", "sequential")
+SPLIT = "sequential, split"
 PASSES = ("forward", "forward+backward")
 TOLERANCE = 1e-5
 """Largest relative L2 error against float64 of a contender that may race (the inputs are benign)."""
@@ -69,6 +74,27 @@ def _ours(implementation: str, chunk: int) -> tuple[Run, Run]:
     return _jax_runs(functools.partial(ssd, chunk_size=chunk, implementation=implementation))
 
 
+def _heads(name: str, value: Any) -> NamedSharding:
+    """Spread the heads of an argument of `ssd`, or of a cotangent, over all devices."""
+    axis = {"a": 0, "d": 0, "dstate": 1}.get(name, 2)
+    spec = [None] * np.ndim(value)
+    spec[axis] = "heads"
+    return NamedSharding(Mesh(np.array(jax.devices()), ("heads",), axis_types=(AxisType.Auto,)), PartitionSpec(*spec))
+
+
+def _split(chunk: int) -> tuple[Run, Run]:
+    function = functools.partial(ssd, chunk_size=chunk, implementation="sequential")
+
+    def split(*arguments: jax.Array) -> Any:
+        names = ("x", "dt", "a", "b", "c", "d")
+        specs = tuple(_heads(name, value).spec for name, value in zip(names, arguments, strict=True))
+        out = (specs[0], PartitionSpec(None, "heads"))
+        mesh = _heads("a", arguments[2]).mesh
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
+
+    return _jax_runs(split)
+
+
 def _mamba2_jax(chunk: int) -> tuple[Run, Run]:
     from mamba2_jax.modeling import ssd_forward
 
@@ -104,6 +130,8 @@ def _transformers(chunk: int) -> tuple[Run, Run]:
 def contenders(chunks: tuple[int, ...], peer_chunks: tuple[int, ...]) -> dict[str, tuple[Run, Run]]:
     """Name -> (forward, forward + backward); a peer's name ends in its chunk size."""
     found = {f"{name} {chunk}": _ours(name, chunk) for name in PORTABLE for chunk in chunks}
+    if jax.device_count() > 1:
+        found |= {f"{SPLIT} {chunk}": _split(chunk) for chunk in chunks}
     if peer_chunks and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
         found |= {f"transformers {chunk}": _transformers(chunk) for chunk in peer_chunks}
     if peer_chunks and importlib.util.find_spec("mamba2_jax"):
@@ -117,6 +145,8 @@ def convert(name: str, inputs: Arrays) -> Any:
         import torch
 
         return {key: torch.from_numpy(value) for key, value in inputs.items()}
+    if name.startswith(SPLIT):
+        return {key: jax.device_put(value, _heads(key, value)) for key, value in inputs.items()}
     return jax.tree.map(jnp.asarray, inputs)
 
 
@@ -176,8 +206,8 @@ def _turns(run: Run, sets: list[Any]) -> timing.Contender:
 def race(args: argparse.Namespace, runs: dict[str, tuple[Run, Run]]) -> None:
     """Time every shape and pass, print one line each, then the geometric means of the ratios."""
     families = list(dict.fromkeys(name.rpartition(" ")[0] for name in runs))
-    ours = [family for family in families if family in PORTABLE]
-    peers = [family for family in families if family not in PORTABLE]
+    ours = [family for family in families if family in (*PORTABLE, SPLIT)]
+    peers = [family for family in families if family not in ours]
     ratios: dict[tuple[str, str, str], list[float]] = {}
     for index, kind in enumerate(PASSES):
         if kind not in args.passes:
@@ -209,6 +239,8 @@ def memory(args: argparse.Namespace, runs: dict[str, tuple[Run, Run]]) -> None:
     length, state_dim = max(args.length), max(args.state)
     print(f"\npeak memory of forward+backward beyond the inputs, batch 1, T {length}, N {state_dim}")
     for name in runs:
+        if name.startswith(SPLIT):
+            continue
         command = [sys.executable, "-m", "benchmarks.ssd", "--peak-memory-of", name, "--length", str(length)]
         command += ["--state", str(state_dim)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -227,10 +259,12 @@ def main() -> None:
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contender and shape")
     parser.add_argument("--seconds", type=float, default=20.0, help="at most about this long for a shape and pass")
+    parser.add_argument("--devices", type=int, default=1, help="devices that JAX makes of this CPU")
     parser.add_argument("--no-peers", action="store_true", help="our implementations only")
     parser.add_argument("--no-memory", action="store_true", help="skip peak memory")
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", args.devices)
     if args.peak_memory_of:
         print(json.dumps(peak_memory(args.peak_memory_of, 1, args.length[0], args.state[0])))
         return

@@ -9,9 +9,10 @@ Only the chunk's inputs, its Q x Q products and the state of one row are alive a
 memory is linear in T. Rows are taken one after another for the same reason: with N = 64, four together took 1.2 to 1.6
 times as long. (A batch sharded over devices wants `jax.shard_map` around this, or the associative form.)
 
-The backward pass is written by hand: a second loop from the last chunk to the first that starts from the states before
-each chunk, the only thing kept, and recomputes the rest. The gradient of l is formed from sums that only add (what
-spans token k), never as a difference of sums over the row: those lose it under strong decay.
+The backward pass is written by hand: a second loop from the last chunk to the first that starts from the state before
+each chunk and recomputes the rest. Of long rows only the state before every span of chunks is kept, and those between
+are computed again, a span at a time. The gradient of l is formed from sums that only add (what spans token k), never
+as a difference of sums over the row: those lose it under strong decay.
 """
 
 import functools
@@ -26,6 +27,12 @@ from pallas_kernels.ssd.kernel_vjp import NAME
 
 _CHUNK = 32
 """Tokens of one chunk at most: the fastest of 16, 32, 64 and 128 at every size measured."""
+
+_SPAN = 16
+"""Chunks of a span at most: 8 were slower, 32 no faster."""
+
+_KEEP_ALL = 16 * 2**20
+"""Bytes of states up to which all are kept: beyond, fresh pages for them cost more than computing them again."""
 
 
 def _chunks(value: jax.Array, num_chunks: int) -> jax.Array:
@@ -78,6 +85,11 @@ _GROUPS_TRANSPOSED = (0, 2, 3, 1)
 _STATE, _STATE_BACK = (0, 1, 4, 2, 3), (0, 1, 3, 4, 2)
 
 
+def _split_spans(by_chunk: tuple[jax.Array, ...], spans: int) -> tuple[jax.Array, ...]:
+    """[chunks, ...] -> [spans, chunks of one, ...]."""
+    return jax.tree.map(lambda value: value.reshape(spans, -1, *value.shape[1:]), by_chunk)
+
+
 class _Decays(NamedTuple):
     """Decays inside one chunk, from running sums s of the log decay; each [B, G, R, Q] unless said otherwise."""
 
@@ -108,6 +120,12 @@ class _Decays(NamedTuple):
         return jnp.exp(jnp.where(causal, exponent, -jnp.inf))
 
 
+def _advance(h: jax.Array, written: jax.Array, b_transposed: jax.Array, decays: _Decays) -> jax.Array:
+    """Return the state after a chunk that writes [B, G, R, Q, P] under the keys [B, G, N, Q]."""
+    kept = decays.from_start()[..., -1][:, :, None, :, None] * h
+    return kept + jnp.einsum("bgnj,bgrjp->bgnrp", b_transposed, written * decays.to_end()[..., None])
+
+
 def _forward(
     x: jax.Array,
     dt: jax.Array,
@@ -117,12 +135,9 @@ def _forward(
     d: jax.Array,
     h: jax.Array,
     chunk: int,
-    keep: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Return y, the final state [B, G, N, R, P], and when `keep` is set the states before the chunks.
-
-    Those are [B, chunks, 1, G, N, R, P].
-    """
+    spans: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return y, the final state [B, G, N, R, P] and the states before the spans [B, spans, 1, G, N, R, P]."""
     num_chunks, groups = x.shape[1] // chunk, b.shape[2]
     upto = jnp.tri(chunk, dtype=jnp.float32).T
 
@@ -130,7 +145,6 @@ def _forward(
         h, y = carry
         k, dt_k, coarse, fine = xs
         decays = _Decays.make(coarse, fine, upto)
-        from_start = decays.from_start()
         x_k = _by_head(_slice(x, row, k, chunk), groups)
         # The state lies as [N, R, P], so that one transposed chunk, of b, serves both products that need one.
         c_k = _slice(c, row, k, chunk).transpose(_GROUPS)
@@ -138,16 +152,18 @@ def _forward(
         written = x_k * dt_k[..., None]
         scores = (c_k @ b_transposed)[:, :, None] * decays.pairs().swapaxes(-1, -2)
         y_k = scores @ written
-        y_k += _times_state(c_k, h) * from_start[..., None]
+        y_k += _times_state(c_k, h) * decays.from_start()[..., None]
         y_k += d[:, :, None, None] * x_k
         y = _store(y, y_k.transpose(_HEADS_BACK), row, k)
-        following = from_start[..., -1][:, :, None, :, None] * h
-        following += jnp.einsum("bgnj,bgrjp->bgnrp", b_transposed, written * decays.to_end()[..., None])
-        return (following, y), (h if keep else None)
+        return (_advance(h, written, b_transposed, decays), y), None
+
+    def span(row, carry, xs):
+        return jax.lax.scan(functools.partial(body, row), carry, xs)[0], carry[0]
 
     def whole_row(y, xs):
         row, h, *by_chunk = xs
-        (h, y), states = jax.lax.scan(functools.partial(body, row), (h, y), (jnp.arange(num_chunks), *by_chunk))
+        by_chunk = _split_spans((jnp.arange(num_chunks), *by_chunk), spans)
+        (h, y), states = jax.lax.scan(functools.partial(span, row), (h, y), by_chunk)
         return y, (h, states)
 
     by_chunk = (_chunks(value, num_chunks) for value in (dt, *decay.split(log_decay)))
@@ -168,22 +184,27 @@ def _log_decay_gradient(pairs: jax.Array, reads: jax.Array, writes: jax.Array, t
     return spanning + reads @ since + writes @ before + through[..., None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _ssd(x, dt, log_decay, b, c, d, h, chunk):
-    y, h, _ = _forward(x, dt, log_decay, b, c, d, h, chunk, keep=False)
-    return y, h
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _ssd(x, dt, log_decay, b, c, d, h, chunk, spans):  # noqa: ARG001
+    return _forward(x, dt, log_decay, b, c, d, h, chunk, spans=1)[:2]
 
 
-def _ssd_fwd(x, dt, log_decay, b, c, d, h, chunk):
-    y, final, states = checkpoint_name(_forward(x, dt, log_decay, b, c, d, h, chunk, keep=True), NAME)
+def _ssd_fwd(x, dt, log_decay, b, c, d, h, chunk, spans):
+    y, final, states = checkpoint_name(_forward(x, dt, log_decay, b, c, d, h, chunk, spans), NAME)
     return (y, final), (x, dt, log_decay, b, c, d, states)
 
 
-def _ssd_bwd(chunk, residuals, cotangents):
+def _ssd_bwd(chunk, spans, residuals, cotangents):
     x, dt, log_decay, b, c, d, states = residuals
     dy, dh = cotangents
     num_chunks, groups = x.shape[1] // chunk, b.shape[2]
     upto = jnp.tri(chunk, dtype=jnp.float32).T
+
+    def again(row, h, xs):
+        k, dt_k, coarse, fine = xs
+        written = _by_head(_slice(x, row, k, chunk), groups) * dt_k[..., None]
+        b_transposed = _slice(b, row, k, chunk).transpose(_GROUPS_TRANSPOSED)
+        return _advance(h, written, b_transposed, _Decays.make(coarse, fine, upto)), h
 
     def body(row, carry, xs):
         dh, dx, db, dc, dd = carry
@@ -222,11 +243,18 @@ def _ssd_bwd(chunk, residuals, cotangents):
         dd += jnp.sum(_row_sums(dy_k * x_k), axis=(0, 3))
         return (dh, dx, db, dc, dd), (ddt_k, dl_k)
 
+    def span(row, carry, xs):
+        *by_chunk, h = xs
+        h = h[None] if spans == num_chunks else jax.lax.scan(functools.partial(again, row), h, tuple(by_chunk))[1]
+        return jax.lax.scan(functools.partial(body, row), carry, (*by_chunk, h), reverse=True)
+
     def whole_row(carry, xs):
-        row, dh, *by_chunk = xs
-        xs = (jnp.arange(num_chunks), *by_chunk)
-        (dh, *carry), gradients = jax.lax.scan(functools.partial(body, row), (dh, *carry), xs, reverse=True)
-        return tuple(carry), (dh, gradients)
+        row, dh, *by_chunk, states = xs
+        by_chunk = _split_spans((jnp.arange(num_chunks), *by_chunk), spans)
+        (dh, *carry), gradients = jax.lax.scan(
+            functools.partial(span, row), (dh, *carry), (*by_chunk, states), reverse=True
+        )
+        return tuple(carry), (dh, jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:]), gradients))
 
     by_chunk = (_chunks(value, num_chunks) for value in (dt, *decay.split(log_decay)))
     init = tuple(jnp.zeros_like(value) for value in (x, b, c, d))
@@ -258,8 +286,11 @@ def scan(
     chunk = min(chunk_size, length, _CHUNK)
     heads = (groups, num_heads // groups)
     skip = jnp.zeros((num_heads,), jnp.float32) if d is None else d
+    chunks = -(-length // chunk)
+    spans = chunks if initial_state.nbytes * chunks <= _KEEP_ALL else -(-chunks // _SPAN)
     # A tail with dt = 0 and l = 0 leaves the state as it is.
-    x, dt, log_decay, b, c = (_pad(value, -length % chunk) for value in (x, dt, log_decay, b, c))
+    tail = spans * -(-chunks // spans) * chunk - length
+    x, dt, log_decay, b, c = (_pad(value, tail) for value in (x, dt, log_decay, b, c))
     padded = x.shape[1]
     y, state = _ssd(
         x,
@@ -270,6 +301,7 @@ def scan(
         skip.reshape(heads),
         initial_state.reshape(batch, *heads, head_dim, state_dim).transpose(_STATE),
         chunk,
+        spans,
     )
     state = state.transpose(_STATE_BACK).reshape(initial_state.shape)
     return y[:, :length], state
