@@ -20,7 +20,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Lanes(NamedTuple):
-    """How the last axes of an array are cut: [.., H, P] of x, y and states by heads, [.., G, N] of b and c by groups."""
+    """How the last axes of an array are cut: H, P of x, y and states by heads, G, N of b and c by groups."""
 
     parts: int
     """Heads or groups of a block."""

@@ -1,0 +1,48 @@
+"""What `benchmarks/tpu_program.py` counts in a program of the TPU's compiler."""
+
+import pytest
+
+from benchmarks import tpu_program
+
+PROGRAM = """HloModule jit_f, is_scheduled=true
+
+%inner (param_0: bf16[8,128], param_1: f32[4,128]) -> f32[4,128] {
+  %param_0 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %param_1 = f32[4,128]{1,0:T(4,128)} parameter(1)
+  %bitcast.1 = bf16[8,128]{1,0:T(8,128)(2,1)} bitcast(%param_0)
+  %slice.1 = bf16[4,128]{1,0:T(8,128)(2,1)} slice(%bitcast.1), slice={[0:4], [0:128]}
+  %slice.2 = bf16[2,128]{1,0:T(8,128)(2,1)} slice(%bitcast.1), slice={[4:6], [0:128]}
+  ROOT %add.1 = f32[4,128]{1,0:T(4,128)} add(%param_1, %slice.1)
+}
+
+ENTRY %main (x: bf16[8,128], y: f32[4,128]) -> f32[4,128] {
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %y = f32[4,128]{1,0:T(4,128)} parameter(1), metadata={op_name="f32[9,9] (not an array"}
+  %fusion.1 = f32[4,128]{1,0:T(4,128)S(1)} fusion(%x, %y), kind=kLoop, calls=%inner
+  %copy-start.1 = (f32[4,128]{1,0:T(4,128)}, f32[4,128]{1,0:T(4,128)S(1)}, u32[]{:S(2)}) copy-start(%fusion.1)
+  %copy-done.1 = f32[4,128]{1,0:T(4,128)} copy-done(%copy-start.1)
+  %slice-start.1 = ((bf16[8,128]{1,0:T(8,128)(2,1)}), bf16[1,128]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%x)
+  %slice-done.1 = bf16[1,128]{1,0:T(8,128)(2,1)S(1)} slice-done(%slice-start.1)
+  %kernel.1 = (f32[4,128]{1,0:T(4,128)S(1)}, pred[4]{0:T(128)}) custom-call(%copy-done.1, %slice-done.1)
+  ROOT %get-tuple-element.1 = f32[4,128]{1,0:T(4,128)S(1)} get-tuple-element(%kernel.1), index=0
+}
+"""
+
+
+def test_traffic_is_what_lies_in_memory() -> None:
+    """Of x the fusion reads two slices, 6 of its 8 rows; its result lies in VMEM and is copied out."""
+    found = {operation.name: moved for operation, moved in tpu_program.traffic(PROGRAM)}
+    assert found == {
+        "fusion.1": 6 * 128 * 2 + 4 * 128 * 4,
+        "copy-start.1": 4 * 128 * 4,
+        "slice-start.1": 128 * 2,
+        "kernel.1": 4 * 128 * 4 + 4,
+    }
+
+
+def test_what_cannot_be_counted_is_an_error() -> None:
+    loop = PROGRAM.replace("fusion(%x, %y), kind=kLoop, calls=%inner", "while(%x, %y), condition=%inner, body=%inner")
+    with pytest.raises(ValueError, match=r"a program without loops and branches, found while fusion\.1"):
+        list(tpu_program.traffic(loop))
+    with pytest.raises(ValueError, match="expected the text of a compiled program, found 'nothing'"):
+        list(tpu_program.traffic("nothing"))
