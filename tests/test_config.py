@@ -36,6 +36,12 @@ def test_file_then_overrides(tmp_path: Path) -> None:
     assert tm.load_config(path, ["--model.kernel", "sequential"]).model.kernel == "sequential"
 
 
+def test_yaml_merges_are_no_second_key(tmp_path: Path) -> None:
+    text = "eval: &often {every: 5}\ncheckpoint: {<<: *often, every: 6, keep_latest: 3}\n"
+    config = tm.load_config(write(tmp_path, text))
+    assert (config.eval.every, config.checkpoint.every, config.checkpoint.keep_latest) == (5, 6, 3)
+
+
 def test_yaml_round_trip(tmp_path: Path) -> None:
     config = tm.load_config(write(tmp_path, "model: {kernel: reference}\ndata: {source: 'text:*.md'}\n"))
     assert tm.load_config(write(tmp_path, config_file.to_yaml(config))) == config
@@ -63,6 +69,13 @@ def test_differences_name_the_fields() -> None:
         ("model: {transpoints: 8}", "model.transpoints must be a list, found 8"),
         ("model: {num_layers: 2}", "8 entries but the model has num_layers=2"),
         ("model: {state_dim: 7}", "model.state_dim must be even"),
+        ("model: {kernel: sequentiel}", "model.kernel must be null .* found 'sequentiel'; did you mean 'sequential'?"),
+        ("model: {kernel: cuda}", "model.kernel .*; the names are reference, associative, sequential, pallas_tpu,"),
+        (
+            "train: {steps: 1}\nmodel: {}\ntrain: {}",
+            r"(?s)not plain YAML: 'train' is given here.* line 1, .*and again.* line 3, ",
+        ),
+        ("model: {d_model: 8, num_layers: 8, d_model: 8}", "'d_model' is given here"),
         ("model: {d_model: 0}", "model.d_model must be >= 1, found 0"),
         ("data: {source: txt:a}", "data.source must be .* found 'txt:a'; did you mean 'text'?"),
         ("data: {source: 'text:'}", "data.source must be"),
@@ -79,6 +92,7 @@ def test_differences_name_the_fields() -> None:
         ("checkpoint: {keep_latest: 0}", "checkpoint.keep_latest must be >= 1, found 0"),
         ("eval: {every: -1}", "eval.every must be >= 0, found -1"),
         ("model: !!python/object/apply:os.getcwd []", "is not plain YAML"),
+        ("model: {? [d_model] : 8}", "(?s)is not plain YAML: .*found unhashable key"),
         ("model: [", "is not plain YAML"),
         ("- 1", "the config must be a mapping of options"),
     ],

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from pallas_kernels.ssd import implementations
 from transmamba_jax import schedule
 
 DTypeName = Literal["float32", "bfloat16"]
@@ -42,7 +43,7 @@ class ModelConfig:
     num_layers: int = 8
     """Blocks of one mixer and one gated MLP (L)."""
     d_model: int = 256
-    """Width of the residual stream (D)."""
+    """Width of the residual stream (D). Any: heads split the mixer's own width, num_heads · head_dim."""
     num_heads: int = 4
     """Value heads (H)."""
     num_groups: int = 4
@@ -106,6 +107,11 @@ class ModelConfig:
         require(
             len(limit) == 2 and 0 <= limit[0] < limit[1],
             f"model.dt_limit must be two numbers, 0 <= smallest < largest, found {list(limit)}",
+        )
+        require(
+            self.kernel is None or self.kernel in implementations(),
+            f"model.kernel must be null (by device) or the name of an implementation, found {self.kernel!r}"
+            f"{suggestion(str(self.kernel), implementations())}",
         )
         try:
             schedule.expand(self.transpoints, self.num_layers)
@@ -313,7 +319,8 @@ class CheckpointConfig:
     keep_latest: int = 2
     """Newest checkpoints that are kept."""
     keep_best: int = 1
-    """Checkpoints with the lowest held-out loss that are kept besides; 0: none."""
+    """Checkpoints with the lowest held-out loss that are kept besides, of those whose step was evaluated: let
+    checkpoint.every and eval.every be multiples of one another; 0: none."""
     partial: bool = False
     """Load what matches from a checkpoint of another configuration, and list the rest, which starts anew."""
 

@@ -45,7 +45,7 @@ def read_config_file(path: str | Path) -> Config:
 
 def from_yaml(text: str) -> Config:
     """Read a config that `to_yaml` wrote; see `load_config` for what is refused."""
-    return typing.cast(Config, _build(Config, yaml.safe_load(text), ""))
+    return typing.cast(Config, _build(Config, yaml.load(text, _Loader), ""))
 
 
 def to_yaml(config: Config) -> str:
@@ -71,9 +71,25 @@ def _override(config: Config, arguments: list[str]) -> Config:
         raise ValueError(f"bad overrides {arguments}: {' '.join(message.split())}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which a key is given once; of several, YAML itself would take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping; here, because later the keys that `<<` brings are among its own."""
+        node = super().compose_mapping_node(anchor)
+        first: dict[str, yaml.Mark] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in first:
+                raise yaml.MarkedYAMLError(
+                    f"{key.value!r} is given here", first[key.value], "and again", key.start_mark, "keep one of them"
+                )
+            first[key.value] = key.start_mark
+        return node
+
+
 def _read(path: Path) -> Config:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         near = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ValueError(f"cannot read the config {str(path)!r}: {error.strerror}; found there: {near}") from None
