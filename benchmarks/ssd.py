@@ -5,9 +5,8 @@ Competitors that are not installed are left out: transformers' `mamba2_chunk_sca
 process and take turns; every one is compared with the float64 recurrence before it is timed. A time is the fastest
 call. Peak memory is the growth of the resident set during one call, in a process of its own.
 
-JAX takes a CPU for one device, and XLA runs what is inside a loop on one core of it. `--devices 2` makes it two
-and adds a contender that splits the heads over them with `jax.shard_map`, as `mesh.tensor` does; everything else stays on
-one.
+JAX takes a CPU for one device, and XLA runs what is inside a loop on one core of it. `--devices 2` makes it two and
+adds a contender that splits the heads over them with `jax.shard_map`, as `mesh.tensor` does; the rest stays on one.
 """
 
 import argparse
