@@ -12,7 +12,7 @@ import pytest
 import transmamba_jax as tm
 from tests import oracle
 from transmamba_jax import cache as memory
-from transmamba_jax import decode_step
+from transmamba_jax import decode, decode_step
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.decode import Decoder, DecodeState
 
@@ -198,6 +198,42 @@ def test_memory_falls_at_every_transpoint_and_stays() -> None:
     assert memory.nbytes(after[20].cache.layers) == rest
 
 
+def test_a_stage_has_one_program_whatever_the_lengths() -> None:
+    config = dataclasses.replace(TWO, transpoints=(6, 14), vocab_size=51)  # no other test's, so nothing is compiled yet
+    decoder, before = Decoder(*make(config)), decode._decode_block._cache_size()
+    for length in (1, 3, 5):
+        state = decoder.prefill(TOKENS[:, :length].tolist(), total=TOTAL)
+        assert [layer.room for layer in state.cache.layers] == [6, 6]
+        decoder.decode(state, TOTAL - length, total=TOTAL)
+    assert decode._decode_block._cache_size() - before == 3
+    # Turns without a known end: a line is given, and continued.
+    state = decoder.prefill(TOKENS[:, :1].tolist())
+    for _ in range(6):
+        state = decoder.decode(decoder.extend(state, [[1, 2]], consume=True), 1, consume=True)[1]
+    assert state.lengths.tolist() == [19]
+    assert decode._decode_block._cache_size() - before == 3
+
+
+def rooms_along(tokens: int, points: tuple[int, ...], total: int | None) -> list[int]:
+    """The rooms that a layer without end gets, one token after another."""
+    rooms = [0]
+    for end in range(1, tokens + 1):
+        if rooms[-1] < end:
+            rooms.append(memory.choose_room(end, total, points))
+    return rooms[1:]
+
+
+def test_rooms_grow_in_few_steps_and_end_at_the_transpoint() -> None:
+    never = (10**9,)
+    assert rooms_along(20_000, never, 20_000) == [2048, 8192, 32768]
+    assert rooms_along(2000, never, None) == [2048]
+    assert [memory.choose_room(1, total, never) for total in (1, 256, 257, 2000)] == [256, 256, 512, 2048]
+    assert memory.choose_room(300, 10, never) == 512  # more than was said
+    for seq_len in (8192, 10_000):
+        points = tm.schedule.v9(seq_len)
+        assert rooms_along(seq_len, points, None) == list(points[1:])  # one a stage
+
+
 def test_states_are_kept_forked_and_rolled_back() -> None:
     decoder = decoder_of()
     kept = decoder.prefill(TOKENS[:, :PROMPT].tolist(), total=TOTAL)
@@ -246,8 +282,8 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"state must come from a decoder with the TransPoints \(5, 12, 16\), found"):
         decoder.decode(decoder_of(SMALL).start(1), 1)
     uneven = dataclasses.replace(empty, cache=dataclasses.replace(empty.cache, lengths=jnp.array([1, 2])))
-    with pytest.raises(ValueError, match=r"rows must have one length .* found lengths \[1, 2\]"):
-        decoder.extend(uneven, [[1], [2]])
+    with pytest.raises(ValueError, match=r"as many tokens each, found rows of \[1, 2\] tokens and prompts of \[1, 2\]"):
+        decoder.extend(uneven, [[1], [2, 3]])
     with pytest.raises(ValueError, match="batch must be >= 1 and room >= 0"):
         memory.init_cache(CONFIG, 0, 4)
     with pytest.raises(ValueError, match="keys, values and steps"):

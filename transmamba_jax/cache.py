@@ -38,6 +38,9 @@ _LAYOUTS = {
 
 _BLOCK = 512  # keys, and queries, that scores exist for at one time
 
+# Tokens. Attention reads all of a room: the first costs little to read, and the second little to keep.
+_LEAST_ROOM, _FIRST_ROOM = 256, 2048
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +119,15 @@ def spread(layer: LayerCache) -> LayerCache:
     return LayerCache(**{name: sharding.constrain(array, _LAYOUTS[name]) for name, array in kept.items()})
 
 
-def cache_bytes(config: ModelConfig, batch: int, length: int, point: int, lazy: bool = True) -> int:
+def cache_bytes(
+    config: ModelConfig, batch: int, length: int, point: int, lazy: bool = True, room: int | None = None
+) -> int:
     """Return the bytes that one layer with TransPoint `point` needs after `length` tokens: the formula.
 
-        B · [ (K - 1)(2GN + HP) d  +  4 HPN (state)  +  S ((GN + HP) d  +  4 H if lazy) ],   S = length if length < P
+        B · [ (K - 1)(2GN + HP) d  +  4 HPN (state)  +  S ((GN + HP) d  +  4 H if lazy) ]
 
-    d bytes of the compute dtype. The state is absent before P when lazy, keys and values from P on.
+    d bytes of the compute dtype. The state is absent before P when lazy, keys and values from P on. S is the least that
+    is needed, `length`; or `room`, such as min(P, `choose_room`), to which a decoder rounds it up.
     """
     itemsize = jnp.dtype(config.dtype).itemsize
     attends = length < point
@@ -129,7 +135,9 @@ def cache_bytes(config: ModelConfig, batch: int, length: int, point: int, lazy: 
     if not attends or not lazy:
         total += 4 * config.d_inner * config.state_dim
     if attends:
-        total += length * ((config.d_key + config.d_inner) * itemsize + 4 * config.num_heads * lazy)
+        total += (length if room is None else room) * (
+            (config.d_key + config.d_inner) * itemsize + 4 * config.num_heads * lazy
+        )
     return batch * total
 
 
@@ -138,17 +146,35 @@ def nbytes(tree: object) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def widen(layer: LayerCache, room: int) -> LayerCache:
-    """Return the layer with room for `room` tokens, which it may already have."""
-    if layer.keys is None or layer.values is None or room <= layer.room:
+def choose_room(end: int, total: int | None, points: schedule.Schedule) -> int:
+    """Return the room of a layer that attends to tokens up to position `end`, in steps so coarse that programs are few.
+
+        S = min(next TransPoint >= end,  max(2048, 2·2^⌈log2 end⌉),  max(256, 2^⌈log2 total⌉) where it is known)
+
+    From the next TransPoint on fewer layers need any, and another program runs. Attention reads all of the room, hence
+    not many more than four times the tokens. `total` is the length that the longest row is going to have.
+    """
+    power = lambda tokens: 1 << (max(tokens, 1) - 1).bit_length()
+    known = [] if total is None else [max(_LEAST_ROOM, power(max(total, end)))]
+    return min([max(_FIRST_ROOM, 2 * power(end)), *known, *(point for point in points if point >= end)])
+
+
+def resize(layer: LayerCache, room: int) -> LayerCache:
+    """Return the layer with room for `room` tokens; those beyond it are forgotten."""
+    if layer.keys is None or layer.values is None or room == layer.room:
         return layer
     more = room - layer.room
-    grow = lambda array, axis: jnp.pad(array, [(0, more if i == axis else 0) for i in range(array.ndim)])
+
+    def fit(array: Array, axis: int) -> Array:
+        if more < 0:
+            return jax.lax.slice_in_dim(array, 0, room, axis=axis)
+        return jnp.pad(array, [(0, more if i == axis else 0) for i in range(array.ndim)])
+
     return dataclasses.replace(
         layer,
-        keys=grow(layer.keys, 2),
-        values=grow(layer.values, 2),
-        steps=None if layer.steps is None else grow(layer.steps, 1),
+        keys=fit(layer.keys, 2),
+        values=fit(layer.values, 2),
+        steps=None if layer.steps is None else fit(layer.steps, 1),
     )
 
 

@@ -3,6 +3,14 @@
 A stage is the set of layers that still attend. Each stage has its own compiled program, for which room, kinds of layers
 and batch are static and the number of steps is not; between two programs `_ready` drops keys and values that no row
 needs any more, computes states that are needed now, and makes room.
+
+A stage has one program, and another only where
+
+- it is so long that its room must grow (`cache.choose_room`), by four times each time beyond 2048 tokens;
+- rows have lengths on both sides of a TransPoint: both branches are computed until the last row is past it;
+- tokens are chosen in another way (greedily, sampled, with top-k ...), or given and not chosen.
+
+Prompts are read by programs of their own, one for each padded length of a piece and each place of TransPoints in it.
 """
 
 import dataclasses
@@ -13,49 +21,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
 
 from transmamba_jax import cache as memory
 from transmamba_jax import decode_step, schedule, serving_mesh, sharding
 from transmamba_jax import sampling as choice
 from transmamba_jax.cache import Cache, LayerCache
 from transmamba_jax.config import ModelConfig
+from transmamba_jax.decode_state import DecodeState
 from transmamba_jax.decode_step import Kind, LayerWeights
 from transmamba_jax.model import TransMamba, embed
 from transmamba_jax.sampling import Sampling
-from transmamba_jax.shapes import Array, Float, Float32, Int
+from transmamba_jax.shapes import Array, Float, Int
 
 BLOCK_STEPS = 32
 """Tokens of one call of a compiled program, at most."""
 _ROWS = ("rows", None)
-_SMALL_ROOM = 2048  # tokens; room that is made at once, however few tokens there are
 
 PIECE = 2048
 """Prompt tokens read at a time, which bounds the memory of a long prompt."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """Where rows have got to: plain data, to be kept, copied, sliced (`rows`) or written to a file."""
-
-    cache: Cache
-    logits: Float32[Array, "B V"]
-    """Of each row's next token."""
-    seen: Bool[Array, "B V"]
-    """Tokens that a row has."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row so far."""
-        return np.asarray(self.cache.lengths)
-
-    def rows(self, indices: Sequence[int]) -> "DecodeState":
-        """Return the state of these rows; one named several times goes on in several ways."""
-        picked = np.asarray(indices, np.int32)
-        if picked.ndim != 1 or picked.size == 0 or picked.min() < 0 or picked.max() >= len(self.lengths):
-            raise ValueError(f"indices must name rows 0..{len(self.lengths) - 1}, found {list(indices)}")
-        return jax.tree.map(lambda leaf: leaf[picked], self)
 
 
 @jax.tree_util.register_dataclass
@@ -113,7 +96,7 @@ class Decoder:
         total: int | None = None,
         consume: bool = False,
     ) -> DecodeState:
-        """Read more tokens of each row; the rows have one length so far.
+        """Read more tokens of each row. Rows of different lengths so far take as many tokens each.
 
         Args:
             state: where the rows are.
@@ -123,39 +106,28 @@ class Decoder:
             consume: `state` is not needed any more.
 
         Raises:
-            ValueError: a prompt is empty or has an id outside the vocabulary, there is not one a row, the rows differ
-                in length or come from another schedule, or piece < 1.
+            ValueError: a prompt is empty or has an id outside the vocabulary, there is not one a row, rows and prompts
+                both differ in length, the rows come from another schedule, or piece < 1.
         """
         check_prompts(prompts, self.config.vocab_size)
         self._check_schedule(state)
         lengths = state.lengths
         if len(prompts) != len(lengths):
             raise ValueError(f"prompts must be one a row, found {len(prompts)} for {len(lengths)} rows")
-        if lengths.min() != lengths.max():
-            raise ValueError(f"rows must have one length to be read on together, found lengths {lengths.tolist()}")
+        news = np.array([len(prompt) for prompt in prompts])
+        even, level = news.min() == news.max(), lengths.min() == lengths.max()
+        if not (even or level):
+            raise ValueError(
+                f"rows of different lengths must get as many tokens each, found rows of {lengths.tolist()} tokens and "
+                f"prompts of {news.tolist()}; read each row alone (state.rows), or together from the start"
+            )
         if piece < 1:
             raise ValueError(f"piece must be >= 1, found {piece}")
-        news = np.array([len(prompt) for prompt in prompts])
-        if lengths[0] > 0 and news.min() == news.max() <= BLOCK_STEPS:
-            # A few tokens cost less one after another than a program for them would.
-            with serving_mesh.use(self._mesh):
-                return self._go(state, np.array(prompts, np.int32), Sampling(), None, total or 0, consume)[1]
-        end = int(lengths[0] + news.max())
-        seen = np.array(state.seen)
-        for row, prompt in enumerate(prompts):
-            seen[row, prompt] = True
-        state = dataclasses.replace(state, seen=jnp.array(seen))
-        for offset in range(0, int(news.max()), piece):
-            # A piece is padded up to a length that other prompts share; padding leaves no trace.
-            width = min(piece, memory.bucket(int(news.max()) - offset))
-            valid = np.clip(news - offset, 0, width).astype(np.int32)
-            tokens = np.zeros((len(prompts), width), np.int32)
-            for row, prompt in enumerate(prompts):
-                tokens[row, : valid[row]] = prompt[offset : offset + width]
-            consume = consume or offset > 0
-            with serving_mesh.use(self._mesh):
-                state = self._read(state, int(lengths[0]) + offset, tokens, valid, max(total or 0, end), consume)
-        return state
+        with serving_mesh.use(self._mesh):
+            if even and (not level or (lengths[0] > 0 and news[0] <= BLOCK_STEPS)):
+                # A few tokens cost less one after another than a program for them would.
+                return self._go(state, np.array(prompts, np.int32), Sampling(), None, total, consume)[1]
+            return self._read_pieces(state, prompts, piece, total, consume)
 
     def decode(
         self,
@@ -175,7 +147,7 @@ class Decoder:
             sampling: how tokens are chosen.
             key: one random key, or one a row; needed when the temperature is not 0. A row's token at a position
                 depends on its key, its position and the model alone.
-            total: length that the longest row is going to have, when more steps will follow: room is made at once.
+            total: length that the longest row is going to have, if that is known: room is made at once, and no more.
             consume: `state` is not needed any more.
 
         Raises:
@@ -189,7 +161,7 @@ class Decoder:
         keys = serving_mesh.copy(choice.row_keys(key, len(state.lengths), sampling), self._mesh)
         unknown = np.full((len(state.lengths), steps), -1, np.int32)
         with serving_mesh.use(self._mesh):
-            return self._go(state, unknown, sampling, keys, total or 0, consume)
+            return self._go(state, unknown, sampling, keys, total, consume)
 
     def _go(
         self,
@@ -197,12 +169,11 @@ class Decoder:
         given: np.ndarray,
         sampling: Sampling,
         keys: jax.Array | None,
-        total: int,
+        total: int | None,
         consume: bool,
     ) -> tuple[np.ndarray, DecodeState]:
         """Read the given tokens, -1 where one is to be chosen, one after another."""
         steps, done = given.shape[1], 0
-        total = max(int(state.lengths.max()) + steps, total)
         read = np.zeros_like(given)
         while done < steps:
             lengths = state.lengths
@@ -235,34 +206,58 @@ class Decoder:
 
     def _settle(self, state: DecodeState) -> DecodeState:
         """Drop what the next token does not need."""
-        return self._ready(state, int(state.lengths.max()) + 1, int(state.lengths.min()), 0, grow=False)
+        return self._ready(state, int(state.lengths.max()) + 1, int(state.lengths.min()), None, grow=False)
 
-    def _ready(self, state: DecodeState, end: int, shortest: int, total: int, grow: bool = True) -> DecodeState:
+    def _ready(self, state: DecodeState, end: int, shortest: int, total: int | None, grow: bool = True) -> DecodeState:
         """Fit the layers' memories for tokens up to position `end`.
 
         Drop keys and values where the shortest row, of `shortest` tokens, needs them no more, compute the states that
-        are needed, and make room: up to the next TransPoint, after which fewer layers need any, or for `total` tokens,
-        but not for many more than twice the tokens there are, because attention reads all of it.
+        are needed, and make room where there is not enough; none is kept for what lies beyond the next TransPoint.
         """
-        double = max(_SMALL_ROOM, 1 << (end - 1).bit_length())
-        room = min([double, memory.bucket(max(total, end)), *(point for point in self.transpoints if point >= end)])
+        room = memory.choose_room(end, total, self.transpoints)
+        most = min((point for point in self.transpoints if point >= end), default=end)
         empty = state.lengths.max() == 0
         layers = []
         for index, (point, layer) in enumerate(zip(self.transpoints, state.cache.layers, strict=True)):
-            size = min(point, room) if shortest < point else 0
+            attends = shortest < point
             if empty:
-                new = memory.init_layer(self.config, len(state.lengths), size, self._lazy and end <= point)
-                layer = memory.spread(new)
+                lazy = self._lazy and end <= point
+                layer = memory.init_layer(self.config, len(state.lengths), min(point, room) * attends, lazy)
+                layer = memory.spread(layer)
             elif layer.state is None and end > point:
                 converted = _convert(self.config, self._weights.layers[index], layer)
                 layer = dataclasses.replace(layer, state=converted, steps=None)
-            if size == 0:
+            if not attends:
                 layer = dataclasses.replace(layer, keys=None, values=None)
-            layers.append(memory.widen(layer, size) if grow else layer)
+            elif layer.room > min(point, most):
+                layer = memory.resize(layer, min(point, most))
+            elif grow and layer.room < min(point, end):
+                layer = memory.resize(layer, min(point, room))
+            layers.append(layer)
         return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=tuple(layers)))
 
+    def _read_pieces(
+        self, state: DecodeState, prompts: Sequence[Sequence[int]], piece: int, total: int | None, consume: bool
+    ) -> DecodeState:
+        """Read prompts, after rows of one length, `piece` tokens at a time."""
+        start, news = int(state.lengths[0]), np.array([len(prompt) for prompt in prompts])
+        seen = np.array(state.seen)
+        for row, prompt in enumerate(prompts):
+            seen[row, prompt] = True
+        state = dataclasses.replace(state, seen=jnp.array(seen))
+        total = None if total is None else max(total, start + int(news.max()))
+        for offset in range(0, int(news.max()), piece):
+            # A piece is padded up to a length that other prompts share; padding leaves no trace.
+            width = min(piece, memory.bucket(int(news.max()) - offset))
+            valid = np.clip(news - offset, 0, width).astype(np.int32)
+            tokens = np.zeros((len(prompts), width), np.int32)
+            for row, prompt in enumerate(prompts):
+                tokens[row, : valid[row]] = prompt[offset : offset + width]
+            state = self._read(state, start + offset, tokens, valid, total, consume or offset > 0)
+        return state
+
     def _read(
-        self, state: DecodeState, start: int, tokens: np.ndarray, valid: np.ndarray, total: int, consume: bool
+        self, state: DecodeState, start: int, tokens: np.ndarray, valid: np.ndarray, total: int | None, consume: bool
     ) -> DecodeState:
         """Read one piece of every row, of which `valid` tokens are real."""
         width, fresh = tokens.shape[1], start == 0
