@@ -143,6 +143,20 @@ def test_a_stream_gives_the_tokens_as_they_come() -> None:
     assert [[token for step in steps for token in step[row]] for row in range(3)] == greedy
 
 
+def held(shape: tuple[int, ...]) -> int:
+    return sum(array.shape == shape for array in jax.live_arrays())
+
+
+def test_a_stream_that_may_consume_holds_one_cache() -> None:
+    decoder = decoder_of(TWO)
+    state = decoder.prefill(PROMPTS[:1]).rows([0, 0, 0])
+    shape = state.cache.layers[1].keys.shape
+    before = held(shape) - 1
+    steps = stream(decoder, state, 4, block=2, consume=True)
+    del state
+    assert [held(shape) - before for _ in steps] == [1, 1]
+
+
 def test_no_new_tokens() -> None:
     assert generate(new=0) == [[], [], []]
 
@@ -219,38 +233,79 @@ def test_command_continues_the_prompt(
     assert capsys.readouterr().out == "def f" + bytes(new).decode(errors="replace") + "\n"
 
 
-def test_session_goes_on_and_forgets(
-    saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_holds_one_cache(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, take = [], command.Text.take
+
+    def counted(text: command.Text, *arguments: Any, **options: Any) -> str:
+        counts.append(held((1, 1, 20, 4)))  # keys up to the TransPoint
+        return take(text, *arguments, **options)
+
+    before = held((1, 1, 20, 4))
+    monkeypatch.setattr(command.Text, "take", counted)
+    assert command.main(["--checkpoint", str(saved), "--max-new-tokens", "8", "--prompt", "def f"]) == 0
+    assert {count - before for count in counts} == {1}
+
+
+def talk(saved: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> list[DecodeState]:
+    """Type lines into a session and return the state after each turn."""
+
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    lines = iter(["", "def f", "", ":back", "", ":back", ":back", ":back", "def f"])
+    typed = iter(lines)
 
-    def typed(_prompt: str) -> str:
+    def read(_prompt: str) -> str:
         try:
-            return next(lines)
+            return next(typed)
         except StopIteration:
             raise EOFError from None
 
     after = []
-    show = command.Terminal.show
+    turn = command.Terminal.turn
 
-    def shown(terminal: command.Terminal, state: DecodeState) -> DecodeState:
-        after.append(show(terminal, state))
+    def turned(terminal: command.Terminal, state: DecodeState, line: str) -> DecodeState:
+        after.append(turn(terminal, state, line))
         return after[-1]
 
-    monkeypatch.setattr("sys.stdin", Terminal())
-    monkeypatch.setattr("builtins.input", typed)
-    monkeypatch.setattr(command.Terminal, "show", shown)
-    assert command.main(["--checkpoint", str(saved), "--max-new-tokens", "8"]) == 0
-    assert capsys.readouterr().out.startswith("A line is added to the text")
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", Terminal())
+        patch.setattr("builtins.input", read)
+        patch.setattr(command.Terminal, "turn", turned)
+        assert command.main(["--checkpoint", str(saved), "--max-new-tokens", "8", "--seed", "1"]) == 0
+    return after
+
+
+def test_session_goes_on_and_forgets(
+    saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["", "def f", "", ":back", "", ":back", ":back", ":back", "def f"]
+    after = talk(saved, monkeypatch, lines)
+    shown = capsys.readouterr().out
+    assert shown.startswith("A line is added to the text")
+    assert shown.count("There is no turn to forget.") == 1
     # After "def f", after an empty line, after the same line again, and anew from the beginning.
     first, second, again, anew = (int(state.lengths[0]) for state in after)
     assert 5 < first == anew < second == again
     np.testing.assert_array_equal(after[1].logits, after[2].logits)
     np.testing.assert_array_equal(after[0].logits, after[3].logits)
+    # Only so many turns are kept.
+    monkeypatch.setattr(command, "_TURNS", 1)
+    assert len(talk(saved, monkeypatch, ["def f", "", ":back", ":back", ""])) == 3
+    assert capsys.readouterr().out.count("There is no turn to forget.") == 1
+
+
+def test_a_turn_ends_where_its_text_ends(saved: Path) -> None:
+    terminal = command.Terminal(command._parser().parse_args(["--checkpoint", str(saved), "--max-new-tokens", "8"]))
+    read = lambda tokens: terminal.decoder.prefill([[*b"def f", *tokens]])
+    shown, _ = terminal.show(read([]))
+    assert shown[0] not in shown[1:3] != shown[:2]
+    for stop in (shown[2:3], shown[:1]):  # after two tokens, and at once
+        terminal.stop = [stop]
+        kept = shown[: shown.index(stop[0])]
+        state = terminal.turn(terminal.decoder.start(1), "def f")
+        assert state.lengths.tolist() == [5 + len(kept)]
+        np.testing.assert_allclose(state.logits, read(kept).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ The work is done by `decode.Decoder`, which reads the prompts in pieces and then
 plain entries, and stop sequences.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from transmamba_jax import decode
 from transmamba_jax.decode import Decoder, DecodeState
@@ -77,6 +79,7 @@ def stream(
     stop: Sequence[Sequence[int]] = (),
     piece: int = decode.PIECE,
     block: int = 8,
+    consume: bool = False,
 ) -> Generator[list[list[int]], None, DecodeState]:
     """Yield the new tokens of every row as they come, after every `block` steps; arguments as for `generate`.
 
@@ -85,7 +88,10 @@ def stream(
 
     Tokens that may turn out to be the beginning of a stop sequence are held back until that is clear. The generator
     ends when every row has stopped or has its tokens, and returns the state then, in which rows that stopped have gone
-    on. Instead of prompts it takes a state, which it leaves as it was.
+    on: to continue what was yielded, read it (`Decoder.extend`) after the state before.
+
+    Instead of prompts it takes a state, which it leaves as it was; with `consume`, it does not, and memory falls as far
+    as nobody else refers to that state.
 
     Raises:
         ValueError: as for `generate`, when called and not at the first token.
@@ -96,31 +102,36 @@ def stream(
         raise ValueError(f"block must be >= 1, found {block}")
     if stop:
         decode.check_prompts(stop, decoder.config.vocab_size, "stop")
-    given = prompts if isinstance(prompts, DecodeState) else None
-    rows = len(prompts.lengths) if isinstance(prompts, DecodeState) else len(prompts)
-    if not isinstance(prompts, DecodeState):
+    if isinstance(prompts, DecodeState):
+        rows, total = len(prompts.lengths), None  # more may follow
+    else:
         decode.check_prompts(prompts, decoder.config.vocab_size)
-    keys = row_keys(key, rows, sampling)
+        rows, total = len(prompts), max(map(len, prompts)) + max_new_tokens
+    keys, outputs = row_keys(key, rows, sampling), [_Output(stop) for _ in range(rows)]
 
-    def run() -> Generator[list[list[int]], None, DecodeState]:
-        if isinstance(prompts, DecodeState):
-            state, total = prompts, int(prompts.lengths.max()) + max_new_tokens
-        else:
-            total = max(map(len, prompts)) + max_new_tokens
-            state = decoder.prefill(prompts, piece, total=total)
-        outputs = [_Output(stop) for _ in range(rows)]
-        done = 0
-        while done < max_new_tokens and not all(output.stopped for output in outputs):
-            steps = min(block, max_new_tokens - done)
-            tokens, state = decoder.decode(state, steps, sampling, keys, total=total, consume=state is not given)
-            done += steps
-            yield [
-                output.take(row, last=done == max_new_tokens)
-                for output, row in zip(outputs, tokens.tolist(), strict=True)
-            ]
-        return state
+    read = partial(decoder.prefill, piece=piece, total=total)
+    write = partial(decoder.decode, sampling=sampling, key=keys, total=total)
+    return _stream(prompts, read, write, outputs, max_new_tokens, block, consume)
 
-    return run()
+
+def _stream(
+    source: Sequence[Sequence[int]] | DecodeState,
+    read: Callable[..., DecodeState],
+    write: Callable[..., tuple[np.ndarray, DecodeState]],
+    outputs: list["_Output"],
+    left: int,
+    block: int,
+    consume: bool,
+) -> Generator[list[list[int]], None, DecodeState]:
+    state = source if isinstance(source, DecodeState) else read(source)
+    consume = consume or state is not source
+    del source  # what its layers drop would stay
+    while left > 0 and not all(output.stopped for output in outputs):
+        count = min(block, left)
+        tokens, state = write(state, count, consume=consume)
+        left, consume = left - count, True
+        yield [output.take(row, last=left == 0) for output, row in zip(outputs, tokens.tolist(), strict=True)]
+    return state
 
 
 class _Output:

@@ -4,6 +4,7 @@ python -m transmamba_jax.generate --checkpoint runs/tiny/checkpoints --prompt "d
 """
 
 import argparse
+import collections
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from transmamba_jax.model import TransMamba
 from transmamba_jax.sampling import Sampling
 
 _CHARACTER_BYTES = 4  # of UTF-8, at most: tokens that a character can wait for
+_TURNS = 4  # of a session that :back can forget: each is kept with its keys and values
 
 
 class Text:
@@ -115,35 +117,49 @@ class Terminal:
             raise ValueError(f"{name} is empty; it needs at least one token")
         return tokens
 
-    def show(self, state: DecodeState) -> DecodeState:
-        """Continue a state and print the text as it comes; return the state after it."""
-        options, text = self.options, Text(self.tokenizer)
-        tokens = stream(self.decoder, state, options.max_new_tokens, self.sampling, self.key, stop=self.stop)
+    def show(self, source: list[list[int]] | DecodeState) -> tuple[list[int], DecodeState]:
+        """Continue one prompt or state and print the text as it comes; return its tokens and the state in the end."""
+        options, text, shown = self.options, Text(self.tokenizer), list[int]()
+        more = {"stop": self.stop, "piece": options.piece}
+        tokens = stream(self.decoder, source, options.max_new_tokens, self.sampling, self.key, **more)
         while True:
             try:
                 (new,) = next(tokens)
             except StopIteration as end:
                 print(text.take([], last=True), flush=True)
-                return end.value
+                return shown, end.value
+            shown += new
             print(text.take(new), end="", flush=True)
+
+    def turn(self, state: DecodeState, line: str) -> DecodeState:
+        """Add a line and what the model makes of it; return the state where the text that was shown ends."""
+        if line:
+            state = self.decoder.extend(state, [self.encode(line)], self.options.piece)
+        shown, after = self.show(state)
+        if after.lengths[0] == state.lengths[0] + len(shown):
+            return after
+        # It has read what ended the text, and on to the end of a block.
+        return self.decoder.extend(state, [shown], self.options.piece) if shown else state
 
     def session(self) -> None:
         """Read lines from the terminal, each of which goes on where the text so far has ended."""
-        print("A line is added to the text and continued; an empty one continues; :back forgets a turn; Ctrl-D ends.")
-        states = [self.decoder.start(1)]
+        print(
+            "A line is added to the text and continued; an empty one continues; :back forgets a turn "
+            f"(of the last {_TURNS}); Ctrl-D ends."
+        )
+        states = collections.deque([self.decoder.start(1)], _TURNS + 1)
         while True:
             try:
                 line = input("> ")
             except EOFError:
                 print()
                 return
-            if line == ":back":
-                states = states[:-1] or states
-                continue
-            state = self.decoder.extend(states[-1], [self.encode(line)], self.options.piece) if line else states[-1]
-            if state.lengths.min() == 0:
-                continue
-            states.append(self.show(state))
+            if line == ":back" and len(states) > 1:
+                states.pop()
+            elif line == ":back":
+                print("There is no turn to forget.")
+            elif line or states[-1].lengths[0] > 0:
+                states.append(self.turn(states[-1], line))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -157,9 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             terminal.session()
             return 0
         text = _standard_input() if options.prompt == "-" else options.prompt
-        state = terminal.decoder.prefill([terminal.encode(text)], options.piece)
+        prompt = terminal.encode(text)
         print(text, end="", flush=True)
-        terminal.show(state)
+        terminal.show([prompt])
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
