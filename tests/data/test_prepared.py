@@ -1,6 +1,7 @@
 """TFDS manners: prepared sets are found on disk, and nothing ever asks the network."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,26 @@ def test_a_prepared_set_is_read(stdlib_cache):
     assert [documents[i] for i in range(len(documents))] == [same[i] for i in range(len(same))]
     part = open_documents(config, "train[:10%]")
     assert 0 < len(part) < 0.2 * len(open_documents(config, "train"))
+
+
+def test_missing_and_damaged_files_of_a_prepared_set(stdlib_cache, tmp_path):
+    shutil.copytree(stdlib_cache / "python_stdlib", tmp_path / "python_stdlib")
+    config = DataConfig(source="tfds:python_stdlib", cache_dir=str(tmp_path))
+    (shard,) = tmp_path.rglob("*-train.*")
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"example 0 of split 'train' in .* cannot be read: "):
+        open_documents(config, "train")[0]
+    shard.unlink()
+    for split in ("train", "train[:10%]", "validation+train"):
+        with pytest.raises(ValueError, match=r"split 'train' .* has 0 of its 1 files, .*-train\..*-of-00001; copy it"):
+            open_documents(config, split)
+    assert open_documents(config, "validation")[0]
+    with pytest.raises(ValueError, match=r"no split 'vaildation' of .* did you mean 'validation'"):
+        open_documents(config, "test+vaildation")
+    (description,) = tmp_path.rglob("dataset_info.json")
+    description.write_text("{")
+    with pytest.raises(ValueError, match=f"description of {description.parent} cannot be read: "):
+        open_documents(config, "validation")
 
 
 def test_wrong_split_and_field_of_a_prepared_set(stdlib_cache):

@@ -104,6 +104,32 @@ def test_undecodable_record_is_named_with_its_offset(tmp_path):
         documents[1]
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path, write_corpus):
+    write_corpus(2)
+    documents = open_documents(text_source(tmp_path), "all")
+    (tmp_path / "0001.txt").unlink()
+    with pytest.raises(ValueError, match=r"0001\.txt cannot be read: .*No such file"):
+        documents[1]
+
+
+@pytest.mark.parametrize("content", ["text", "half a file", "nothing"])
+def test_files_without_readable_records_are_named(tmp_path, content):
+    write_records(tmp_path / "a.array_record", [b"one", b"two"])
+    whole = (tmp_path / "a.array_record").read_bytes()
+    data = {"text": b"text\n" * 50_000, "half a file": whole[: len(whole) // 2], "nothing": b""}[content]
+    (tmp_path / "b.array_record").write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"read a single record of .*b\.array_record: it is no array_record file, or cut"
+    ):
+        open_documents(DataConfig(source=f"array_record:{tmp_path}/*"), "all")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"'stdlib' cannot be prepared in data\.cache_dir .*file/cache': .*Not a dir"):
+        open_documents(DataConfig(cache_dir=str(tmp_path / "file" / "cache")), "train")
+
+
 def test_no_file_matches(tmp_path):
     with pytest.raises(ValueError, match=r"text:.*\*\.txt' matches no file"):
         open_documents(text_source(tmp_path), "train")

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _SPEC = re.compile(r"(?P<name>\w+)(/(?P<config>[^:]+))?(:(?P<version>[^:/]+))?")
@@ -55,7 +56,10 @@ def find(spec: str, root: Path) -> PreparedSet:
     if len(configs) > 1:
         raise ValueError(f"'tfds:{spec}' has several prepared configs in {root}; name one of {', '.join(configs)}")
     newest = max(fits, key=lambda each: tuple(map(int, each.version.split("."))))
-    info = json.loads((newest.directory / "dataset_info.json").read_text(encoding="utf-8"))
+    try:
+        info = _info(newest.directory)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"the description of {newest.directory} cannot be read: {error}") from None
     file_format = info.get("fileFormat", "tfrecord")  # TFDS left it out while it knew only one format
     if file_format != "array_record":
         raise ValueError(
@@ -79,7 +83,7 @@ def prepared_sets(root: Path, name: str = "*") -> list[PreparedSet]:
 def is_complete(directory: Path) -> bool:
     """Whether a prepared set has its description and every shard that the description lists."""
     try:
-        info = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))
+        info = _info(directory)
     except (OSError, json.JSONDecodeError):
         return False
     shards = {split["name"]: len(split["shardLengths"]) for split in info["splits"]}
@@ -87,6 +91,10 @@ def is_complete(directory: Path) -> bool:
         len(list(directory.glob(f"*-{name}.{info['fileFormat']}-?????-of-{count:05d}"))) == count
         for name, count in shards.items()
     )
+
+
+def _info(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))
 
 
 def _missing(spec: str, root: Path, there: list[PreparedSet]) -> str:

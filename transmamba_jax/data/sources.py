@@ -8,7 +8,6 @@ import bisect
 import difflib
 import glob
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,12 @@ class Documents:
         """Return document `index`.
 
         Raises:
-            ValueError: it is not UTF-8; the message names the file and the byte offset.
+            ValueError: it cannot be read or is not UTF-8; the message names the file, and the byte offset.
         """
-        data = self._read(index)
+        try:
+            data = self._read(index)
+        except (OSError, RuntimeError) as error:  # array_record raises the latter
+            raise ValueError(f"{self.where(index)} cannot be read: {error}") from error
         try:
             data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -93,10 +95,14 @@ class Records(_Lazy):
     """Records of array_record files, each of them one document."""
 
     def __init__(self, paths: Sequence[str], split: str):
-        """Take the files in the given order, and of their records those of `split`."""
+        """Take the files in the given order, and of their records those of `split`.
+
+        Raises:
+            ValueError: a file is no array_record file, or not a whole one.
+        """
         super().__init__()
         self._paths = list(paths)
-        counts = [array_record_module.ArrayRecordReader(path).num_records() for path in self._paths]
+        counts = [_count_records(path) for path in self._paths]
         self._starts = [sum(counts[:file]) for file in range(len(counts))]
         self._numbers = records_of_split(sum(counts), split)
 
@@ -125,6 +131,15 @@ class Records(_Lazy):
         return data
 
 
+def _count_records(path: str) -> int:
+    reader = array_record_module.ArrayRecordReader(path)
+    if not reader.ok():  # it says no more, and has 0 records
+        raise ValueError(
+            f"data.source 'array_record:' cannot read a single record of {path}: it is no array_record file, or cut off"
+        )
+    return reader.num_records()
+
+
 class TfdsDocuments(_Lazy):
     """One text feature of one split of a data set that TFDS prepared in array_record."""
 
@@ -132,7 +147,7 @@ class TfdsDocuments(_Lazy):
         """Open the split.
 
         Raises:
-            ValueError: the data set has no such split or no such text feature.
+            ValueError: the data set has no such split or no such text feature, or lacks shards of the split.
         """
         super().__init__()
         self._directory, self._split, self._field = directory, split, field
@@ -149,8 +164,10 @@ class TfdsDocuments(_Lazy):
         import tensorflow_datasets as tfds  # a second of import that the other sources do not need
 
         builder = tfds.builder_from_directory(self._directory)
-        base = re.split(r"[\[+]", self._split)[0].strip()
-        _require_name("split", base, list(builder.info.splits), f"of {self._directory}")
+        for part in self._split.split("+"):
+            name = part.partition("[")[0].strip()
+            _require_name("split", name, list(builder.info.splits), f"of {self._directory}")
+            _require_shards(name, builder.info.splits[name].filepaths)
         _require_name("data.text_field", self._field, sorted(builder.info.features), f"in {self._directory}")
         return builder.as_data_source(split=self._split)
 
@@ -190,7 +207,13 @@ def _open_stdlib(config: DataConfig, _: str, split: str) -> Documents:
     from transmamba_jax.data import stdlib_dataset  # imports TFDS
 
     cache = Path(DEFAULT_CACHE if config.cache_dir is None else config.cache_dir).expanduser()
-    return TfdsDocuments(stdlib_dataset.prepare(cache), split, "text")
+    try:
+        directory = stdlib_dataset.prepare(cache)
+    except OSError as error:
+        raise ValueError(
+            f"data.source 'stdlib' cannot be prepared in data.cache_dir {str(cache)!r}: {error}"
+        ) from error
+    return TfdsDocuments(directory, split, "text")
 
 
 def _open_tfds(config: DataConfig, spec: str, split: str) -> Documents:
@@ -257,6 +280,16 @@ def _too_few(config: DataConfig, split: str, what: str, counts: dict[str, int]) 
         f"data.source {config.source!r} has too few {what} for a non-empty {split!r} split ({found}); "
         f"{', or '.join(ways)}"
     )
+
+
+def _require_shards(split: str, shards: Sequence[Path]) -> None:
+    missing = [shard for shard in shards if not shard.exists()]
+    if missing:
+        raise ValueError(
+            f"split {split!r} of the prepared data set in {missing[0].parent} has {len(shards) - len(missing)} of its "
+            f"{len(shards)} files, the first that is missing is {missing[0].name}; copy it there, or prepare the set "
+            "again with tfds build"
+        )
 
 
 def _require_name(what: str, name: str, names: Sequence[str], where: str) -> None:
