@@ -48,6 +48,21 @@ def test_a_vocabulary_without_room_for_bytes_is_refused(tmp_path, write_corpus, 
         main(["--config", str(write_config(tmp_path)), "--vocab-size", size, "--output", str(tmp_path / "t.json")])
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):
+    arguments = ["--config", str(tmp_path / "none.yaml"), "--output"]
+    with pytest.raises(SystemExit, match=r"--output .*x\.json: there is no folder .*nodir; make it first"):
+        main([*arguments, str(tmp_path / "nodir" / "x.json")])
+    with pytest.raises(SystemExit, match=r"--output .* is a folder; name a file in it"):
+        main([*arguments, str(tmp_path)])
+
+
+def test_options_are_not_abbreviated(tmp_path, write_corpus):
+    write_corpus(3)
+    arguments = ["--config", str(write_config(tmp_path)), "--output", str(tmp_path / "t.json")]
+    with pytest.raises(SystemExit, match="--vocab"):
+        main([*arguments, "--vocab", "300"])
+
+
 def test_help_has_defaults(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])

@@ -13,6 +13,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from transmamba_jax.config import require
 from transmamba_jax.config_file import load_config
 from transmamba_jax.data.sources import open_documents, take
 from transmamba_jax.data.tokenizers import END_OF_DOCUMENT, JsonTokenizer
@@ -49,21 +50,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Train a byte-level BPE tokenizer on the training split of a config's data source. Further "
         "arguments override the config, as for train.py: --data.source 'text:books/*.txt'.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # the config's options begin like these
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML experiment; its data section is read")
     parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="largest number of ids")
     parser.add_argument("--output", default="tokenizer.json", metavar="FILE", help="file to write")
     parser.add_argument("--max-bytes", type=int, default=10**9, metavar="N", help="bytes of text to read")
     options, overrides = parser.parse_known_args(arguments)
+    output = Path(options.output)
     try:
+        require(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}; make it first")
+        require(not output.is_dir(), f"--output {output} is a folder; name a file in it")
         config = load_config(options.config, overrides)
         documents = take(open_documents(config.data, config.data.train_split), options.max_bytes)
         text = train(documents, options.vocab_size)
-        Path(options.output).write_text(text, encoding="utf-8")
+        output.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
     size = JsonTokenizer(text, options.output).vocab_size
-    print(f"{options.output}: {size} ids. Use it with --data.tokenizer {options.output} --model.vocab-size {size}")
+    print(f"{output}: {size} ids. Use it with --data.tokenizer {output} --model.vocab-size {size}")
 
 
 if __name__ == "__main__":
