@@ -58,6 +58,8 @@ def test_table_counts_attention_layers_along_the_sequence() -> None:
     [
         (lambda: schedule.named("v10", 8), "unknown schedule 'v10'; the names are transformer, mamba2"),
         (lambda: schedule.transformer(0), "seq_len must be at least 1, found 0"),
+        (lambda: schedule.v9(3.5), "seq_len must be an int, found 3.5 of type float"),
+        (lambda: schedule.hybrid(8, every=2.0), r"every must be an int, found 2\.0"),
         (lambda: schedule.log_spaced(8, period=1), "period must be at least 2"),
         (lambda: schedule.hybrid(8, every=0), "every must be at least 1, found 0"),
         (lambda: schedule.validate([0, -3]), r"transpoints\[1\] must be >= 0 .*found -3"),

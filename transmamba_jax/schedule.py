@@ -15,18 +15,20 @@ _PAPER_LENGTH = 8192
 
 def _scaled(seq_len: int, points: Sequence[int]) -> Schedule:
     """Scale TransPoints published for 8192 tokens to `seq_len` (integer division, so 8192 is exact)."""
-    _check_length(seq_len)
+    _check_count("seq_len", seq_len)
     return tuple(point * seq_len // _PAPER_LENGTH for point in points)
 
 
-def _check_length(seq_len: int) -> None:
-    if seq_len < 1:
-        raise ValueError(f"seq_len must be at least 1, found {seq_len}")
+def _check_count(name: str, count: int, least: int = 1) -> None:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise ValueError(f"{name} must be an int, found {count!r} of type {type(count).__name__}")
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, found {count}")
 
 
 def transformer(seq_len: int) -> Schedule:
     """Attention everywhere: one TransPoint at the end of the sequence."""
-    _check_length(seq_len)
+    _check_count("seq_len", seq_len)
     return (seq_len,)
 
 
@@ -37,17 +39,15 @@ def mamba2() -> Schedule:
 
 def hybrid(seq_len: int, every: int = 8) -> Schedule:
     """Layer-level hybrid: of each `every` layers the last one is attention over the whole sequence."""
-    _check_length(seq_len)
-    if every < 1:
-        raise ValueError(f"every must be at least 1, found {every}")
+    _check_count("seq_len", seq_len)
+    _check_count("every", every)
     return (0,) * (every - 1) + (seq_len,)
 
 
 def log_spaced(seq_len: int, period: int = 8) -> Schedule:
     """Scale-free form of V9: P_0 = 0 and P_i = T·2^(i - period + 1) for i = 1 .. period - 1."""
-    _check_length(seq_len)
-    if period < 2:
-        raise ValueError(f"period must be at least 2 (all-SSM and all-attention ends), found {period}")
+    _check_count("seq_len", seq_len)
+    _check_count("period", period, 2)  # one end is all SSM, the other all attention
     return (0, *(seq_len >> (period - 1 - i) for i in range(1, period)))
 
 
@@ -143,7 +143,7 @@ def table(transpoints: Sequence[int], num_layers: int, seq_len: int) -> str:
 
     One line a span of positions, one column a layer: `A` attention, `s` state space model.
     """
-    _check_length(seq_len)
+    _check_count("seq_len", seq_len)
     points = expand(transpoints, num_layers)
     edges = sorted({0, seq_len, *(point for point in points if point < seq_len)})
     width = len(str(seq_len))
