@@ -47,6 +47,17 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     assert tm.load_config(write(tmp_path, config_file.to_yaml(config))) == config
 
 
+@pytest.mark.parametrize(
+    ("save", "measure", "keep", "count"),
+    [(4, 6, 1, 0), (4, 5, 1, 1), (5, 4, 2, 1), (20, 5, 1, 0), (4, 0, 1, 0), (0, 5, 1, 0), (4, 5, 0, 0), (4, 20, 1, 1)],
+)
+def test_a_best_checkpoint_that_cannot_be_is_warned_of(save: int, measure: int, keep: int, count: int) -> None:
+    checkpoint = tm.CheckpointConfig(every=save, keep_best=keep)
+    config = tm.Config(train=tm.TrainConfig(steps=20), checkpoint=checkpoint, eval=tm.EvalConfig(every=measure))
+    assert len(config.warnings()) == count
+    assert all(f"keep_best={keep} will keep none" in warning for warning in config.warnings())
+
+
 def test_differences_name_the_fields() -> None:
     old = tm.Config()
     new = dataclasses.replace(old, train=dataclasses.replace(old.train, steps=7), workdir="elsewhere")

@@ -369,3 +369,16 @@ class Config:
             f"train.accumulation={self.train.accumulation} must divide data.batch_size={self.data.batch_size}; "
             f"use one of {_divisors(self.data.batch_size)}",
         )
+
+    def warnings(self) -> list[str]:
+        """Say what is asked for and will not be had, in a config that can run nevertheless."""
+        save, measure = self.checkpoint.every, self.eval.every
+        if not (self.checkpoint.keep_best and measure and 0 < save < self.train.steps):
+            return []
+        if math.lcm(save, measure) < self.train.steps:
+            return []
+        return [
+            f"checkpoint.keep_best={self.checkpoint.keep_best} will keep none: no step before the last has both a "
+            f"checkpoint (checkpoint.every={save}) and an evaluation (eval.every={measure}); make one a multiple of "
+            "the other"
+        ]

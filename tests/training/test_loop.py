@@ -69,12 +69,19 @@ def test_a_run_leaves_its_files_and_a_second_start_only_reports_them(make, capsy
     assert {"baseline/order2_bits_per_byte", "baseline/gzip_bits_per_byte"} <= held_out[-1].keys()
     assert (folder / "report" / "loss.png").exists()
     before = capsys.readouterr().out
+    order2, gzip = (held_out[-1][f"baseline/{name}_bits_per_byte"] for name in ("order2", "gzip"))
+    bits = f"{held_out[-1]['eval/bits_per_byte']:.4f} bits per byte"
+    result = f"held out    {bits}; byte model of order 2 {order2:.4f}, gzip -9 {gzip:.4f}\n"
+    assert result in before
+    # Steps 4, 8 have checkpoints and step 5 an evaluation.
+    assert "warning: checkpoint.keep_best=1 will keep none: no step before the last has both" in before
     for name in ("checkpoints/10", "report/index.html"):
         assert str(folder / name) in before
     lines = _lines(settings)
     assert loop.train(settings) == 0
     output = capsys.readouterr().out
     assert "compiling" not in output
+    assert result in output
     assert str(folder / "report" / "index.html") in output
     assert _lines(settings) == lines
 

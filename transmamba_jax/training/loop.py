@@ -21,7 +21,7 @@ from transmamba_jax.config import Config
 from transmamba_jax.evaluate import EvaluationStopped, Evaluator
 from transmamba_jax.generate import generate
 from transmamba_jax.model import TransMamba
-from transmamba_jax.report import write_report
+from transmamba_jax.report import read_metrics, write_report
 from transmamba_jax.training import resume
 from transmamba_jax.training.metrics import MetricsWriter, Record, Throughput, peak_memory_bytes
 from transmamba_jax.training.optimizer import make_optimizer
@@ -62,6 +62,8 @@ def train(config: Config) -> int:
     with Preemption() as preemption, contextlib.ExitStack() as cleanup:
         # 1. What can be refused cheaply is refused first, everywhere: other hosts, devices, the earlier run, the data.
         hosts.require_same({**hosts.machine_facts(), **hosts.config_facts(config)}, config.hosts.timeout)
+        for warning in config.warnings():
+            hosts.say(f"warning: {warning}")
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_divides(config, mesh)
         cleanup.enter_context(jax.set_mesh(mesh))
@@ -199,10 +201,20 @@ class _Run:
             if hosts.is_first() and (trained or not index.exists()):
                 index = write_report(self.workdir)
         self.console.say(f"complete: step {step} of {self.config.train.steps}")
+        if self.writer is not None:
+            self._say_result(step)
         self.console.say(f"checkpoint  {self.workdir / 'checkpoints' / str(step)}")
         if sample.exists():
             self.console.say(f"sample      {sample}")
         self.console.say(f"report      {index}")
+
+    def _say_result(self, step: int) -> None:
+        """Put the held-out loss of the last step beside what it has to beat."""
+        for record in read_metrics(self.workdir / "metrics.jsonl"):
+            bits = [record.get(f"{name}bits_per_byte") for name in ("eval/", "baseline/order2_", "baseline/gzip_")]
+            if record["step"] == step and None not in bits:
+                model, order2, gzip = (f"{value:.4f}" for value in bits)
+                self.console.say(f"held out    {model} bits per byte; byte model of order 2 {order2}, gzip -9 {gzip}")
 
     def write(self, record: Record) -> None:
         """Append a line to metrics.jsonl, from the process that has it."""
