@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,10 +152,12 @@ def test_a_stream_that_may_consume_holds_one_cache() -> None:
     decoder = decoder_of(TWO)
     state = decoder.prefill(PROMPTS[:1]).rows([0, 0, 0])
     shape = state.cache.layers[1].keys.shape
-    before = held(shape) - 1
+    before, given = held(shape) - 1, weakref.ref(state)
     steps = stream(decoder, state, 4, block=2, consume=True)
     del state
-    assert [held(shape) - before for _ in steps] == [1, 1]
+    for _ in steps:
+        assert held(shape) - before == 1
+        assert given() is None  # nor what the layers will drop
 
 
 def test_no_new_tokens() -> None:
@@ -318,6 +321,8 @@ def test_a_turn_ends_where_its_text_ends(saved: Path) -> None:
         (["--prompt", "a", "--top-p", "2"], r"top_p must be in (0, 1], found 2.0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be >= 1, found 0"),
         (["--prompt", "a", "--schedule", "v0"], "unknown schedule 'v0'"),
+        (["--prompt", "a", "--schedule", "v8"], "--schedule v8 has 5 TransPoints, one a layer in turn, and the model"),
+        (["--prompt", "a", "--schedule", "v1", "--seq-len", "0"], "seq_len must be at least 1, found 0"),
         (["--prompt", "a", "--seq-len", "64"], "--seq-len=64 scales --schedule, and there is none"),
         (["--prompt", "a", "--step", "4"], "no complete checkpoint of step 4"),
         (["--prompt", "a", "--checkpoint", "/nowhere"], "no complete checkpoint in /nowhere"),

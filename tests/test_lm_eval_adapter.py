@@ -1,6 +1,7 @@
 """The lm-evaluation-harness runs local tasks on a model of this package, without a network."""
 
 import json
+import re
 import socket
 import types
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from tests.test_decode import TWO, make
 from tests.test_scoring import Spelling
 from transmamba_jax import checkpoint, data, scoring
 from transmamba_jax.config import Config, DataConfig
+from transmamba_jax.config_file import load_config
 
 CHOICES = [
     {"text": "abc", "choices": ["de", "fghij", "k"], "answer": 1},
@@ -130,6 +132,23 @@ def test_model_arguments_are_checked():
     }.items():
         with pytest.raises(ValueError, match=message):
             TransMambaLM.create_from_arg_string(text)
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_documented_arguments_fit_the_model_of_the_first_command(monkeypatch):
+    from transmamba_jax import lm_eval_adapter
+
+    root = Path(__file__).parents[1]
+    config = load_config(root / "configs" / "tiny.yaml")
+    tokenizer = data.load_tokenizer("bytes").to_json()
+    restored = types.SimpleNamespace(config=config, params={}, tokenizer_json=tokenizer)
+    monkeypatch.setattr(checkpoint, "restore", lambda *_, **__: restored)
+    for text in (lm_eval_adapter.__doc__, (root / "docs" / "evaluation.md").read_text()):
+        (arguments,) = re.findall(r"--model_args (\S+)", text)
+        model = lm_eval_adapter.TransMambaLM.create_from_arg_string(arguments)
+        assert model.max_length == 256
+        with pytest.raises(ValueError, match=r"schedule=v9 has 8 TransPoints, .* model has 4 layers; .* mamba2, v1, "):
+            lm_eval_adapter.TransMambaLM.create_from_arg_string(arguments.replace("v7", "v9"))
 
 
 @pytest.mark.usefixtures("offline")

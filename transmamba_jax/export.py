@@ -26,7 +26,7 @@ import numpy as np
 from jax import export as jax_export
 
 from transmamba_jax import cache as memory
-from transmamba_jax import config_file, data, decode_step, schedule, tensor_files
+from transmamba_jax import config_file, data, decode_step, schedule, schedule_option, tensor_files
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import Config, ModelConfig
 from transmamba_jax.decode_step import Kind, LayerWeights, MLPWeights
@@ -246,13 +246,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="what programs run on; none: no programs",
     )
-    add(
-        "--schedule",
-        default=None,
-        metavar="NAME",
-        help=f"run under {', '.join(schedule.NAMED)}; None: the checkpoint's",
-    )
-    add("--seq-len", type=int, default=None, metavar="T", help="tokens --schedule is scaled to; None: data.seq_len")
+    schedule_option.add_arguments(parser)
     return parser
 
 
@@ -263,11 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from transmamba_jax import checkpoint  # orbax takes seconds to import, and only this command needs it
 
         saved = checkpoint.restore(options.checkpoint, options.step, params_only=True)
-        config = saved.config
-        if options.schedule is not None:
-            seq_len = config.data.seq_len if options.seq_len is None else options.seq_len
-            points = schedule.named(options.schedule, seq_len)
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, transpoints=points))
+        config = dataclasses.replace(saved.config, model=schedule_option.apply(saved.config, options))
         save(options.output, config, saved.params, data.tokenizer_from_json(saved.tokenizer_json))
         if options.platforms:
             save_programs(options.output, config.model, saved.params, options.platforms)

@@ -1,7 +1,7 @@
 """The lm-evaluation-harness with a checkpoint of this package; needs the extra `eval`.
 
     python -m transmamba_jax.lm_eval_adapter run --model transmamba --tasks NAME \\
-        --model_args checkpoint=runs/tiny/checkpoints,schedule=v9,max_length=256 --batch_size 8
+        --model_args checkpoint=runs/tiny/checkpoints,schedule=v7,max_length=256 --batch_size 8
 
 is the harness's own command line with this model added. In Python, give `lm_eval.simple_evaluate` a `TransMambaLM`.
 """

@@ -5,7 +5,6 @@
 Requests are sorted by length and batched; rows are padded on the right, which leaves no trace in real tokens.
 """
 
-import dataclasses
 import functools
 import logging
 import math
@@ -18,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from transmamba_jax import cache, data, serving_mesh, sharding
+from transmamba_jax import cache, data, schedule_option, serving_mesh, sharding
 from transmamba_jax.decode import Decoder
 from transmamba_jax.generate import stream
 from transmamba_jax.model import TransMamba
 from transmamba_jax.sampling import Sampling
-from transmamba_jax.schedule import named
 from transmamba_jax.shapes import Array, Float32, Int, SegmentIds
 
 BLOCK_STEPS = 16
@@ -240,16 +238,15 @@ def load(
         seed: as for `Scorer`.
 
     Raises:
-        ValueError: there is no such checkpoint or schedule, or a number is less than 1.
+        ValueError: there is no such checkpoint or schedule, the model has too few layers for it, or a number is less
+            than 1.
     """
     from transmamba_jax import checkpoint as storage  # orbax takes seconds to import
 
     saved = storage.restore(Path(checkpoint), step, params_only=True)
     config = saved.config
     length = config.data.seq_len if max_length is None else max_length
-    model = config.model
-    if schedule is not None:
-        model = dataclasses.replace(model, transpoints=named(schedule, length))
+    model = schedule_option.run_under(config.model, schedule, length, "schedule=")
     tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
     return Scorer(TransMamba(model), saved.params, tokenizer, length, batch_size, config.train.loss_chunk, seed)
 

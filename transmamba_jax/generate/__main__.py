@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from transmamba_jax import data, decode, schedule
+from transmamba_jax import data, decode, schedule_option
 from transmamba_jax.decode import Decoder, DecodeState
 from transmamba_jax.generate import stream
 from transmamba_jax.model import TransMamba
@@ -64,13 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, default=None, metavar="X", help="above 1: avoid tokens already there")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add(
-        "--schedule",
-        default=None,
-        metavar="NAME",
-        help=f"run under {', '.join(schedule.NAMED)}; None: the checkpoint's",
-    )
-    add("--seq-len", type=int, default=None, metavar="T", help="tokens --schedule is scaled to; None: data.seq_len")
+    schedule_option.add_arguments(parser)
     add("--piece", type=int, default=decode.PIECE, metavar="N", help="prompt tokens read at a time")
     return parser
 
@@ -91,17 +85,11 @@ class Terminal:
         )
         if options.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens must be >= 1, found {options.max_new_tokens}")
-        if options.seq_len is not None and options.schedule is None:
-            raise ValueError(f"--seq-len={options.seq_len} scales --schedule, and there is none")
         saved = checkpoint.restore(options.checkpoint, options.step, params_only=True)
         self.options, self.key = options, jax.random.key(options.seed)
         self.tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
         self.stop = [[self.tokenizer.end_of_document], *(self.encode(text, "--stop") for text in options.stop)]
-        transpoints = None
-        if options.schedule is not None:
-            seq_len = saved.config.data.seq_len if options.seq_len is None else options.seq_len
-            transpoints = schedule.named(options.schedule, seq_len)
-        self.decoder = Decoder(TransMamba(saved.config.model), saved.params, transpoints)
+        self.decoder = Decoder(TransMamba(schedule_option.apply(saved.config, options)), saved.params)
 
     def encode(self, text: str, name: str = "the prompt") -> list[int]:
         """Return the tokens of a text.
