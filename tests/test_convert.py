@@ -171,6 +171,12 @@ def pickles_only(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def hold_twice(folder: Path) -> None:
+    first, second = (folder / f"model-0000{part}-of-00003.safetensors" for part in (1, 2))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor}, second)
+
+
 REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "missing": (
         "tied",
@@ -206,6 +212,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
         edit_json("model.safetensors.index.json", weight_map={"a": "model-00001-of-00003.safetensors"}),
         "names what is not there: a in model-00001",
     ),
+    "twice": ("limited", hold_twice, "each tensor in one file, found .* in model-00001.* and model-00002"),
     "other model": ("tied", edit_json(model_type="mamba"), "model_type 'mamba2'.*found model_type 'mamba'"),
     "bias": ("tied", edit_json(use_bias=True), "use_bias must be False, found True: there is no counterpart"),
     "activation": ("tied", edit_json(hidden_act="gelu"), "hidden_act must be 'silu' or 'swish', found 'gelu'"),
@@ -299,6 +306,15 @@ def test_the_command_goes_there_and_back(tmp_path: Path, capsys: pytest.CaptureF
 
     capsys.readouterr()
     assert convert.main(["to-mamba2", str(middle), str(back)]) == 2
-    assert "already holds model.safetensors" in capsys.readouterr().err
+    assert "already holds model.safetensors, config.json, tokenizer.json" in capsys.readouterr().err
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        assert convert.main(["to-mamba2", str(middle), str(tmp_path / name)]) == 2
+        assert f"already holds {name}; name a new folder" in capsys.readouterr().err
+        assert [path.read_text() for path in (tmp_path / name).iterdir()] == ["mine"]
+    for command in ("to-mamba2", "start-run"):
+        assert convert.main([command, str(middle), "/proc"]) == 2
+        assert capsys.readouterr().err.startswith("cannot ")
     assert convert.main(start) == 2
     assert "already holds step 0" in capsys.readouterr().err

@@ -250,11 +250,12 @@ def test_command_prints_what_the_evaluator_measures(saved, folder, capsys):
 def test_command_takes_another_schedule_data_and_number_of_windows(saved, folder, tmp_path, capsys):
     longer = config_of(folder, data={"seq_len": 40}, model={"d_model": 16, "transpoints": (3,)})
     (tmp_path / "longer.yaml").write_text(to_yaml(longer))
-    arguments = ["--config", str(tmp_path / "longer.yaml"), "--schedule", "transformer", "--windows", "3"]
+    arguments = ["--config", str(tmp_path / "longer.yaml"), "--windows", "3"]
+    arguments += ["--schedule", "transformer", "--seq-len", "32"]
     assert evaluate.main(["--checkpoint", str(saved), *arguments]) == 0
     output = capsys.readouterr().out
-    assert "TransPoints 40, 40 of 40 tokens" in output
-    model = tm.TransMamba(dataclasses.replace(MODEL, transpoints=(40,)))
+    assert "TransPoints 32, 32 of 40 tokens" in output
+    model = tm.TransMamba(dataclasses.replace(MODEL, transpoints=(32,)))
     config = config_of(folder, data={"seq_len": 40}, eval={"windows": 3})
     expected = evaluate.Evaluator(model, config, ByteTokenizer())(weights())
     assert f"120 tokens: loss {expected.loss:.4f}" in output
@@ -262,14 +263,22 @@ def test_command_takes_another_schedule_data_and_number_of_windows(saved, folder
 
 def test_a_config_file_without_a_schedule_on_the_command_line_brings_its_own(folder, tmp_path):
     (tmp_path / "other.yaml").write_text(to_yaml(config_of(folder, model={"d_model": 16, "transpoints": (3,)})))
-    options = argparse.Namespace(config=tmp_path / "other.yaml", schedule=None, windows=None)
+    options = argparse.Namespace(config=tmp_path / "other.yaml", schedule=None, seq_len=None, windows=None)
     config = evaluate._configured(config_of(folder), options)
     assert (config.model.transpoints, config.model.d_model) == ((3,), MODEL.d_model)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--schedule", "v99"], "unknown schedule 'v99'"), (["--step", "8"], "no complete checkpoint of step 8")],
+    [
+        (["--schedule", "v99"], "unknown schedule 'v99'"),
+        (
+            ["--schedule", "hybrid"],
+            "--schedule hybrid has 8 TransPoints, one a layer in turn, and the model has 2 layers",
+        ),
+        (["--seq-len", "64"], "--seq-len=64 scales --schedule, and there is none"),
+        (["--step", "8"], "no complete checkpoint of step 8"),
+    ],
 )
 def test_command_reports_what_is_wrong(saved, capsys, arguments, message):
     assert evaluate.main(["--checkpoint", str(saved), *arguments]) == 2

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 
 import transmamba_jax as tm
 from tests.oracle import relative_error
-from transmamba_jax import checkpoint, config_file, data, export, tensor_files
+from transmamba_jax import checkpoint, config_file, data, export, serving_options, tensor_files
 from transmamba_jax.config import Config
 
 CONFIG = tm.ModelConfig(
@@ -145,7 +146,9 @@ def test_programs_compute_in_the_models_dtype() -> None:
 
 
 def test_what_does_not_fit_is_refused(folder: Path, params: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(ValueError, match=r"already holds model\.safetensors; name a new folder"):
+    with pytest.raises(
+        ValueError, match=r"already holds model\.safetensors, config\.yaml, tokenizer\.json; name a new"
+    ):
         export.save(folder, Config(model=CONFIG), params, None)
     for missing, found in ((tmp_path / "nowhere", "no such folder"), (folder.parent, "checkpoints, exported")):
         with pytest.raises(ValueError, match=f"{missing} must hold config.yaml and model.safetensors.*found {found}"):
@@ -174,9 +177,59 @@ def test_what_does_not_fit_is_refused(folder: Path, params: Any, tmp_path: Path,
     assert "no complete checkpoint in" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"platforms must be some of cpu, cuda, tpu and rocm, found \['gpu'\]"):
         export.programs(CONFIG, params, ["gpu"])
+    wrong = [
+        "--checkpoint",
+        str(folder.parent / "checkpoints"),
+        "--output",
+        str(tmp_path / "out"),
+        "--platforms",
+        "gpu",
+    ]
+    assert export.main(wrong) == 2
+    assert "platforms must be some of" in capsys.readouterr().err
     again = ["--checkpoint", str(folder.parent / "checkpoints"), "--output", str(tmp_path / "out"), "--platforms"]
-    assert export.main([*again, "--schedule", "mamba2"]) == 0
+    assert export.main([*again, "gpu"]) == 2
+    assert "platforms must be some of" in capsys.readouterr().err
+    assert export.main([*again, "--seq-len", "64"]) == 2
+    assert "--seq-len=64 scales --schedule, and there is none" in capsys.readouterr().err
+    assert export.main([*again, "--schedule", "mamba2"]) == 0  # what was refused left nothing in the way
     assert export.load(tmp_path / "out").config.model.transpoints == (0,)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         [tensor_files.FILE, export.CONFIG, export.TOKENIZER]
     )
+
+
+@pytest.mark.parametrize("name", [export.CONFIG, export.TOKENIZER, "decode.jax"])
+def test_a_work_directory_keeps_its_files(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    (tmp_path / name).write_text("mine")
+    assert export.main(["--checkpoint", str(folder.parent / "checkpoints"), "--output", str(tmp_path)]) == 2
+    assert f"{tmp_path} already holds {name}; name a new folder" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_in_a_line(
+    folder: Path, params: Any, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert export.main(["--checkpoint", str(folder.parent / "checkpoints"), "--output", "/proc"]) == 2
+    assert capsys.readouterr().err.startswith("cannot write /proc: ")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    for error in (safetensors.SafetensorError("I/O error: no space"), OSError(28, "No space left on device")):
+        with pytest.raises(ValueError, match=r"cannot write .*model.safetensors: .*o space"):
+            export.save(tmp_path / type(error).__name__, Config(model=CONFIG), params, None)
+
+
+def test_a_folder_of_weights_is_no_folder_of_checkpoints(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=rf"no checkpoints; python -m transmamba_jax.convert start-run {folder} WORKDIR"
+    ):
+        serving_options.restore(folder, None)
+    (tmp_path / "config.json").touch()
+    (tmp_path / tensor_files.FILE).touch()
+    with pytest.raises(ValueError, match=rf"convert from-mamba2 {tmp_path} FOLDER, then .* start-run FOLDER WORKDIR"):
+        serving_options.restore(tmp_path, None)

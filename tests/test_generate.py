@@ -152,12 +152,13 @@ def test_a_stream_that_may_consume_holds_one_cache() -> None:
     decoder = decoder_of(TWO)
     state = decoder.prefill(PROMPTS[:1]).rows([0, 0, 0])
     shape = state.cache.layers[1].keys.shape
-    before, given = held(shape) - 1, weakref.ref(state)
+    before, given, keys = held(shape) - 1, weakref.ref(state), state.cache.layers[1].keys
     steps = stream(decoder, state, 4, block=2, consume=True)
     del state
     for _ in steps:
         assert held(shape) - before == 1
         assert given() is None  # nor what the layers will drop
+        assert keys.is_deleted()  # written to, not copied
 
 
 def test_no_new_tokens() -> None:

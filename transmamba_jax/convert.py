@@ -90,13 +90,14 @@ def to_mamba2(
     Args:
         config: the model's.
         params: its parameters.
-        folder: a new one, or one without weights.
+        folder: a new one, or one without weights and config.json.
         naming: whose names, transformers' or state-spaces'.
         dtype: "float32", "bfloat16" or "float16"; None: as the parameters are.
 
     Raises:
         ValueError: the model is not a Mamba-2 model or the naming cannot say it; the parameters are not the config's,
-            and the message lists both sides; the folder has weights already; or naming or dtype is unknown.
+            and the message lists both sides; the folder has weights or a config.json already or cannot be written to;
+            or naming or dtype is unknown.
     """
     folder = Path(folder)
     if naming not in _EMBEDDING:
@@ -114,10 +115,11 @@ def to_mamba2(
         for layer in range(config.num_layers if part.layered else 1):
             rows = part.there(leaf[layer] if part.layered else leaf)
             tensors.setdefault(part.name.format(layer=layer), []).append(rows)
-    tensor_files.claim(folder)
+    tensor_files.claim(folder, [mamba2_config.FILE])
     whole = {name: rows[0] if len(rows) == 1 else np.concatenate(rows) for name, rows in tensors.items()}
-    tensor_files.write(folder, whole, {"format": "pt"})
-    (folder / mamba2_config.FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    tensor_files.write(folder / tensor_files.FILE, whole, {"format": "pt"})
+    with tensor_files.explained(folder):
+        (folder / mamba2_config.FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "step"], meta_fields=[])
@@ -133,7 +135,7 @@ def start_run(folder: str | Path, workdir: str | Path) -> None:
     """Write what `export.save` wrote as step 0 of a work directory: parameters, and no optimizer state.
 
     Raises:
-        ValueError: the folder cannot be read, or the work directory has checkpoints already.
+        ValueError: the folder cannot be read, or the work directory has checkpoints already or cannot be written to.
     """
     from transmamba_jax import checkpoint  # orbax takes seconds to import, and conversion does not need it
 
@@ -141,13 +143,15 @@ def start_run(folder: str | Path, workdir: str | Path) -> None:
     done = checkpoint.complete_steps(directory)
     if done:
         raise ValueError(f"{directory} already holds step {done[-1]}; name a new work directory")
+    tensor_files.make(directory)
     writer = checkpoint.Checkpointer(directory, loaded.config.checkpoint)
     tokenizer = data.ByteTokenizer() if loaded.tokenizer is None else loaded.tokenizer
     config = config_file.to_yaml(dataclasses.replace(loaded.config, workdir=str(workdir)))
     nothing_read: dict[str, Any] = {"settings": {}}  # no run's settings, so that its data start from the beginning
     state = _Start(loaded.params, jnp.zeros((), jnp.int32))
-    writer.save(0, state, nothing_read, config, tokenizer.to_json())
-    writer.close()
+    with tensor_files.explained(directory):
+        writer.save(0, state, nothing_read, config, tokenizer.to_json())
+        writer.close()
 
 
 def _parts(config: ModelConfig, naming: Naming) -> list[_Part]:
@@ -262,10 +266,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "start-run":
             start_run(options.source, options.output)
         else:
+            has_tokenizer = _tokenizer(options.source) is not None
+            tensor_files.claim(options.output, [mamba2_config.FILE, *[export.TOKENIZER] * has_tokenizer])
             loaded = export.load(options.source)
             to_mamba2(loaded.config.model, loaded.params, options.output, options.naming, options.dtype)
-            if _tokenizer(options.source) is not None:
-                shutil.copy(options.source / export.TOKENIZER, options.output)
+            if has_tokenizer:
+                with tensor_files.explained(options.output):
+                    shutil.copy(options.source / export.TOKENIZER, options.output)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

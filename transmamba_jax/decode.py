@@ -16,6 +16,7 @@ Prompts are read by programs of their own, one for each padded length of a piece
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,15 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from transmamba_jax import cache as memory
-from transmamba_jax import decode_step, schedule, serving_mesh, sharding
+from transmamba_jax import decode_state, decode_step, schedule, serving_mesh, sharding
 from transmamba_jax import sampling as choice
 from transmamba_jax.cache import Cache, LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.decode_state import DecodeState
-from transmamba_jax.decode_step import Kind, LayerWeights
+from transmamba_jax.decode_step import Kind, Weights
 from transmamba_jax.model import TransMamba, embed
 from transmamba_jax.sampling import Sampling
-from transmamba_jax.shapes import Array, Float, Int
+from transmamba_jax.shapes import Array, Int
 
 BLOCK_STEPS = 32
 """Tokens of one call of a compiled program, at most."""
@@ -39,17 +40,6 @@ _ROWS = ("rows", None)
 
 PIECE = 2048
 """Prompt tokens read at a time, which bounds the memory of a long prompt."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Weights:
-    """Parameters as a step reads them: each layer's apart, since a slice of a stack is a copy."""
-
-    embedding: Float[Array, "V D"]
-    head: Float[Array, "D V"] | None
-    final_norm: Float[Array, "D"]
-    layers: tuple[LayerWeights, ...]
 
 
 class Decoder:
@@ -81,6 +71,23 @@ class Decoder:
         cache = memory.init_cache(self.config, batch, 0, self.transpoints, self._lazy)
         size = (batch, self.config.vocab_size)
         return DecodeState(cache, jnp.zeros(size, jnp.float32), jnp.zeros(size, bool))
+
+    def save(self, state: DecodeState, file: str | Path) -> None:
+        """Write a state to a file of safetensors, with the config and the schedule that it belongs to.
+
+        Raises:
+            ValueError: it comes from another schedule, or the file cannot be written.
+        """
+        self._check_schedule(state)
+        decode_state.save(Path(file), state, self.config)
+
+    def load(self, file: str | Path) -> DecodeState:
+        """Read what `save` wrote; the parameters must be the same, which only their shapes are checked for.
+
+        Raises:
+            ValueError: the file cannot be read, is of another config or schedule, or is not a whole state.
+        """
+        return decode_state.load(Path(file), self.config, self.transpoints)
 
     def prefill(self, prompts: Sequence[Sequence[int]], piece: int = PIECE, *, total: int | None = None) -> DecodeState:
         """Read prompts of any lengths; arguments and errors as for `extend`."""
@@ -295,19 +302,7 @@ def _kind(point: int, lengths: np.ndarray) -> Kind:
     return point if attending.any() else "ssm"
 
 
-@partial(jax.jit, static_argnums=0)
-def _lay_out(config: ModelConfig, params: Any) -> _Weights:
-    # Over a mesh: what fsdp cuts is collected once, not at every token; what tensor cuts stays so.
-    layer = lambda index: sharding.gather_layer(jax.tree.map(lambda leaf: leaf[index], params["layers"]))
-    whole = lambda name: sharding.gather_parameter(name, params[name]).astype(config.dtype)
-    return _Weights(
-        embedding=whole("embedding"),
-        head=None if config.tie_embeddings else whole("lm_head"),
-        final_norm=params["final_norm"]["scale"],
-        layers=tuple(decode_step.lay_out(config, layer(index)) for index in range(config.num_layers)),
-    )
-
-
+_lay_out = jax.jit(decode_step.lay_out, static_argnums=0)
 _convert = jax.jit(decode_step.convert, static_argnums=0)
 
 
@@ -331,7 +326,7 @@ def _read_piece(
 
 @partial(jax.jit, static_argnums=(6, 7, 8), donate_argnums=1)
 def _decode_block(
-    weights: _Weights,
+    weights: Weights,
     state: DecodeState,
     given: Int[Array, "B S"],
     keys: jax.Array | None,
@@ -343,7 +338,6 @@ def _decode_block(
 ) -> tuple[Int[Array, "B S"], DecodeState]:
     """Read `steps` tokens, those that are `given` or else (-1) chosen ones; return them with the state after them."""
     rows, starts, large = jnp.arange(len(given)), state.cache.lengths, state.cache.layers
-    head = weights.embedding.T if weights.head is None else weights.head
     # The loop carries what changes with every token; large caches stay outside and are only read.
     moving = tuple(LayerCache(layer.window, layer.state) for layer in large)
     recents = tuple(memory.recent_layer(layer, given.shape[1]) for layer in large)
@@ -361,9 +355,7 @@ def _decode_block(
             x, cache, recent = decode_step.layer_step(config, layer_weights, x, cache, recent, starts, index, kind)
             moved.append(LayerCache(cache.window, cache.state))
             written.append(recent)
-        normed = decode_step.rms_norm(x, weights.final_norm, config)
-        logits = jnp.matmul(normed, head, preferred_element_type=jnp.float32)
-        logits = sharding.constrain(logits, _ROWS)
+        logits = decode_step.next_logits(config, x, weights.final_norm, weights.embedding, weights.head)
         tokens, seen = tokens.at[:, index].set(token), seen.at[rows, token].set(True)
         return tokens, logits, seen, tuple(moved), tuple(written)
 

@@ -57,7 +57,32 @@ class LayerWeights:
     mlp: MLPWeights | None
 
 
-def lay_out(config: ModelConfig, params: Any) -> LayerWeights:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Parameters as a step reads them: each layer's apart, since a slice of a stack is a copy."""
+
+    embedding: Float[Array, "V D"]
+    head: Float[Array, "D V"] | None
+    """None: the embedding."""
+    final_norm: Float[Array, "D"]
+    layers: tuple[LayerWeights, ...]
+
+
+def lay_out(config: ModelConfig, params: Any) -> Weights:
+    """Arrange the parameters of a model."""
+    # Over a mesh: what fsdp cuts is collected once, not at every token; what tensor cuts stays so.
+    layer = lambda index: sharding.gather_layer(jax.tree.map(lambda leaf: leaf[index], params["layers"]))
+    whole = lambda name: sharding.gather_parameter(name, params[name]).astype(config.dtype)
+    return Weights(
+        embedding=whole("embedding"),
+        head=None if config.tie_embeddings else whole("lm_head"),
+        final_norm=params["final_norm"]["scale"],
+        layers=tuple(_lay_out_layer(config, layer(index)) for index in range(config.num_layers)),
+    )
+
+
+def _lay_out_layer(config: ModelConfig, params: Any) -> LayerWeights:
     """Arrange the parameters of one block."""
     mixer = params["mixer"]
     side_by_side = lambda *parts: jnp.concatenate([part["kernel"] for part in parts], axis=1).astype(config.dtype)
@@ -111,6 +136,19 @@ def layer_step(
     both = sharding.constrain(rms_norm(x, weights.mlp.norm, config) @ weights.mlp.gate_up, _ROWS)
     gate, up = jnp.split(both, 2, axis=-1)
     return sharding.constrain(x + (jax.nn.silu(gate) * up) @ weights.mlp.down, _ROWS), cache, recent
+
+
+def next_logits(
+    config: ModelConfig,
+    x: Float[Array, "B D"],
+    final_norm: Float[Array, "D"],
+    embedding: Float[Array, "V D"],
+    head: Float[Array, "D V"] | None,
+) -> Float32[Array, "B V"]:
+    """Return the logits of the next token from what the last block gave, accumulated in float32."""
+    normed = rms_norm(x, final_norm, config)
+    logits = jnp.matmul(normed, embedding.T if head is None else head, preferred_element_type=jnp.float32)
+    return sharding.constrain(logits, _ROWS)
 
 
 def rms_norm(x: Float[Array, "... C"], scale: Float[Array, "... C"], config: ModelConfig) -> Float[Array, "... C"]:

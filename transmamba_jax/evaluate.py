@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from transmamba_jax import config_file, data, schedule, serving_mesh, sharding
+from transmamba_jax import config_file, data, schedule, serving_mesh, serving_options, sharding
 from transmamba_jax.config import Config
 from transmamba_jax.model import TransMamba
 from transmamba_jax.scoring import token_scores
@@ -150,16 +150,17 @@ def _nll_by_position(
 
 def _configured(saved: Config, options: argparse.Namespace) -> Config:
     """Return the checkpoint's config with what the command line replaces; the architecture stays the checkpoint's."""
-    config, transpoints = saved, saved.model.transpoints
+    config = saved
     if options.config is not None:
         given = config_file.load_config(options.config)
-        config, transpoints = dataclasses.replace(saved, data=given.data, eval=given.eval), given.model.transpoints
-    if options.schedule is not None:
-        transpoints = schedule.named(options.schedule, config.data.seq_len)
+        config = dataclasses.replace(saved, data=given.data, eval=given.eval)
+        if options.schedule is None:
+            model = dataclasses.replace(saved.model, transpoints=given.model.transpoints)
+            config = dataclasses.replace(config, model=model)
     windows = config.eval.windows if options.windows is None else options.windows
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, transpoints=transpoints),
+        model=serving_options.apply(config, options),
         eval=dataclasses.replace(config.eval, windows=windows),
     )
 
@@ -180,20 +181,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure a checkpoint on held-out text.",
         allow_abbrev=False,
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="<workdir>/checkpoints")
-    parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
+    serving_options.add_arguments(parser)
     parser.add_argument(
         "--config",
         type=Path,
         default=None,
         metavar="FILE",
         help="take the data, eval and TransPoints from this file (default: the config in the checkpoint)",
-    )
-    parser.add_argument(
-        "--schedule",
-        default=None,
-        metavar="NAME",
-        help=f"TransPoint schedule scaled to data.seq_len: {', '.join(schedule.NAMED)} (default: the config's)",
     )
     parser.add_argument(
         "--windows", type=int, default=None, help="rows to read, 0: all of the split (default: the config's)"
@@ -203,11 +197,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate a checkpoint and print loss, bits per byte, baselines and the loss by position."""
-    from transmamba_jax import checkpoint  # orbax takes seconds to import and the training loop has its own use of it
-
     options = _parser().parse_args(arguments)
     try:
-        saved = checkpoint.restore(options.checkpoint, options.step, params_only=True)
+        saved = serving_options.restore(options.checkpoint, options.step)
         config = _configured(saved.config, options)
         tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
         params, mesh = serving_mesh.place(saved.params)  # on several devices each reads some of the windows

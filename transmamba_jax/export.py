@@ -26,7 +26,7 @@ import numpy as np
 from jax import export as jax_export
 
 from transmamba_jax import cache as memory
-from transmamba_jax import config_file, data, decode_step, schedule, schedule_option, tensor_files
+from transmamba_jax import config_file, data, decode_step, schedule, serving_options, tensor_files
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import Config, ModelConfig
 from transmamba_jax.decode_step import Kind, LayerWeights, MLPWeights
@@ -53,15 +53,16 @@ def save(folder: str | Path, config: Config, params: Mapping[str, Any], tokenize
     """Write parameters, config and tokenizer.
 
     Raises:
-        ValueError: the folder has weights already.
+        ValueError: the folder has weights or one of these files already, or cannot be written to.
     """
     folder = Path(folder)
-    tensor_files.claim(folder)
-    (folder / CONFIG).write_text(config_file.to_yaml(config), encoding="utf-8")
-    if tokenizer is not None:
-        (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+    tensor_files.claim(folder, [CONFIG, TOKENIZER])
+    with tensor_files.explained(folder):
+        (folder / CONFIG).write_text(config_file.to_yaml(config), encoding="utf-8")
+        if tokenizer is not None:
+            (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
     leaves = {path: np.asarray(jax.device_get(leaf)) for path, leaf in tensor_files.flatten(params).items()}
-    tensor_files.write(folder, leaves, {"format": "transmamba_jax"})
+    tensor_files.write(folder / tensor_files.FILE, leaves, {"format": "transmamba_jax"})
 
 
 def load(folder: str | Path) -> Loaded:
@@ -100,14 +101,15 @@ def save_programs(
     """Write the programs; of the parameters only shapes and dtypes are read.
 
     Raises:
-        ValueError: a platform that is unknown.
+        ValueError: a platform that is unknown, or the folder cannot be written to.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    tensor_files.make(folder)
     for name, program in programs(config, params, platforms).items():
         waiting = folder / f"{name}.jax.partial"
-        waiting.write_bytes(program.serialize())
-        os.replace(waiting, folder / f"{name}.jax")
+        with tensor_files.explained(waiting):
+            waiting.write_bytes(program.serialize())
+            os.replace(waiting, folder / f"{name}.jax")
 
 
 def load_program(folder: str | Path, name: str) -> jax_export.Exported:
@@ -135,9 +137,7 @@ def programs(
     Raises:
         ValueError: a platform that is unknown.
     """
-    unknown = sorted(set(platforms) - {*PLATFORMS, "rocm"})
-    if unknown or not platforms:
-        raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)} and rocm, found {list(platforms)}")
+    _check_platforms(platforms)
     config = dataclasses.replace(config, kernel=_PORTABLE, remat="none")
     model = TransMamba(config)
     batch, time, room = jax_export.symbolic_shape("b, t, s")
@@ -154,6 +154,11 @@ def programs(
         "prepare": write(lay_out, abstract),
         "decode": write(step, weights, cache, tokens(batch)),
     }
+
+
+def _check_platforms(platforms: Sequence[str]) -> None:
+    if not platforms or not set(platforms) <= {*PLATFORMS, "rocm"}:
+        raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)} and rocm, found {list(platforms)}")
 
 
 def abstract_params(config: ModelConfig) -> dict[str, Any]:
@@ -192,14 +197,10 @@ def _cache_shapes(config: ModelConfig, batch: Any, room: Any) -> dict[str, Any]:
 
 def prepare(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     """Lay the parameters out for `decode`, as plain dicts."""
-    layers = []
-    for index in range(config.num_layers):
-        layer = decode_step.lay_out(config, jax.tree.map(lambda leaf: leaf[index], params["layers"]))  # noqa: B023
-        fields = {**vars(layer), "mlp": None if layer.mlp is None else vars(layer.mlp)}
-        layers.append({name: value for name, value in fields.items() if value is not None})
-    head = {} if config.tie_embeddings else {"head": params["lm_head"].astype(config.dtype)}
-    embedding = params["embedding"].astype(config.dtype)
-    return {"embedding": embedding, "final_norm": params["final_norm"]["scale"], "layers": layers, **head}
+    plain = lambda fields: {name: value for name, value in vars(fields).items() if value is not None}
+    weights = decode_step.lay_out(config, params)
+    layers = [plain(layer) | ({} if layer.mlp is None else {"mlp": plain(layer.mlp)}) for layer in weights.layers]
+    return plain(weights) | {"layers": layers}
 
 
 def decode(
@@ -223,9 +224,7 @@ def decode(
         x, layer, recent = decode_step.layer_step(config, layer_weights, x, layer, recent, starts, first, kind)
         layer = memory.merge(layer, recent, starts, 1)
         layers.append({name: value for name, value in vars(layer).items() if value is not None})
-    head = weights["embedding"].T if config.tie_embeddings else weights["head"]
-    normed = decode_step.rms_norm(x, weights["final_norm"], config)
-    logits = jnp.matmul(normed, head, preferred_element_type=jnp.float32)
+    logits = decode_step.next_logits(config, x, weights["final_norm"], weights["embedding"], weights.get("head"))
     return logits, {"lengths": starts + 1, "layers": layers}
 
 
@@ -236,9 +235,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="<workdir>/checkpoints")
-    add("--step", type=int, default=None, help="step of the checkpoint; None: the newest")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to write; it may hold no weights yet")
+    serving_options.add_arguments(parser)
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write; it may hold none of this yet")
     add(
         "--platforms",
         nargs="*",
@@ -246,7 +244,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="what programs run on; none: no programs",
     )
-    schedule_option.add_arguments(parser)
     return parser
 
 
@@ -254,10 +251,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Export a checkpoint; returns 2 where that cannot be done."""
     options = _parser().parse_args(arguments)
     try:
-        from transmamba_jax import checkpoint  # orbax takes seconds to import, and only this command needs it
-
-        saved = checkpoint.restore(options.checkpoint, options.step, params_only=True)
-        config = dataclasses.replace(saved.config, model=schedule_option.apply(saved.config, options))
+        if options.platforms:
+            _check_platforms(options.platforms)
+        programs_too = [f"{name}.jax" for name in PROGRAMS] if options.platforms else []
+        tensor_files.claim(options.output, [CONFIG, TOKENIZER, *programs_too])
+        saved = serving_options.restore(options.checkpoint, options.step)
+        config = dataclasses.replace(saved.config, model=serving_options.apply(saved.config, options))
         save(options.output, config, saved.params, data.tokenizer_from_json(saved.tokenizer_json))
         if options.platforms:
             save_programs(options.output, config.model, saved.params, options.platforms)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from transmamba_jax import cache, data, schedule_option, serving_mesh, sharding
+from transmamba_jax import cache, data, serving_mesh, serving_options, sharding
 from transmamba_jax.decode import Decoder
 from transmamba_jax.generate import stream
 from transmamba_jax.model import TransMamba
@@ -241,12 +241,10 @@ def load(
         ValueError: there is no such checkpoint or schedule, the model has too few layers for it, or a number is less
             than 1.
     """
-    from transmamba_jax import checkpoint as storage  # orbax takes seconds to import
-
-    saved = storage.restore(Path(checkpoint), step, params_only=True)
+    saved = serving_options.restore(Path(checkpoint), step)
     config = saved.config
     length = config.data.seq_len if max_length is None else max_length
-    model = schedule_option.run_under(config.model, schedule, length, "schedule=")
+    model = serving_options.run_under(config.model, schedule, length, "schedule=")
     tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
     return Scorer(TransMamba(model), saved.params, tokenizer, length, batch_size, config.train.loss_chunk, seed)
 

@@ -3,7 +3,8 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def open_folder(folder: Path) -> Iterator[Tensors]:
 
     Raises:
         ValueError: neither is there (a pickle is never opened), a file that the index names is missing, a tensor is not
-            in the file that the index says, or a file is not safetensors.
+            in the file that the index says or is in two, or a file is not safetensors.
     """
     places = _places(folder)
     with contextlib.ExitStack() as stack:
@@ -62,10 +63,19 @@ def open_folder(folder: Path) -> Iterator[Tensors]:
         if not places:
             raise ValueError(f"{folder / INDEX} names no tensors in weight_map")
         names = {file: set(handle.keys()) for file, handle in opened.items()}
+        owners: dict[str, list[str]] = {}
+        for file in opened:
+            for name in names[file]:
+                owners.setdefault(name, []).append(file)
+        twice = [f"{name} in {' and '.join(files)}" for name, files in sorted(owners.items()) if len(files) > 1]
+        if twice:
+            raise ValueError(
+                f"{folder} must hold each tensor in one file, found {', '.join(twice)}; delete what is old"
+            )
         astray = [f"{name} in {file}" for name, file in places.items() if name and name not in names[file]]
         if astray:
             raise ValueError(f"{folder / INDEX} names what is not there: {', '.join(astray)}")
-        yield Tensors({name: opened[file] for file in opened for name in names[file]})
+        yield Tensors({name: opened[file] for name, (file,) in owners.items()})
 
 
 def _places(folder: Path) -> dict[str, str]:
@@ -124,8 +134,8 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def raise_differences(what: str, asked: Mapping[str, list[int]], found: Mapping[str, list[int]]) -> None:
-    """Compare names and shapes.
+def raise_differences(what: str, asked: Mapping[str, object], found: Mapping[str, object]) -> None:
+    """Compare names and shapes, or what else stands behind the names.
 
     Raises:
         ValueError: there is a name on one side only, or another shape; the message lists both sides.
@@ -145,25 +155,65 @@ def raise_differences(what: str, asked: Mapping[str, list[int]], found: Mapping[
         raise ValueError("\n  ".join([f"{what}:", *lines, *shapes]))
 
 
-def claim(folder: Path) -> None:
+def make(folder: Path) -> None:
     """Make a folder to write to.
 
     Raises:
-        ValueError: it cannot be made, or there are weights in it already; nothing is overwritten.
+        ValueError: it cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder {folder}: {error.strerror}") from None
-    there = [name for name in (FILE, INDEX) if (folder / name).exists()]
+    with explained(folder), tempfile.NamedTemporaryFile(dir=folder):
+        pass
+
+
+def claim(folder: Path, files: Sequence[str]) -> None:
+    """Make a folder to write weights and these files to, beside whatever else is there.
+
+    Raises:
+        ValueError: as for `make`, or some of them are in it already; nothing is overwritten.
+    """
+    make(folder)
+    there = [name for name in dict.fromkeys((FILE, INDEX, *files)) if (folder / name).exists()]
     if there:
-        raise ValueError(f"{folder} already holds {there[0]}; name a new folder, or delete it")
+        raise ValueError(f"{folder} already holds {', '.join(there)}; name a new folder")
 
 
-def write(folder: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write one file, which gets its name when it is complete."""
-    waiting = folder / f"{FILE}.partial"
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the file system and safetensors raise while `path` is written into a ValueError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"cannot write {path}: {error}") from None
+
+
+def write(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write one file, which gets its name when it is complete.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    waiting = file.with_name(f"{file.name}.partial")
     # The library takes an array's address: what is not contiguous would be written as other bytes.
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    safetensors.numpy.save_file(contiguous, waiting, metadata=dict(metadata))
-    os.replace(waiting, folder / FILE)
+    with explained(file):
+        safetensors.numpy.save_file(contiguous, waiting, metadata=dict(metadata))
+        os.replace(waiting, file)
+
+
+def read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read all of one file, and its metadata.
+
+    Raises:
+        ValueError: it is not there or is not safetensors.
+    """
+    try:
+        with safetensors.safe_open(file, framework="np") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors: {error}") from None

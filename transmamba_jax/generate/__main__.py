@@ -8,11 +8,10 @@ import collections
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
-from transmamba_jax import data, decode, schedule_option
+from transmamba_jax import data, decode, serving_options
 from transmamba_jax.decode import Decoder, DecodeState
 from transmamba_jax.generate import stream
 from transmamba_jax.model import TransMamba
@@ -51,8 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="<workdir>/checkpoints")
-    add("--step", type=int, default=None, help="step of the checkpoint; None: the newest")
+    serving_options.add_arguments(parser)
     add("--prompt", default=None, metavar="TEXT", help="text to continue; -: standard input")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to add")
     add("--temperature", type=float, default=0.8, help="0: the most likely token, always")
@@ -64,7 +62,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, default=None, metavar="X", help="above 1: avoid tokens already there")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    schedule_option.add_arguments(parser)
     add("--piece", type=int, default=decode.PIECE, metavar="N", help="prompt tokens read at a time")
     return parser
 
@@ -78,18 +75,16 @@ class Terminal:
         Raises:
             ValueError: it is not there, or an option is out of range.
         """
-        from transmamba_jax import checkpoint  # orbax takes seconds to import
-
         self.sampling = Sampling(
             options.repetition_penalty, options.temperature, options.top_k, options.top_p, options.min_p
         )
         if options.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens must be >= 1, found {options.max_new_tokens}")
-        saved = checkpoint.restore(options.checkpoint, options.step, params_only=True)
+        saved = serving_options.restore(options.checkpoint, options.step)
         self.options, self.key = options, jax.random.key(options.seed)
         self.tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
         self.stop = [[self.tokenizer.end_of_document], *(self.encode(text, "--stop") for text in options.stop)]
-        self.decoder = Decoder(TransMamba(schedule_option.apply(saved.config, options)), saved.params)
+        self.decoder = Decoder(TransMamba(serving_options.apply(saved.config, options)), saved.params)
 
     def encode(self, text: str, name: str = "the prompt") -> list[int]:
         """Return the tokens of a text.

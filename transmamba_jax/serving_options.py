@@ -1,19 +1,44 @@
-"""The option `--schedule` of whatever runs a checkpoint: a named schedule in place of the checkpoint's own."""
+"""What every command that runs a checkpoint can be told: which one, and a named schedule in place of its own."""
 
 import argparse
 import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transmamba_jax import schedule
+from transmamba_jax import schedule, tensor_files
 from transmamba_jax.config import Config, ModelConfig
+
+if TYPE_CHECKING:
+    from transmamba_jax.checkpoint import Checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--schedule` and `--seq-len`."""
+    """Add `--checkpoint`, `--step`, `--schedule` and `--seq-len`."""
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="<workdir>/checkpoints")
+    parser.add_argument("--step", type=int, help="step of the checkpoint; without it: the newest")
     names = ", ".join(schedule.NAMED)
     parser.add_argument("--schedule", metavar="NAME", help=f"run under {names}; without it: the config's TransPoints")
     parser.add_argument(
         "--seq-len", type=int, metavar="T", help="tokens --schedule is scaled to; without it: data.seq_len"
     )
+
+
+def restore(directory: Path, step: int | None) -> "Checkpoint":
+    """Restore the parameters of a checkpoint.
+
+    Raises:
+        ValueError: there is none, or the directory is one of exported or Mamba-2 weights; the message says what to do.
+    """
+    from transmamba_jax import checkpoint  # orbax takes seconds to import
+
+    if any((directory / name).exists() for name in (tensor_files.FILE, tensor_files.INDEX)):
+        first = f"convert from-mamba2 {directory} FOLDER, then " if (directory / "config.json").exists() else ""
+        folder = "FOLDER" if first else directory
+        raise ValueError(
+            f"{directory} holds weights ({tensor_files.FILE}) and no checkpoints; python -m transmamba_jax.{first}"
+            f"convert start-run {folder} WORKDIR makes WORKDIR/checkpoints of it, which is what --checkpoint takes"
+        )
+    return checkpoint.restore(directory, step, params_only=True)
 
 
 def apply(config: Config, options: argparse.Namespace) -> ModelConfig:
