@@ -160,6 +160,7 @@ def test_the_command_says_in_a_line_what_is_refused(monkeypatch, capsys, tmp_pat
         return lm_eval_adapter.main()
 
     create = lm_eval_adapter.TransMambaLM.create_from_arg_string
+    model = lm_eval_adapter.TransMambaLM(scoring.Scorer(*make(TWO), Spelling(), max_length=100))
     for arguments, message in {
         f"checkpoint={tmp_path}": f"no complete checkpoint in {tmp_path}",
         "chekpoint=a": "needs checkpoint=DIR",
@@ -168,6 +169,10 @@ def test_the_command_says_in_a_line_what_is_refused(monkeypatch, capsys, tmp_pat
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    for method in ("apply_chat_template", "chat_template"):
+        monkeypatch.setattr(lm_eval_adapter, "cli_evaluate", lambda: getattr(model, method)(True))  # noqa: B023
+        assert lm_eval_adapter.main() == 2
+        assert capsys.readouterr().err == "the model transmamba has no chat template; leave out --apply_chat_template\n"
     # What is wrong in the harness keeps its traceback.
     monkeypatch.setattr(lm_eval_adapter, "cli_evaluate", lambda: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):

@@ -177,3 +177,15 @@ def test_spread_moves_as_little_as_it_must():
     np.testing.assert_allclose(report._spread(np.array([0.1, 0.5, 0.9]), 0.1), [0.1, 0.5, 0.9])
     np.testing.assert_allclose(report._spread(np.array([0.9, 0.95, 1.0]), 0.1), [0.8, 0.9, 1.0])
     np.testing.assert_allclose(report._spread(np.zeros(3), 0.1), [0.0, 0.1, 0.2])
+
+
+def test_a_report_that_cannot_be_read_or_written_is_an_error_in_a_line(tmp_path, capsys):
+    run = make_run(tmp_path, [{"step": 10, "loss": 3.0}])
+    (run / "report").write_text("a file")
+    assert report.main([str(run)]) == 2
+    assert capsys.readouterr().err == f"cannot make the folder {run / 'report'}: File exists\n"
+    (run / "report").unlink()
+    (run / "report").mkdir()
+    (run / "report" / "sample.txt").write_bytes(b"\xff")
+    assert report.main([str(run)]) == 2
+    assert f"cannot read the sample {run / 'report' / 'sample.txt'}: 'utf-8' codec" in capsys.readouterr().err

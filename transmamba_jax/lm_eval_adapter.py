@@ -105,6 +105,16 @@ class TransMambaLM(TemplateLM):
         """Tokens that the model may read in a row."""
         return self.scorer.max_length
 
+    def apply_chat_template(self, *_: Any, **__: Any) -> str:
+        """Refuse.
+
+        Raises:
+            RefusedError: always.
+        """
+        raise RefusedError("the model transmamba has no chat template; leave out --apply_chat_template")
+
+    chat_template = apply_chat_template
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the tokens of a text; there are never special ones among them."""
         del add_special_tokens, kwargs

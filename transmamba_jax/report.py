@@ -34,7 +34,8 @@ def write_report(workdir: Path) -> Path:
     """Write the report of the run in `workdir` and return its index.html.
 
     Raises:
-        ValueError: config.yaml or metrics.jsonl is missing or not what a run writes.
+        ValueError: config.yaml, metrics.jsonl or a sample is missing or not what a run writes, or the report cannot be
+            written.
     """
     workdir = Path(workdir)
     if not (workdir / "config.yaml").is_file():
@@ -49,7 +50,28 @@ def write_report(workdir: Path) -> Path:
     if not training and not held_out:
         raise ValueError(f"{workdir / 'metrics.jsonl'} has no line with a loss")
     folder = workdir / "report"
-    folder.mkdir(exist_ok=True)
+    sample = _read_sample(folder / "sample.txt")
+    tensor_files.make(folder)
+    with tensor_files.explained(folder):
+        _write_files(folder, config, records, training, held_out)
+        index = folder / "index.html"
+        index.write_text(report_page.page(workdir.resolve().name, config, records, sample), encoding="utf-8")
+    return index
+
+
+def _read_sample(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the sample {path}: {error}; mend or delete it") from None
+
+
+def _write_files(
+    folder: Path, config: Config, records: list[Record], training: list[Record], held_out: list[Record]
+) -> None:
+    """Write what lies beside the page."""
     _write_csv(folder / "loss.csv", ("step", "loss", "eval_loss", "eval_bits_per_byte"), _loss_rows(training, held_out))
     _draw_loss(folder / "loss.png", training, held_out)
     positions = [record for record in held_out if "eval/by_position" in record]
@@ -60,11 +82,6 @@ def write_report(workdir: Path) -> Path:
         _write_csv(folder / "loss_by_position.csv", ("start", "stop", "loss", "attention_layers_at_start"), rows)
         _draw_positions(folder / "loss_by_position.png", by_position, points, positions[-1]["step"])
     (folder / "index.md").write_text("\n".join(_page(config, records, folder)) + "\n", encoding="utf-8")
-    sample = folder / "sample.txt"
-    text = sample.read_text(encoding="utf-8") if sample.exists() else None
-    index = folder / "index.html"
-    index.write_text(report_page.page(workdir.resolve().name, config, records, text), encoding="utf-8")
-    return index
 
 
 def read_metrics(path: Path) -> list[Record]:
