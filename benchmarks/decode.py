@@ -5,7 +5,9 @@ their turn, always from the same length, so that noise of the machine meets all 
 `--only`, some of the parts:
 
   flat     Time per token after the last TransPoint, after 1k, 4k, 16k and 64k tokens that were really read.
-  cache    Bytes of the cache along a sequence of 16k tokens under V9, over those of the Transformer.
+  cache    Bytes of all arrays but the parameters along a sequence of 16k tokens that are really read under V9, over
+           those of the Transformer's cache.
+  prompt   Memory of the process while prompts of 8k, 16k and 64k tokens are read in pieces of 2k, under V9.
   speed    Tokens per second at 1k, 8k and 32k: V9, the Transformer and Mamba-2 of this code and, where transformers is
            installed, its Llama of the same width, depth and MLP, and its Mamba-2 of about as many parameters. Speed
            does not depend on what is remembered, so the caches are random, which takes no time to make.
@@ -16,6 +18,7 @@ import argparse
 import dataclasses
 import importlib.util
 import math
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -106,21 +109,37 @@ def flatness(params: Any, seconds: float, _contexts: tuple[int, ...]) -> None:
 
 
 def bytes_along(params: Any, _seconds: float, _contexts: tuple[int, ...]) -> None:
-    """Print the bytes of the cache just before and after every TransPoint of V9, over the Transformer's at 8k."""
-    layers = CONFIG.num_layers
+    """Print the bytes that are held just before and after every TransPoint of V9, over the Transformer's at 8k."""
+    layers, end = CONFIG.num_layers, 16384
     whole = layers * memory.cache_bytes(CONFIG, 1, 8192, NEVER)
     pairs = layers * 8192 * (CONFIG.d_key + CONFIG.d_inner) * 4
     decoder = Decoder(tm.TransMamba(CONFIG), params, schedule.v9(8192))
-    print(
-        f"cache: V9, bytes of the cache; the Transformer of 8192 tokens has {whole:,}, keys and values alone {pairs:,}"
-    )
-    for length in (127, 255, 511, 1023, 2047, 4095, 8191, 8192, 12000, 16384):
-        # What is allocated while token `length` is read: empty memories of the layers that are alive then.
-        state = decoder._ready(decoder.start(1), length + 1, length, 16384)
+    live = lambda: sum(array.nbytes for array in jax.live_arrays())
+    text = np.random.default_rng(0).integers(0, CONFIG.vocab_size, end).tolist()
+    others, state, read = live(), decoder.start(1), 0
+    print(f"cache: V9, bytes; the Transformer of 8192 tokens has {whole:,}, keys and values alone {pairs:,}")
+    for length in (127, 255, 511, 1023, 2047, 4095, 8191, 8192, 12000, end):
+        state = (
+            decoder.extend(state, [text[read : length - 1]], consume=True, total=end) if length > read + 1 else state
+        )
+        read, (_, state) = length, decoder.decode(state, 1, consume=True, total=end)
         own = sum(memory.nbytes((layer.keys, layer.values)) for layer in state.cache.layers)
-        total = memory.nbytes(state.cache.layers)
+        held = live() - others
         pair = f"keys and values {own:>12,} ({own / pairs:6.2%})"
-        print(f"   {length:>6} tokens {total:>12,} ({total / whole:6.2%}), {pair}")
+        print(f"   {length:>6} tokens {held:>12,} ({held / whole:6.2%}), {pair}", flush=True)
+
+
+def prompt_memory(params: Any, _seconds: float, _contexts: tuple[int, ...]) -> None:
+    """Print the peak of the process's memory after each prompt; a longer one must not lift it."""
+    decoder = Decoder(tm.TransMamba(CONFIG), params, schedule.v9(8192))
+    text = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 65536).tolist()
+    print("prompt: peak resident MB of the process so far, bytes of the state after it")
+    for length in (8192, 16384, 65536):
+        state = decoder.prefill([text[:length]], total=length + 1)
+        jax.block_until_ready(state)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"   {length:>6} tokens {peak:8.0f} {memory.nbytes(state):>12,}", flush=True)
+        del state
 
 
 def llama(length: int) -> timing.Contender:
@@ -227,7 +246,13 @@ def choices(params: Any, seconds: float, _contexts: tuple[int, ...]) -> None:
         print(f"   16 layers, first token after {length} tokens, compilation included: {taken:.1f} s")
 
 
-PARTS: dict[str, Part] = {"flat": flatness, "cache": bytes_along, "speed": race, "choices": choices}
+PARTS: dict[str, Part] = {
+    "flat": flatness,
+    "cache": bytes_along,
+    "prompt": prompt_memory,
+    "speed": race,
+    "choices": choices,
+}
 
 
 def main() -> None:
