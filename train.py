@@ -6,6 +6,7 @@ be saved, 75 asked to stop and saved (run the same command to go on), 130 second
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from transmamba_jax.training.compile_only import compile_only
     from transmamba_jax.training.loop import NonFiniteError, train
 
+    log, handler = logging.getLogger("pallas_kernels"), logging.StreamHandler()
+    log.setLevel(logging.INFO)  # which kernel was chosen
+    log.addHandler(handler)
     try:
         if known.compile_only:
             return compile_only(config, known.topology)
@@ -47,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except NonFiniteError as error:
         return _fail(error, 1)
+    finally:
+        log.removeHandler(handler)
 
 
 def _no_config() -> int:

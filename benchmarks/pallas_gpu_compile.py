@@ -2,7 +2,8 @@
 
 Prints, for every pair of head and state dimension, registers of a thread, bytes of registers that it spills and bytes
 of shared memory of a thread block, forward and backward, of `ssd` or, with `--state`, of `ssd_state`. Exits with 1
-where a kernel spills in bfloat16.
+where a kernel spills in bfloat16. With `--implementation associative` it shows that XLA compiles the portable form for
+a Hopper, and prints the bytes of temporary arrays.
 
 Needs jax >= 0.12, its CUDA plugin (the wheels jax-cuda13-plugin and jax-cuda13-pjrt of jax's own version suffice) and
 CUDA's ptxas and libdevice (the wheels nvidia-cuda-nvcc and nvidia-nvvm; `--cuda` names the folder that holds `bin` and
@@ -45,6 +46,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = ("pallas_gpu", "associative")
+    parser.add_argument("--implementation", choices=choices, default=choices[0], help="default %(default)s")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--shapes", nargs="*", help="PxN; default: all pairs of 64, 96 and 128")
     parser.add_argument("--groups", type=int, default=4, help="groups of the 4 heads; default 4")
@@ -58,8 +61,8 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def compile_kernels(sharding: Any, mesh: Any, shape: tuple[int, int], args: argparse.Namespace, folder: Path) -> None:
-    """Compile the gradient of a call of these head and state dimensions; the compiler's reports go to `folder`."""
+def compile_gradient(sharding: Any, mesh: Any, shape: tuple[int, int], args: argparse.Namespace, folder: Path) -> Any:
+    """Compile the gradient of a call of these head and state dimensions; reports of kernels go to `folder`."""
     import jax
     import jax.numpy as jnp
 
@@ -80,12 +83,12 @@ def compile_kernels(sharding: Any, mesh: Any, shape: tuple[int, int], args: argp
 
     def loss(inputs: dict[str, jax.Array]) -> jax.Array:
         run = ssd_state if args.state else ssd
-        results = jax.tree.leaves(run(**inputs, implementation="pallas_gpu"))
+        results = jax.tree.leaves(run(**inputs, implementation=args.implementation))
         return sum((jnp.sum(value.astype(jnp.float32)) for value in results), start=jnp.float32(0))
 
     os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
     with jax.sharding.use_abstract_mesh(mesh):
-        jax.jit(jax.grad(loss)).trace(inputs).lower(lowering_platforms=("cuda",)).compile()
+        return jax.jit(jax.grad(loss)).trace(inputs).lower(lowering_platforms=("cuda",)).compile()
 
 
 def usage(folder: Path, kernel: str) -> tuple[int, int, int]:
@@ -126,14 +129,20 @@ def main() -> None:
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, num_cores=132, platform="gpu"))
     print(timing.heading("jax", "jaxlib", "jax-cuda13-plugin"))
     name = "ssd_state" if args.state else "ssd"
-    print(f"{name}, {args.dtype}, {args.groups} groups of 4 heads, {device.device_kind}")
-    print(f"{'P':>4} {'N':>4}" + 2 * f" {'registers':>12} {'spilled':>8} {'shared':>8}" + "   forward, backward")
+    print(f"{name} as {args.implementation}, {args.dtype}, {args.groups} groups of 4 heads, {device.device_kind}")
+    portable = args.implementation != "pallas_gpu"
+    columns = 2 * f" {'registers':>12} {'spilled':>8} {'shared':>8}" + "   forward, backward"
+    print(f"{'P':>4} {'N':>4}" + ("  temporary" if portable else columns))
     failed = False
     shapes = [tuple(map(int, text.split("x"))) for text in args.shapes or ()] or itertools.product(DIMS, DIMS)
     for head_dim, state_dim in shapes:
         jax.clear_caches()
         with tempfile.TemporaryDirectory() as folder:
-            compile_kernels(sharding, mesh, (head_dim, state_dim), args, Path(folder))
+            compiled = compile_gradient(sharding, mesh, (head_dim, state_dim), args, Path(folder))
+            if portable:
+                temporary = compiled.memory_analysis().temp_size_in_bytes
+                print(f"{head_dim:>4} {state_dim:>4} {temporary:>10}", flush=True)
+                continue
             found = [usage(Path(folder), f"{name}_{direction}") for direction in ("forward", "backward")]
         failed |= args.dtype == "bfloat16" and any(spilled for _, spilled, _ in found)
         columns = "".join(f" {registers:>12} {spilled:>8} {shared:>8}" for registers, spilled, shared in found)

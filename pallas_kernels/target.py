@@ -1,9 +1,64 @@
-"""Which hardware a function is traced for."""
+"""Which hardware a function is traced and lowered for."""
+
+from typing import Any
 
 import jax
+import jax.extend.core
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.interpreters import batching, mlir
+
+
+def mesh_device() -> jax.sharding.AbstractDevice | None:
+    """Return the kind of device that the mesh of `jax.set_mesh` is made of; None: no mesh is set, or of no kind."""
+    return jax.sharding.get_abstract_mesh().abstract_device
 
 
 def platform() -> str:
     """Return "cpu", "gpu" or "tpu": that of the mesh of `jax.set_mesh`, or of the default backend where none is set."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
+    device = mesh_device()
     return jax.default_backend() if device is None else device.platform
+
+
+def _interpreted(like: jax.Array) -> bool:
+    """Say whether Pallas kernels that are traced now are interpreted: `force_tpu_interpret_mode()` and the like."""
+    result = jax.ShapeDtypeStruct((1,), jnp.float32, manual_axis_type=jax.typeof(like).manual_axis_type)
+    call = pl.pallas_call(lambda _: None, out_shape=result)
+    (equation,) = jax.make_jaxpr(call)().eqns
+    return bool(equation.params["interpret"])
+
+
+# What a call is lowered for is known when it is lowered, not when it is traced: hence an operation that does nothing.
+_only_on = jax.extend.core.Primitive("only_on")
+_only_on.def_abstract_eval(lambda value, **_: value)
+_only_on.def_impl(lambda value, **params: jax.jit(lambda value: _only_on.bind(value, **params))(value))
+batching.primitive_batchers[_only_on] = lambda values, axes, **params: (_only_on.bind(*values, **params), axes[0])
+
+
+def _lower(ctx: mlir.LoweringRuleContext, value: Any, *, name: str, wanted: str, advice: str) -> list[Any]:
+    others = [found for found in ctx.module_context.platforms if found != wanted]
+    if others:
+        raise ValueError(
+            f"implementation {name!r} cannot serve this call: it is lowered for {', '.join(others)}, and the kernels "
+            f"are for {wanted}. Leave `implementation` (`model.kernel` of a config) at None or name a portable one "
+            f"(associative, sequential){advice}"
+        )
+    return [value]
+
+
+mlir.register_lowering(_only_on, _lower)
+
+
+def only_on(value: jax.Array, name: str, wanted: str, interpreter: str | None = None) -> jax.Array:
+    """Return `value`, an operand of a kernel; lowering it for another platform than `wanted` is a ValueError.
+
+    Args:
+        value: an operand.
+        name: the implementation that the error names.
+        wanted: "tpu" or "cuda".
+        interpreter: the function that makes Pallas interpret the kernel, if there is one: under it all is served.
+    """
+    if interpreter is not None and _interpreted(value):
+        return value
+    advice = "" if interpreter is None else f"; to test on a CPU, call under {interpreter}()"
+    return _only_on.bind(value, name=name, wanted=wanted, advice=advice)

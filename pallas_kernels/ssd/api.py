@@ -132,7 +132,7 @@ def _module(implementation: str | None, x: jax.Array, b: jax.Array) -> ModuleTyp
     if name is None:
         name = _automatic(x, b)
         _log_choice(name)
-    if name not in IMPLEMENTATIONS:
+    if not isinstance(name, str) or name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, found {name!r}")
     return IMPLEMENTATIONS[name]
 

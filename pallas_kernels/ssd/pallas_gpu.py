@@ -3,11 +3,11 @@
 A thread block walks one row and head (or a part of its P columns) with the float32 state in registers; chunks arrive by
 TMA while the tensor cores multiply. `pallas_gpu_forward.py` and `pallas_gpu_backward.py` have the equations,
 `pallas_gpu_tiles.py` how operands lie and how float32 is multiplied, `pallas_gpu_split.py` how few rows and heads fill
-the chip, `block_sizes.py` the sizes. The kernels lower for
-a GPU whatever the default backend is, and run on a CPU under
-`jax.experimental.pallas.mosaic_gpu.force_gpu_interpret_mode()`. Mosaic GPU is imported by the first call.
+the chip, `block_sizes.py` the sizes. The kernels lower for a GPU whatever the default backend is, and run on a CPU
+under `jax.experimental.pallas.mosaic_gpu.force_gpu_interpret_mode()`. Mosaic GPU is imported by the first call.
 """
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -27,15 +27,24 @@ _OLDEST = (0, 12)
 _HOPPER = "9"
 """Major compute capability: the products are wgmma instructions, which no other generation has."""
 
+_HOPPER_NAME = r"\bG?H\d+\b"
+"""H20, H100, H200, H800, GH200: what is known of the devices of a mesh that need not be there."""
+
+_INTERPRETER = "jax.experimental.pallas.mosaic_gpu.force_gpu_interpret_mode"
+
 
 def _device_refusal() -> str | None:
-    if target.platform() != "gpu" or jax.default_backend() != "gpu":
+    wanted, meant = "the device must be a Hopper (compute capability 9)", target.mesh_device()
+    if meant is not None and meant.platform != "cpu":
+        served = meant.platform == "gpu" and re.search(_HOPPER_NAME, meant.device_kind)
+        return None if served else f"{wanted}, found {meant.device_kind} in the mesh of jax.set_mesh"
+    if meant is not None or jax.default_backend() != "gpu":
         return None
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
     if capability is None or str(capability).split(".")[0] == _HOPPER:
         return None
-    return f"the device must be a Hopper (compute capability 9), found {device.device_kind} ({capability})"
+    return f"{wanted}, found {device.device_kind} ({capability})"
 
 
 def refusal(x: jax.Array, b: jax.Array) -> str | None:
@@ -103,7 +112,7 @@ def _run(
 
     y, final, kept = forward(
         tiles,
-        _operand(tiles, x),
+        _operand(tiles, target.only_on(x, "pallas_gpu", "cuda", _INTERPRETER)),
         scalar_rows(_pad(tiles, dt), _pad(tiles, log_decay)),
         _operand(tiles, b),
         None if c is None else _operand(tiles, c),
@@ -133,7 +142,7 @@ def _gradients(
 
     found = backward(
         tiles,
-        _operand(tiles, x),
+        _operand(tiles, target.only_on(x, "pallas_gpu", "cuda", _INTERPRETER)),
         scalar_rows(_pad(tiles, dt), _pad(tiles, log_decay)),
         _operand(tiles, b),
         None if c is None else _operand(tiles, c),
@@ -161,7 +170,8 @@ def _gradients(
     sums = dict(zip(VECTORS, vectors, strict=False))
     through = found["through"].sum(axis=(2, 4))[..., None]
     # l_k is spanned by writes from j < k and by reads at i >= k.
-    dlog_decay = through + jnp.cumsum(sums["writes"], axis=-1) - sums["writes"]
+    before = jnp.pad(sums["writes"][..., :-1], ((0, 0),) * 3 + ((1, 0),))
+    dlog_decay = through + jnp.cumsum(before, axis=-1)
     gradients = {"x": found["dx"][:, :length], "dt": tokens(sums["dt"]), "b": group(found["db"], b.dtype)}
     if c is not None:
         dlog_decay += sums["spans"] + jax.lax.cumsum(sums["reads"], axis=3, reverse=True)

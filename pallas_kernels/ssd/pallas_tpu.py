@@ -9,6 +9,7 @@ whatever the default backend is, and run on a CPU under `jax.experimental.pallas
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import target
 from pallas_kernels.ssd import block_sizes, kernel_vjp
 from pallas_kernels.ssd.pallas_tpu_backward import backward
 from pallas_kernels.ssd.pallas_tpu_forward import forward
@@ -20,6 +21,8 @@ _MULTIPLE = 8
 
 _MAX_DIM = 256
 """Blocks of every head and state dimension up to it fit the VMEM budget of `block_sizes.py`."""
+
+_INTERPRETER = "jax.experimental.pallas.tpu.force_tpu_interpret_mode"
 
 
 def refusal(x: jax.Array, b: jax.Array) -> str | None:
@@ -62,7 +65,7 @@ def _run(
     """Run the forward kernel on arrays of the public shapes; see `forward` for the results (kept states: a view)."""
     y, final, kept = forward(
         tiles,
-        tiles.view(x, tiles.by_head),
+        tiles.view(target.only_on(x, "pallas_tpu", "tpu", _INTERPRETER), tiles.by_head),
         tiles.view_rows(dt),
         tiles.view_rows(log_decay),
         tiles.view(b, tiles.by_group),
@@ -102,7 +105,7 @@ def _gradients(
     """Run the backward kernel on arrays of the public shapes; names as in `kernel_vjp`."""
     found = backward(
         tiles,
-        tiles.view(x, tiles.by_head),
+        tiles.view(target.only_on(x, "pallas_tpu", "tpu", _INTERPRETER), tiles.by_head),
         tiles.view_rows(dt),
         tiles.view_rows(log_decay),
         tiles.view(b, tiles.by_group),

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import target
 from pallas_kernels.ssd import kernel_vjp, triton_blocks
 from pallas_kernels.ssd.kernel_vjp import vary_alike
 
@@ -38,7 +39,10 @@ def _missing() -> list[str]:
     ]
     if not any(importlib.util.find_spec(plugin) for plugin in _CUDA_PLUGINS):
         reasons.append("JAX has no CUDA plugin here: pip install 'transmamba-jax[cuda12]'")
-    if jax.default_backend() == "gpu":
+    meant = target.mesh_device()
+    if meant is not None and meant.platform == "tpu":
+        reasons.append(f"it needs an NVIDIA GPU, found {meant.device_kind} in the mesh of jax.set_mesh")
+    elif jax.default_backend() == "gpu":
         device = jax.devices()[0]
         if "cuda" not in device.client.platform_version or _capability() < _OLDEST:
             reasons.append(f"it needs an NVIDIA GPU of compute capability 8.0 or later, found {device.device_kind}")
@@ -124,6 +128,7 @@ def _launch(
     from pallas_kernels.ssd import triton_backward_kernels, triton_kernels
 
     module = triton_kernels if hasattr(triton_kernels, kernel) else triton_backward_kernels
+    operands = [target.only_on(operands[0], "triton", "cuda"), *operands[1:]]
     return jax_triton.triton_call(
         *operands,
         kernel=getattr(module, kernel),

@@ -183,6 +183,29 @@ if SERVED:
         monkeypatch.setattr(jax, "devices", lambda: [Blackwell()])
         with pytest.raises(ValueError, match=r"must be a Hopper .*, found NVIDIA B200 \(10.0\)"):
             pallas_gpu.tiles_of(jnp.zeros((1, 4, 2, 64)), jnp.zeros((1, 4, 2, 64)))
+
+    @pytest.mark.parametrize(
+        ("kind", "platform", "served"),
+        [
+            ("NVIDIA GH200 480GB", "gpu", True),
+            ("cpu", "cpu", True),
+            ("NVIDIA A100-SXM4-80GB", "gpu", False),
+            ("NVIDIA B200", "gpu", False),
+            ("TPU v5 lite", "tpu", False),
+        ],
+    )
+    def test_meshes_of_other_devices_are_refused(kind: str, platform: str, served: bool) -> None:
+        mesh = AbstractMesh((), (), abstract_device=AbstractDevice(kind, num_cores=None, platform=platform))
+        x = jnp.zeros((1, 4, 2, 64))
+        with jax.sharding.use_abstract_mesh(mesh):
+            reason = pallas_gpu.refusal(x, x)
+        message = f"the device must be a Hopper (compute capability 9), found {kind} in the mesh of jax.set_mesh"
+        assert reason == (None if served else message)
+
+    def test_lowering_for_a_cpu_is_refused() -> None:
+        arguments = checks.make_inputs(checks.Spec(length=6, **FIELDS))
+        with pytest.raises(ValueError, match="'pallas_gpu' cannot serve this call: it is lowered for cpu"):
+            ssd(**arguments, implementation="pallas_gpu")
 else:
 
     @pytest.mark.parametrize("spec", SPECS, ids=str)

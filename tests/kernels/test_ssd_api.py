@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import train
 from pallas_kernels.ssd import api, implementations, ssd, ssd_state
+from transmamba_jax.training import loop
 
 from . import checks
 
@@ -39,6 +41,7 @@ WRONG = {
         "implementation must be None or one of reference, associative, sequential.*found 'cuda'",
     ),
 }
+WRONG["implementation type"] = ({"implementation": ["associative"]}, r"one of reference.*found \['associative'\]")
 WRONG_SSD = {
     "c shape": ({"c": jnp.zeros((2, 6, 2, 8))}, r"c must have the shape and dtype of b, \(2, 6, 2, 16\) float32"),
     "c dtype": ({"c": jnp.zeros((2, 6, 2, 16), jnp.bfloat16)}, "c must have the shape and dtype of b"),
@@ -94,3 +97,28 @@ def test_automatic_choice_goes_by_the_default_backend(
     arguments = _arguments()
     chosen = api._module(None, arguments["x"].astype(dtype), arguments["b"].astype(dtype))
     assert chosen is api.IMPLEMENTATIONS[expected]
+
+
+@pytest.mark.parametrize("wrap", [lambda run: run, jax.jit, jax.grad], ids=["eager", "jit", "grad"])
+def test_a_kernel_lowered_for_another_platform_is_named(wrap: Any) -> None:
+    arguments = _arguments(implementation="pallas_tpu")
+    run = wrap(lambda x: jnp.sum(ssd(**arguments | {"x": x})[0]))
+    message = r"'pallas_tpu' cannot serve this call: it is lowered for cpu, .* for tpu\. Leave .*interpret_mode"
+    with pytest.raises(ValueError, match=message):
+        run(arguments["x"])
+    del arguments["c"], arguments["d"]
+    run = wrap(lambda x: jnp.sum(ssd_state(**arguments | {"x": x})))
+    with pytest.raises(ValueError, match=message):
+        run(arguments["x"])
+
+
+def test_training_says_which_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(api, "_log_choice", api._log_choice.__wrapped__)  # it says each thing once a process
+
+    def run(_: Any) -> int:
+        ssd(**_arguments())
+        return 0
+
+    monkeypatch.setattr(loop, "train", run)
+    assert train.main(["--config", "configs/tiny.yaml"]) == 0
+    assert "SSD runs as 'sequential', chosen for 'cpu'" in capsys.readouterr().err

@@ -5,11 +5,13 @@ Where the `dev` extra brings no Triton (see `pyproject.toml`), what is left to t
 
 import importlib.util
 import sys
+import types
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.ssd import ssd, triton_blocks
 from pallas_kernels.ssd import triton as implementation
@@ -59,6 +61,13 @@ def test_this_machine_is_told_what_it_lacks() -> None:
             _call()
     else:
         assert _call()[0].dtype == jnp.bfloat16
+
+
+def test_a_mesh_of_tpus_is_refused() -> None:
+    mesh = AbstractMesh((), (), abstract_device=AbstractDevice("TPU v5 lite", num_cores=None, platform="tpu"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        reasons = implementation._missing()
+    assert "it needs an NVIDIA GPU, found TPU v5 lite in the mesh of jax.set_mesh" in reasons
 
 
 def test_blocks() -> None:
@@ -120,6 +129,18 @@ if HAS_TRITON:
         monkeypatch.setattr(backward, "_spanning", lambda pairs, _: tl.sum(pairs, 1) * 0.0)
         with pytest.raises(AssertionError, match="gradient of dt: relative error"):
             checks.check_against_oracle("triton", checks.Spec(rows=1, length=20, heads=1, groups=1))
+
+    def test_lowering_for_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+        """JAX without CUDA cannot import jax-triton: a call of it that gives what it is asked for stands in."""
+
+        def call(first: jax.Array, *_: Any, out_shape: Any, **__: Any) -> list[jax.Array]:
+            return [jnp.full(result.shape, first.ravel()[0], result.dtype) for result in out_shape]
+
+        monkeypatch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(triton_call=call))
+        monkeypatch.setattr(implementation, "_missing", list)
+        arguments = checks.make_inputs(checks.Spec(length=6))
+        with pytest.raises(ValueError, match=r"'triton' cannot serve this call: it is lowered for cpu, .* for cuda"):
+            jax.jit(lambda arguments: ssd(**arguments, implementation="triton"))(arguments)
 
     # --- The compiler -------------------------------------------------------------------------------------------------
 
