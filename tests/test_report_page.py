@@ -71,6 +71,18 @@ def text() -> str:
     return report_page.page("tiny <1>", CONFIG, RECORDS, SAMPLE)
 
 
+@pytest.fixture(scope="module")
+def pages(text) -> dict[str, str]:
+    spans = [[start, stop, 3.0 - start / 9000] for start, stop in ((0, 1), (1, 1024), (1024, 8192))]
+    records = [*RECORDS, {**evaluation(40, 2.0), "eval/by_position": spans}]
+    never = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, transpoints=(0, 10**9)))
+    return {
+        "tiny": text,
+        "v9": report_page.page("v9", V9, records, SAMPLE),
+        "never": report_page.page("never", never, RECORDS, SAMPLE),
+    }
+
+
 def test_nothing_comes_from_elsewhere(text):
     page = Page(text)
     names = {tag for tag, _ in page.tags}
@@ -133,7 +145,7 @@ def test_the_schedule_is_drawn_where_it_is():
     rest = [float(attrs["width"]) for attrs in page.all("rect", "ssm")]
     assert rest == pytest.approx([(1 - right[at]) * whole for at in (0, 4, 8)], abs=0.1)  # layer 3 has none
     assert "layer 1: attention before position 4, SSM from there on" in page.texts
-    assert "layer 3: attention at every position" in page.texts
+    assert "layer 3: attention at every position, P = 99" in page.texts
 
 
 def test_the_memory_is_that_of_the_cache(text):
@@ -142,6 +154,22 @@ def test_the_memory_is_that_of_the_cache(text):
     total = [sum(cache.cache_bytes(model, 1, count, point) for point in model.transpoints) for count in range(1, 65)]
     most, last = report_charts.byte_count(max(total)), report_charts.byte_count(total[-1])
     assert f"At most {most} under this schedule, and {last} beyond" in text
+
+
+def test_a_transpoint_that_never_comes_does_not_stretch_the_page(pages):
+    page = Page(pages["never"])
+    assert "P > T" in page.texts
+    after = 2 * sum(cache.cache_bytes(CONFIG.model, 1, 64, point) for point in (0, 10**9))
+    assert f"{report_charts.byte_count(after)} after 64 tokens, and more with every token" in pages["never"]
+    assert not re.search("[GT]iB", pages["never"])
+
+
+def test_dots_say_where_they_are(pages):
+    hints = [hint for hint in Page(pages["tiny"]).texts if hint.startswith("held out: ")]
+    assert "held out: 2.25 at step 30" in hints
+    assert "held out: 4.8 at position 0" in hints
+    assert "held out: 2.55 at positions 8 to 15" in hints
+    assert len(hints) == len(SPANS) + 2
 
 
 def test_a_run_that_has_hardly_begun():
@@ -209,31 +237,34 @@ def look(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
-def test_a_browser_draws_it(text, tmp_path):
-    """The pages that a browser measures are well-formed everywhere; where there is Chromium, it measures them."""
-    spans = [[start, stop, 3.0 - start / 9000] for start, stop in ((0, 1), (1, 1024), (1024, 8192))]
-    records = [*RECORDS, {**evaluation(40, 2.0), "eval/by_position": spans}]
-    pages = {"tiny": text, "v9": report_page.page("v9", V9, records, SAMPLE)}
-    assert len(SPANS) == len(Page(text).all("circle", "held")) - 2  # and two evaluations
-    for name, source in pages.items():
-        measured = source.replace("default-src 'none';", "script-src 'unsafe-inline';").replace(
-            "</main>", f"</main>{MEASURE}"
-        )
-        assert measured.count("<script>") == 1
-        Page(source)
-        if browser() is None:
-            continue
-        (tmp_path / f"{name}.html").write_text(source, encoding="utf-8")
-        picture = tmp_path / f"{name}.png"
-        plain = look(tmp_path / f"{name}.html", f"--screenshot={picture}", "--window-size=1100,1400")
-        assert "Content Security Policy" not in plain.stderr
-        assert picture.stat().st_size > 30_000
-        (tmp_path / "measured.html").write_text(measured, encoding="utf-8")
-        for width, scheme in ((1100, 1), (500, 0)):
-            options = ("--dump-dom", f"--window-size={width},900", f"--blink-settings=preferredColorScheme={scheme}")
-            title = re.search(r"<title>(\{.*?\})</title>", look(tmp_path / "measured.html", *options).stdout)
-            assert title is not None
-            result = json.loads(title[1])
-            assert result["found"] == []
-            assert result["charts"] == 6
-            assert result["page"] == ("rgb(21, 24, 28)" if scheme == 0 else "rgb(251, 250, 247)")
+@pytest.mark.parametrize("name", ["tiny", "v9", "never"])
+def test_every_page_is_well_formed(pages, name):
+    page = Page(pages[name])
+    assert [attrs["class"] for attrs in page.all("circle", "held")] == ["mark held"] * len(page.all("circle", "held"))
+    assert len(page.all("svg")) == 6
+    if name == "tiny":
+        assert len(page.all("circle", "held")) == len(SPANS) + 2  # and two evaluations
+
+
+@pytest.mark.hardware  # a browser is a tool that a machine has or has not
+@pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("name", ["tiny", "v9", "never"])
+def test_a_browser_draws_it(pages, name, tmp_path):
+    source = pages[name]
+    policy = "script-src 'unsafe-inline';"
+    measured = source.replace("default-src 'none';", policy).replace("</main>", f"</main>{MEASURE}")
+    assert measured.count("<script>") == 1
+    (tmp_path / "plain.html").write_text(source, encoding="utf-8")
+    picture = tmp_path / "plain.png"
+    plain = look(tmp_path / "plain.html", f"--screenshot={picture}", "--window-size=1100,1400")
+    assert "Content Security Policy" not in plain.stderr
+    assert picture.stat().st_size > 30_000
+    (tmp_path / "measured.html").write_text(measured, encoding="utf-8")
+    for width, scheme in ((1100, 1), (500, 0)):
+        options = ("--dump-dom", f"--window-size={width},900", f"--blink-settings=preferredColorScheme={scheme}")
+        title = re.search(r"<title>(\{.*?\})</title>", look(tmp_path / "measured.html", *options).stdout)
+        assert title is not None
+        result = json.loads(title[1])
+        assert result["found"] == []
+        assert result["charts"] == 6
+        assert result["page"] == ("rgb(21, 24, 28)" if scheme == 0 else "rgb(251, 250, 247)")

@@ -26,6 +26,8 @@ class Line:
     points: Sequence[Point]
     marks: bool = False
     """Draw a dot at each point, with its numbers as tooltip; the only point has one anyway."""
+    places: Sequence[str] = ()
+    """What tooltips call the points' places; none: what the axis calls them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +104,12 @@ def line_chart(name: str, x: Axis, y: Axis, lines: Sequence[Line], height: int =
         path = "M" + "L".join(f"{left:.1f},{top:.1f}" for left, top in places)
         parts.append(f'<path class="line {line.css}" d="{path}"/>')
         if line.marks or len(places) == 1:
+            shown = _thinned(line.points)
+            names = line.places or [f"{x.title} {at:,g}" for at, _ in shown]
             parts += [
                 f'<circle class="mark {line.css}" cx="{left:.1f}" cy="{top:.1f}" r="3.5">'
-                f"<title>{escape(f'{line.name}: {value:.4g} at {at:g}')}</title></circle>"
-                for (left, top), (at, value) in zip(places, _thinned(line.points), strict=True)
+                f"<title>{escape(f'{line.name}: {value:.4g} at {name}')}</title></circle>"
+                for (left, top), (_, value), name in zip(places, shown, names, strict=True)
             ]
         labels.append((places[-1][1], line))
     for top, line in _apart(labels, 16, height):
@@ -123,8 +127,8 @@ def schedule_chart(name: str, points: Sequence[int], seq_len: int) -> str:
     for layer, point in enumerate(points):
         top, inside = _TOP + row * layer, min(point, seq_len)
         middle = _x(x, inside + 0.5)
-        title = {0: "SSM at every position", seq_len: "attention at every position"}.get(
-            inside, f"attention before position {point}, SSM from there on"
+        title = {0: "SSM at every position", seq_len: f"attention at every position, P = {point:,}"}.get(
+            inside, f"attention before position {point:,}, SSM from there on"
         )
         for css, left, right in (("attention", _x(x, 0.5), middle), ("ssm", middle, _x(x, seq_len + 0.5))):
             if right > left:
@@ -134,13 +138,7 @@ def schedule_chart(name: str, points: Sequence[int], seq_len: int) -> str:
                 )
         if layer % every == 0:
             parts.append(_text(_LEFT - 10, top + row / 2 + 4, str(layer), "tick end"))
-            share = (
-                f"P = {point:,}"
-                if point < seq_len
-                else f"P = {point:,} = T"
-                if point == seq_len
-                else f"P = {point:,} > T"
-            )
+            share = "P > T" if point > seq_len else f"P = {point:,}{' = T' * (point == seq_len)}"
             parts.append(_text(WIDTH - _RIGHT + 10, top + row / 2 + 4, share, "tick"))
     parts += [_x_ticks(x, height), _text(8, 14, "layer", "title")]
     return _svg(name, height, parts)

@@ -181,7 +181,8 @@ def _positions(config: Config, records: Sequence[Record]) -> str:
         y = charts.linear([loss for _, loss in middles], "held-out nats per token")
         cuts = sorted({point for point in points if 0 < point < length})
         x = dataclasses.replace(charts.position_axis(length), title="")
-        line = Line("held out", "held", middles, marks=True)
+        names = [_span(start, stop - 1) for start, stop, _ in spans]
+        line = Line("held out", "held", middles, marks=True, places=names)
         figure = charts.line_chart("Held-out loss by position", x, y, [line], cuts=cuts)
         note = f"Held-out loss at step {evaluations[-1]['step']:,}, each dot the mean over a span of positions. "
     note += (
@@ -191,6 +192,10 @@ def _positions(config: Config, records: Sequence[Record]) -> str:
     legend = '<span class="key attention"></span>attention<span class="key ssm"></span>SSM'
     drawn = charts.schedule_chart("Layers by position: attention or SSM", points, length)
     return f'<p>{note}</p><figure>{figure}{drawn}</figure><p class="note">{legend}</p>'
+
+
+def _span(first: int, last: int) -> str:
+    return f"position {first:,}" if first == last else f"positions {first:,} to {last:,}"
 
 
 def _speed(config: Config, records: Sequence[Record]) -> str:
@@ -218,11 +223,10 @@ def _decode_memory(config: Config) -> str:
     """Draw the bytes that one sequence needs while it is generated, by the cache's own formula."""
     model = config.model
     points = schedule.expand(model.transpoints, model.num_layers)
-    end = 4 * max(config.data.seq_len, *points)
-    places = {2 ** (power / 8) for power in range(int(8 * np.log2(end)) + 1)}
-    tokens = sorted(
-        {*map(int, places), *(point for point in points if point), *(point - 1 for point in points if point > 1)}
-    )
+    end = 4 * config.data.seq_len
+    places = {int(2 ** (power / 8)) for power in range(int(8 * np.log2(end)) + 1)}
+    around = {place for point in points for place in (point - 1, point) if 0 < place <= end}
+    tokens = sorted({*places, *around, end})
     total = lambda count, schedule_: sum(cache.cache_bytes(model, 1, count, point) for point in schedule_)
     own = [(float(count), float(total(count, points))) for count in tokens]
     peer = [(float(count), float(total(count, [end + 1] * model.num_layers))) for count in tokens]
@@ -232,9 +236,12 @@ def _decode_memory(config: Config) -> str:
     lines = [Line("Transformer", "other", peer), Line("this schedule", "held", own)]
     drawn = charts.line_chart("Memory while generating", x, y, lines, height=280)
     most, last = charts.byte_count(max(value for _, value in own)), charts.byte_count(own[-1][1])
+    ends = f"and {last} beyond the last TransPoint"
+    if max(points) > end:
+        ends = f"{last} after {end:,} tokens, and more with every token: the last TransPoint is further on"
     return (
         "<p>Memory of one sequence while it is generated: keys and values up to each layer's TransPoint, then a state "
-        f"of fixed size. At most {most} under this schedule, and {last} beyond the last TransPoint.</p>"
+        f"of fixed size. At most {most} under this schedule, {ends}.</p>"
         f"<figure>{drawn}</figure>"
     )
 
