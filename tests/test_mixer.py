@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import oracle
+from tests import oracle, precision
 from transmamba_jax import parallel
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.convolution import causal_conv
@@ -151,12 +151,17 @@ def test_packed_documents_equal_the_oracle(point: int, traced: bool) -> None:
     assert per_leaf_error(grads, expected_grads) < 1e-5
 
 
-def test_causal_across_the_transpoint() -> None:
+@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
+def test_causal_across_the_transpoint(traced: bool) -> None:
     params, x, _ = make(CONFIG)
+
+    def output(x: jax.Array, t: int, point: Any) -> jax.Array:
+        return Mixer(CONFIG).apply({"params": params}, x, point)[:, t, 0].sum()
+
+    gradient = jax.jit(jax.grad(output), static_argnums=() if traced else 2)
     for point in (0, 5, 20, SEQ_LEN):
-        output = lambda x, t: Mixer(CONFIG).apply({"params": params}, x, point)[:, t, 0].sum()  # noqa: B023
-        gradient = jax.jit(jax.grad(output))
-        influence = np.stack([np.abs(gradient(x, t)).sum(axis=(0, 2)) for t in range(SEQ_LEN)])  # [output t, input s]
+        rows = [np.abs(gradient(x, t, point)).sum(axis=(0, 2)) for t in range(SEQ_LEN)]
+        influence = np.stack(rows)  # [output t, input s]
         assert np.all(np.triu(influence, 1) == 0), f"a later token changes an earlier output at TransPoint {point}"
         assert np.all(np.tril(influence)[:, 0] > 0), f"the first token is lost at TransPoint {point}"
 
@@ -170,6 +175,45 @@ def test_bfloat16_is_close_to_float32() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     assert oracle.relative_error(y, expected_y) < 1e-2
     assert oracle.relative_error(grads, expected_grads) < 2e-2
+
+
+@pytest.mark.parametrize("kernel", ["sequential", "associative", "reference"])
+@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
+def test_bfloat16_keeps_exponentials_and_sums_in_float32(kernel: str, traced: bool) -> None:
+    """Δ, A, decays, softmax and norms, forwards and backwards."""
+    params, x, cotangent = make(CONFIG)
+    half = dataclasses.replace(CONFIG, dtype="bfloat16", kernel=kernel)
+    if traced:
+        found = precision.narrow(partial(run, half), params, x, cotangent, jnp.int32(19))
+    else:
+        found = precision.narrow(lambda *arguments: run(half, *arguments, 19), params, x, cotangent)
+    assert found == set()
+
+
+def test_bfloat16_hands_on_steps_decays_and_states_that_were_never_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, x, _ = make(CONFIG)
+    half = dataclasses.replace(CONFIG, dtype="bfloat16")
+    calls = {}
+
+    def spy(name: str, operator: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        calls[name] = arguments
+        return operator(*arguments, **options)
+
+    for name in ("convert", "scan"):
+        monkeypatch.setattr(parallel, name, partial(spy, name, getattr(parallel, name)))
+    kept = Mixer(half).apply({"params": params}, x, 19, capture_intermediates=True, mutable="intermediates")[1]
+    (projected,) = kept["intermediates"]["dt"]["__call__"]
+    assert projected.dtype == jnp.bfloat16
+    double = lambda leaf: np.asarray(leaf, np.float64)
+    step = np.logaddexp(0, double(projected).reshape(BATCH, SEQ_LEN, -1) + double(params["dt_bias"]))
+    _, _, before, *_ = calls["convert"]
+    _, after, _, _, _, skip, state, _ = calls["scan"]
+    np.testing.assert_allclose(np.concatenate([before, after], axis=1), step, rtol=1e-6)
+    for decay in (calls["convert"][3], calls["scan"][2]):
+        np.testing.assert_allclose(decay, -np.exp(double(params["a_log"])), rtol=1e-6)
+    np.testing.assert_array_equal(skip, params["skip"])
+    assert {value.dtype for value in (before, after, decay, skip, state)} == {jnp.dtype("float32")}
+    assert np.mean(state == state.astype(jnp.bfloat16)) < 0.1
 
 
 def no_step_on_v(k: Any, v: Any, dt: Any, a: Any, **options: Any) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import transmamba_jax as tm
-from tests import oracle
+from tests import oracle, precision
 from transmamba_jax.config import ModelConfig
 
 SEQ_LEN = 24
@@ -112,6 +112,20 @@ def test_options_equal_the_oracle(change: dict[str, Any]) -> None:
     assert oracle.relative_error(logits, oracle_logits(config, params, tokens, per_row)) < 5e-6
 
 
+@pytest.mark.parametrize("residual_in_fp32", [False, True])
+def test_bfloat16_logits_are_close_and_accumulated_in_float32(residual_in_fp32: bool) -> None:
+    _, params = make()
+    half = dataclasses.replace(CONFIG, dtype="bfloat16", residual_in_fp32=residual_in_fp32)
+    points = np.array(CONFIG.transpoints)[:, None] * np.ones((1, 2), np.int32)
+    expected = oracle_logits(CONFIG, params, tokens_of(), points)
+    for schedule in (CONFIG.transpoints, np.array(CONFIG.transpoints)):
+        logits = apply_either(half, params, tokens_of(), schedule)
+        assert logits.dtype == jnp.float32
+        assert np.mean(logits == logits.astype(jnp.bfloat16)) < 0.1
+        assert oracle.relative_error(logits, expected) < 1e-2
+    assert precision.narrow(partial(apply, half), params, tokens_of()) == set()
+
+
 @pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
 def test_rematerialisation_saves_memory_and_changes_no_gradient(traced: bool) -> None:
     tokens = tokens_of()
@@ -171,31 +185,33 @@ def test_layers_start_from_different_values() -> None:
     assert decay.max() <= 16
 
 
-def test_mamba2_schedule_equals_an_independent_mamba2() -> None:
+@pytest.mark.parametrize("groups", [1, 2], ids=["one_group", "group_per_head"])
+def test_mamba2_schedule_equals_an_independent_mamba2(groups: int) -> None:
     """P = 0 everywhere: in_proj order z, x, B, C, dt in one matrix and one convolution, token by token in numpy."""
-    config = dataclasses.replace(CONFIG, num_layers=1, mlp_dim=0, transpoints=(0,))
+    config = dataclasses.replace(CONFIG, num_layers=1, num_groups=groups, mlp_dim=0, transpoints=(0,))
     model, params = make(config)
     tokens = np.asarray(tokens_of(SEQ_LEN, 1))
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     layer = jax.tree.map(lambda leaf: leaf[0], p["layers"])
     m = layer["mixer"]
-    heads, width, state = config.num_heads, config.head_dim, config.state_dim
+    heads, width, keys = config.num_heads, config.head_dim, groups * config.state_dim
     in_proj = np.concatenate([m[name]["kernel"] for name in ("z", "v", "k", "q", "dt")], axis=1)
     taps = np.concatenate([m[f"conv_{name}"]["kernel"] for name in "vkq"], axis=1)
     bias = np.concatenate([m[f"conv_{name}"]["bias"] for name in "vkq"])
     silu = lambda y: y / (1 + np.exp(-y))
-    norm = lambda y: y / np.sqrt(np.mean(y**2) + config.norm_eps)
-    window, h, expected = np.zeros((4, taps.shape[1])), np.zeros((heads, width, state)), []
+    norm = lambda y: y / np.sqrt(np.mean(y**2, -1, keepdims=True) + config.norm_eps)
+    window, h, expected = np.zeros((4, taps.shape[1])), np.zeros((heads, width, config.state_dim)), []
     for token in tokens[0]:
         residual = p["embedding"][token]
         z, xbc, dt = np.split(norm(residual) * layer["mixer_norm"]["scale"] @ in_proj, [heads * width, -heads])
         window = np.concatenate([window[1:], xbc[None]])
-        x, b, c = np.split(silu((window * taps).sum(0) + bias), [heads * width, heads * width + state])
+        x, b, c = np.split(silu((window * taps).sum(0) + bias), [heads * width, heads * width + keys])
+        b, c = (np.repeat(y.reshape(groups, -1), heads // groups, axis=0) for y in (b, c))  # a head reads its group's
         dt = np.log1p(np.exp(dt + m["dt_bias"]))
         x = x.reshape(heads, width)
-        h = np.exp(-dt * np.exp(m["a_log"]))[:, None, None] * h + (dt[:, None] * x)[:, :, None] * b
-        y = (h @ c + m["skip"][:, None] * x).ravel() * silu(z)
-        out = (norm(y) * m["norm"]["scale"].ravel()) @ m["out"]["kernel"]
+        h = np.exp(-dt * np.exp(m["a_log"]))[:, None, None] * h + (dt[:, None] * x)[:, :, None] * b[:, None]
+        y = ((h @ c[:, :, None])[..., 0] + m["skip"][:, None] * x).ravel() * silu(z)
+        out = (norm(y.reshape(groups, -1)) * m["norm"]["scale"]).ravel() @ m["out"]["kernel"]
         expected.append(norm(residual + out) * p["final_norm"]["scale"] @ p["embedding"].T)
     logits = jax.jit(model.apply)({"params": params}, tokens)[0]
     assert oracle.relative_error(logits, np.array(expected)) < 2e-6

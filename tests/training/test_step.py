@@ -11,6 +11,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType
 
+import transmamba_jax as tm
+from tests import precision
 from tests.training.support import VOCABULARY, Little, little_config, packed_batch, relative
 from transmamba_jax import sharding
 from transmamba_jax.training.optimizer import make_optimizer
@@ -155,6 +157,26 @@ def test_a_loss_that_is_not_finite_changes_nothing(initial, step):
     state, metrics = step(state, packed_batch(0))
     assert math.isnan(metrics["loss"])
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), before)
+
+
+def test_a_bfloat16_step_has_loss_gradient_parameters_and_moments_in_float32(mesh):
+    small = {"head_dim": 4, "state_dim": 4, "mlp_dim": 12, "chunk_size": 8}
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        config = little_config(model={"dtype": dtype, **small}, train={"accumulation": 2})
+        model = tm.TransMamba(config.model)
+        state = create_state(config, model, mesh)
+        step = make_train_step(config, model, make_optimizer(config), mesh)
+        gradient = partial(loss_and_gradient, model=model, batch=packed_batch(0), accumulation=2, chunk=24)
+        found[dtype] = jax.jit(gradient)(state.params)
+        assert precision.narrow(step, state, packed_batch(0)) == set()
+        leaves = [found[dtype], *jax.eval_shape(step, state, packed_batch(0))]
+        floats = {leaf.dtype for leaf in jax.tree.leaves(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+        assert floats == {jnp.dtype("float32")}
+    (loss, gradient), (exact_loss, exact_gradient) = found["bfloat16"], found["float32"]
+    assert float(loss) == pytest.approx(float(exact_loss), rel=1e-4)
+    assert relative(gradient, exact_gradient) < 3e-2
+    assert max(jax.tree.leaves(jax.tree.map(relative, gradient, exact_gradient))) < 0.1
 
 
 def test_metrics_of_a_step(initial, step):
