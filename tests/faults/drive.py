@@ -1,17 +1,11 @@
-"""Processes that have accidents. `python -m tests.faults.drive` imports everything once and forks a process per task.
-
-A task is a JSON line {"run": name of a function here, "arguments": {...}, "environment": {...}, "output": file}; the
-answer is the exit status as `subprocess` reports it. No device is touched before the fork.
-"""
+"""What processes that have accidents run; `python -m tests.faults.drive` serves them (tests/forks.py)."""
 
 import ctypes
-import json
 import os
 import signal
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,9 +13,10 @@ import orbax.checkpoint as ocp
 
 import train as command
 from tests.faults import damage
+from tests.forks import serve
 from tests.training.runs import before_call, strike
 from tests.training.support import Little
-from transmamba_jax import checkpoint_manifest, checkpoint_steps, data, evaluate, run_lock
+from transmamba_jax import checkpoint, checkpoint_manifest, checkpoint_steps, data, evaluate, run_lock
 from transmamba_jax.training import loop
 
 POISON = 255  # a byte that the text does not have
@@ -48,14 +43,16 @@ def run_training(arguments, accident="none", at=0):
     loop.TransMamba = Poisoned
     if accident.startswith("kill-in-"):
         strike(*KILL_POINTS[accident.removeprefix("kill-in-")], signal.SIGKILL, at)
-    elif accident == "kill-after":
-        threading.Timer(at, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    elif accident == "kill-in-save":
+        count, seconds = at
+        kill = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+        before_call(checkpoint.Checkpointer, "save", count, kill.start)
     elif accident == "terminate-in-step":
         strike(data.BatchIterator, "__next__", signal.SIGTERM, at)
     elif accident == "terminate-in-evaluation":
         strike(evaluate, "_target_weights", signal.SIGTERM, at)
     elif accident == "terminate-in-compilation":
-        strike(loop, "make_train_step", signal.SIGTERM, at)
+        threading.Thread(target=terminate_while_compiling, daemon=True).start()
     elif accident == "poison-row":
         poison(at, slice(0, 1))
     elif accident == "poison-all":
@@ -79,6 +76,19 @@ def run_training(arguments, accident="none", at=0):
 def run_damage(folder):
     """Damage copies of a checkpoint folder in every way and write what a restore did."""
     return damage.main(Path(folder))
+
+
+def terminate_while_compiling():
+    """Send SIGTERM when the main thread is in the compiler for the train step."""
+    main, inside = threading.main_thread().ident, {"_compile", "backend_compile_and_load"}
+    while True:
+        frame, names = sys._current_frames()[main], set()
+        while frame is not None:
+            names.add(frame.f_code.co_name)
+            frame = frame.f_back
+        if inside <= names:
+            return os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.001)
 
 
 def make_read_only(owner, name, count, directory):
@@ -122,28 +132,5 @@ def poison(step, rows):
     data.BatchIterator.__next__ = poisoned
 
 
-def serve():
-    for line in sys.stdin:
-        task = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            status = 70
-            output = os.open(task["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            null = os.open(os.devnull, os.O_RDONLY)
-            for target, source in ((0, null), (1, output), (2, output)):
-                os.dup2(source, target)
-            os.environ.update(task["environment"])
-            try:
-                status = globals()[f"run_{task['run']}"](**task["arguments"])
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(code, flush=True)
-
-
 if __name__ == "__main__":
-    serve()
+    serve({"training": run_training, "damage": run_damage})
