@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import math
@@ -41,8 +42,10 @@ def start(config: HostsConfig) -> None:
     """Join the processes of this run, if it has several; before JAX is used for anything else.
 
     Where they are comes from `hosts.coordinator`, `hosts.processes` and `hosts.process`, and what of it is missing from
-    the environment (Cloud TPU, Slurm, Open MPI, Kubernetes with `jax[k8s]`, or JAX_COORDINATOR_ADDRESS). A process that
-    dies later, or leaves with an error, ends the others: JAX stops them when it has been silent for `hosts.heartbeat`.
+    the environment: that of Cloud TPU, Slurm, Open MPI or JAX_COORDINATOR_ADDRESS, which alone is reason enough to look
+    for others, or, where one of the options asks for several, of any that JAX knows (Kubernetes with `jax[k8s]`). A
+    process that dies later, or leaves with an error, ends the others: JAX stops them when it has been silent for
+    `hosts.heartbeat`.
 
     A process that is alone after `hosts.timeout` says so and ends with exit code 2.
 
@@ -50,7 +53,8 @@ def start(config: HostsConfig) -> None:
         ValueError: the environment does not say what is missing.
     """
     coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if config.processes == 1 or not (coordinator or _environment_has_several()):
+    asked = coordinator is not None or config.processes is not None or config.process is not None
+    if config.processes == 1 or not (asked or _environment_has_several()):
         return
     if coordinator and not coordinator.rpartition(":")[2].isdecimal():
         raise ValueError(f"JAX_COORDINATOR_ADDRESS must be HOST:PORT, found {coordinator!r}; or set hosts.coordinator")
@@ -72,8 +76,8 @@ def start(config: HostsConfig) -> None:
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"this process cannot join the others: {error} (hosts.coordinator={coordinator}, "
-            f"hosts.processes={config.processes}, hosts.process={config.process}; what is None must be known from the "
-            "environment)"
+            f"hosts.processes={config.processes}, hosts.process={config.process}). What is None the environment must "
+            f"say{_outside_srun()}; --hosts.processes 1 trains with this process alone"
         ) from error
     finally:
         alarm.cancel()
@@ -86,6 +90,13 @@ def _environment_has_several() -> bool:
     # JAX puts the TPU among its platforms on a Cloud TPU VM; what is around it is known to the VM's metadata alone.
     platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
     return any(count != "1" for count in counts) or "tpu" in (platforms or "")
+
+
+def _outside_srun() -> str:
+    """Say what is missing where a Slurm job has several tasks, and this process is none of them."""
+    if "SLURM_NTASKS" not in os.environ or "SLURM_STEP_NODELIST" in os.environ:
+        return ""
+    return f": SLURM_NTASKS={os.environ['SLURM_NTASKS']}, but only a process that srun starts knows the others"
 
 
 def _give_up(seconds: int) -> None:
@@ -255,14 +266,22 @@ def machine_facts() -> dict[str, str]:
     """Return what has to be the same on every host before they compute together: code, versions, local devices."""
     root = Path(__file__).parent
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted([*root.rglob("*.py"), *(root.parent / "pallas_kernels").rglob("*.py")]):
+    kernels, command = (root.parent / "pallas_kernels").rglob("*.py"), root.parent.glob("train.py")
+    for path in sorted([*root.rglob("*.py"), *kernels, *command]):
         digest.update(path.relative_to(root.parent).as_posix().encode() + b"\0" + path.read_bytes())
     kinds = collections.Counter(device.device_kind for device in jax.local_devices())
     return {
         "code": f"digest {digest.hexdigest()}",
-        "jax": jax.__version__,
+        **{name: _version(name) for name in ("jax", "jaxlib", "libtpu")},
         "local devices": ", ".join(f"{count} x {kind}" for kind, count in kinds.items()),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def row_share(mesh: Mesh, rows: int) -> tuple[int, int]:

@@ -1,8 +1,7 @@
 """Several processes on this machine: the same numbers as one, and one process's trouble is everyone's, soon and said.
 
-`python -m tests.training.test_hosts` imports everything once and forks the processes of one run after another. A task
-is a JSON line {"processes": [{"arguments": [...], "accidents": {name: step}}, ...], "outputs": [file, ...]}; the answer
-is the list of exit codes. Devices are simulated, eight in all.
+`python -m tests.training.test_hosts` serves the processes of one run after another (tests/forks.py), eight simulated
+devices in all.
 """
 
 import contextlib
@@ -11,10 +10,9 @@ import os
 import resource
 import signal
 import socket
-import subprocess
-import sys
+import threading
+import time
 import traceback
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,6 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 import train
+from tests.forks import Server, serve, write_text
 from tests.training.support import Little, little_config
 from transmamba_jax import checkpoint, config_file, data, hosts, sharding
 from transmamba_jax.config import HostsConfig, MeshConfig
@@ -61,59 +60,53 @@ def _forbid_files():
     checkpoint.Checkpointer._failure = failure
 
 
+def _count_down():
+    """End this process with a code of its own when it is there after three heartbeats."""
+
+    def wait():
+        # A second at a time: a machine that stands still meanwhile costs one of them.
+        for _ in range(3 * HEARTBEAT):
+            time.sleep(1)
+        os._exit(99)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 ACCIDENTS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "forbid files": _forbid_files,
+    "count down": _count_down,
 }
 
 
-def _serve():
-    for line in sys.stdin:
-        task = json.loads(line)
-        flags = f"--xla_force_host_platform_device_count={DEVICES // len(task['processes'])}"
-        children = []
-        for process, output in zip(task["processes"], task["outputs"], strict=True):
-            child = os.fork()
-            if child == 0:
-                os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-                _run(process, output)
-            children.append(child)
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
-
-
-def _run(process, output):
-    for target, name, mode in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
-        os.dup2(os.open(name, mode), target)
-    os.dup2(1, 2)
-    status = 70
+def run_process(arguments, accidents):
+    loop.TransMamba = Little
+    for accident, step in accidents.items():
+        _at_batch(step, ACCIDENTS[accident])
     try:
-        loop.TransMamba = Little
-        for accident, step in process["accidents"].items():
-            _at_batch(step, ACCIDENTS[accident])
-        status = train.main(process["arguments"])
-        # What an interpreter does at its end: this process waits here for the others.
-        jax.distributed.shutdown()
-    except BaseException:
+        return train.main(arguments)
+    except Exception:
         traceback.print_exc()
+        return 1
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        # What an interpreter does at its end, after an error too: this process waits here for the others.
+        jax.distributed.shutdown()
 
 
-class Server:
+class Runs(Server):
     """Runs train.py in one or more processes of a run."""
 
     def __init__(self, folder):
-        self.folder = folder
-        (folder / "text").mkdir()
-        for index in range(40):
-            text = f"document {index} of a small text\n" * 4
-            (folder / "text" / f"{index:02}.txt").write_text(text, encoding="utf-8")
+        compiled = {
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        super().__init__("tests.training.test_hosts", folder, **compiled)
         config = little_config(
             model={"vocab_size": 256},
-            data={"source": f"text:{folder / 'text' / '*.txt'}", "streams": 2},
+            data={"source": write_text(folder / "text"), "streams": 2},
             train={"steps": 12, "sample_tokens": 0},
             checkpoint={"every": 4, "keep_latest": 9},
             eval={"every": 4, "windows": 8},
@@ -121,17 +114,6 @@ class Server:
         )
         self.config = folder / "little.yaml"
         self.config.write_text(config_file.to_yaml(config), encoding="utf-8")
-        command = [sys.executable, "-W", "error", "-m", "tests.training.test_hosts"]
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
-        pipe = subprocess.PIPE
-        root = Path(__file__).parents[2]
-        self.process = subprocess.Popen(command, cwd=root, env=environment, stdin=pipe, stdout=pipe, text=True)
 
     def run(self, workdir, *processes, options=(), expect=(0,)):
         """Run a process for each dict of accidents, in one run; return what each of them printed."""
@@ -143,13 +125,8 @@ class Server:
             arguments = ["--config", self.config, "--workdir", self.folder / workdir, *options]
             arguments += own if len(processes) > 1 else []
             tasks.append({"arguments": [str(each) for each in arguments], "accidents": accidents})
-        outputs = [str(self.folder / f"output-{index}.log") for index in range(len(tasks))]
-        self.process.stdin.write(json.dumps({"processes": tasks, "outputs": outputs}) + "\n")
-        self.process.stdin.flush()
-        codes = json.loads(self.process.stdout.readline())
-        texts = [Path(output).read_text(encoding="utf-8") for output in outputs]
-        assert codes == list(expect), "\n".join(texts)
-        return texts
+        self.send("process", *tasks, devices=DEVICES // len(tasks))
+        return self.receive(*expect)
 
 
 def _free_addresses(count):
@@ -160,11 +137,9 @@ def _free_addresses(count):
 
 @pytest.fixture(name="server", scope="module")
 def _server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("hosts"))
+    server = Runs(tmp_path_factory.mktemp("hosts"))
     yield server
-    server.process.stdin.close()
-    server.process.wait(timeout=60)
-    server.process.stdout.close()
+    server.stop()
 
 
 def losses(workdir):
@@ -208,7 +183,8 @@ def test_two_processes_are_one_run_through_a_failing_save_a_signal_and_another_n
 
 def test_a_killed_process_ends_the_others_with_a_message(server):
     options = ["--hosts.heartbeat", HEARTBEAT]
-    first, _ = server.run("killed", {}, {"kill": 2}, options=options, expect=(ABORTED, -signal.SIGKILL))
+    accidents = {"count down": 2}, {"kill": 2}
+    first, _ = server.run("killed", *accidents, options=options, expect=(ABORTED, -signal.SIGKILL))
     assert f"2 processes; when one is silent for {HEARTBEAT} s the others end too" in first
     assert "Terminating process because the JAX distributed service detected fatal errors" in first
 
@@ -246,6 +222,35 @@ def test_whole_slices_lie_along_data_then_fsdp_and_hosts_read_the_rows_of_their_
         hosts.row_share(crossed, 16)
 
 
+def test_several_are_asked_for_and_the_environment_does_not_say_where(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nothing_found(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nothing_found)
+    hosts.start(HostsConfig())
+    for asked in (HostsConfig(processes=2), HostsConfig(process=0)):
+        with pytest.raises(ValueError, match=r"coordinator=None, .* --hosts.processes 1 trains with this process"):
+            hosts.start(asked)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    with pytest.raises(ValueError, match="SLURM_NTASKS=4, but only a process that srun starts knows the others"):
+        hosts.start(HostsConfig())
+    hosts.start(HostsConfig(processes=1))
+
+
+def test_every_part_of_the_program_and_its_runtime_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(hosts, "__file__", str(tmp_path / "transmamba_jax" / "hosts.py"))
+    assert {"code", "jax", "jaxlib", "libtpu", "local devices"} == hosts.machine_facts().keys()
+    seen = set()
+    for name in ("transmamba_jax/training/step.py", "pallas_kernels/ssd/api.py", "train.py", "notes.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("changed", encoding="utf-8")
+        seen.add(hosts.machine_facts()["code"])
+    assert len(seen) == 3  # notes.py is not part of the program
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -261,4 +266,4 @@ def test_bad_options_are_refused(options, message):
 
 
 if __name__ == "__main__":
-    _serve()
+    serve({"process": run_process})
