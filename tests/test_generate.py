@@ -55,6 +55,12 @@ def test_a_batch_gives_what_each_prompt_gives_alone() -> None:
     assert generate(PROMPTS[1:2], 3, temperature=2.0, key=jax.random.fold_in(key, 1)[None]) == sampled[1:2]
 
 
+def test_a_batch_gives_what_each_prompt_gives_alone_in_bfloat16() -> None:
+    model, params = make(dataclasses.replace(TWO, dtype="bfloat16"))
+    together = tm.generate(model, params, PROMPTS, NEW)
+    assert [tm.generate(model, params, [prompt], NEW)[0] for prompt in PROMPTS] == together
+
+
 def test_sampling_is_reproducible_and_follows_the_key() -> None:
     draw = lambda seed: generate(new=3, temperature=2.0, key=jax.random.key(seed))
     assert draw(0) == draw(0)
