@@ -283,3 +283,9 @@ def test_a_config_file_without_a_schedule_on_the_command_line_brings_its_own(fol
 def test_command_reports_what_is_wrong(saved, capsys, arguments, message):
     assert evaluate.main(["--checkpoint", str(saved), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_options_are_not_abbreviated(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--checkpoint", "here", "--window", "3"])
+    assert "unrecognized arguments: --window 3" in capsys.readouterr().err
