@@ -1,4 +1,4 @@
-"""Race decoding: `python -m benchmarks.decode` from the root of the repository prints tables in about five minutes.
+"""Race decoding: `python -m benchmarks.decode` from the root of the repository prints tables in about seven minutes.
 
 One row, float32, greedy, a byte vocabulary. Contenders hold their states side by side and go on for a few tokens in
 their turn, always from the same length, so that noise of the machine meets all alike; the fastest turn counts. With
