@@ -1,8 +1,8 @@
 """Train a model: `python train.py --config configs/tiny.yaml --train.steps 100 --model.d-model 256`.
 
 `--compile-only --topology v5e:16x16` compiles the step for hardware that need not be here and prints what it needs.
-Exit codes: 0 complete, 1 diverged, 2 bad configuration, 3 compiled and does not fit, 74 the last checkpoint could not
-be saved, 75 asked to stop and saved (run the same command to go on), 130 second Ctrl-C.
+Exit codes: 0 complete, 1 diverged, 2 bad configuration, 3 compiled and does not fit, 74 a file could not be read or
+written (the last checkpoint, the report), 75 asked to stop and saved (run the same command to go on), 130 second Ctrl-C.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transmamba_jax import config_file, hosts
+from transmamba_jax import config_file, host_memory, hosts
 from transmamba_jax.config import Config
 
 
@@ -35,9 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known.compile_only != (known.topology is not None):
         return _fail("--compile-only and --topology NAME (v5e:16x16, v5p:8x8x8, cpu:8, ...) go together", 2)
 
+    host_memory.keep_freed()
     # orbax and Grain take seconds to import: mistakes and --help need neither.
     from transmamba_jax.training.compile_only import compile_only
-    from transmamba_jax.training.loop import NonFiniteError, train
+    from transmamba_jax.training.loop import EXIT_NOT_SAVED, NonFiniteError, train
 
     log, handler = logging.getLogger("pallas_kernels"), logging.StreamHandler()
     log.setLevel(logging.INFO)  # which kernel was chosen
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train(config)
     except ValueError as error:
         return _fail(error, 2)
+    except OSError as error:
+        return _fail(error, EXIT_NOT_SAVED)
     except NonFiniteError as error:
         return _fail(error, 1)
     finally:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 import transmamba_jax as tm
 from benchmarks import timing
-from transmamba_jax import schedule
+from transmamba_jax import host_memory, schedule
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.mixer import Mixer, over_tokens
 
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=("cost", "compilation"))
     options = parser.parse_args()
+    host_memory.keep_freed()  # as train.py does
     print(timing.heading("jax", "flax"))
     if options.only != "compilation":
         cost(options.seq_len, options.rounds)

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from transmamba_jax import cache as memory
 from transmamba_jax import parallel
+from transmamba_jax.activation import silu, swiglu
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.convolution import causal_conv
+from transmamba_jax.norm import RMSNorm
 from transmamba_jax.rotary import rotate
 from transmamba_jax.shapes import (
     Array,
@@ -94,8 +96,8 @@ class ShortConv(nn.Module):
         else:
             bias = jnp.zeros(x.shape[-1], self.param_dtype)
         if history is None:
-            return nn.silu(parallel.convolve(x, kernel, bias, segment_ids))
-        return nn.silu(causal_conv(x, kernel, bias, segment_ids, history))
+            return silu(parallel.convolve(x, kernel, bias, segment_ids))
+        return silu(causal_conv(x, kernel, bias, segment_ids, history))
 
 
 class Mixer(nn.Module):
@@ -119,10 +121,8 @@ class Mixer(nn.Module):
         self.dt_bias = self.param("dt_bias", init_dt_bias, (cfg.num_heads,), cfg.param_dtype)
         if cfg.skip:
             self.skip = self.param("skip", nn.initializers.ones, (cfg.num_heads,), cfg.param_dtype)
-        # One weight for both branches; statistics over each group's d_inner / G channels, in float32.
-        self.norm = nn.RMSNorm(
-            epsilon=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype, reduction_axes=-1, feature_axes=(-2, -1)
-        )
+        # One weight for both branches; statistics over each group's d_inner / G channels.
+        self.norm = RMSNorm(cfg.norm_eps, cfg.dtype, cfg.param_dtype, groups=cfg.num_groups)
 
     def __call__(self, x: Hidden, transpoint: TransPoint, segment_ids: SegmentIds | None = None) -> Hidden:
         """Mix along the sequence: attention for tokens t < transpoint, the SSM for t >= transpoint.
@@ -241,7 +241,7 @@ class Mixer(nn.Module):
         else:
             y = parallel.attend_cached(q, cache.keys, cache.values, positions[0])
         y = y.reshape(*y.shape[:2], -1)
-        return self._normalise(y) if self.config.attention_norm else y, cache
+        return self.norm(y) if self.config.attention_norm else y, cache
 
     def _sliced(
         self, x: Hidden, q: QueryKey, k: QueryKey, v: Value, point: int, segment_ids: SegmentIds | None
@@ -295,7 +295,7 @@ class Mixer(nn.Module):
             q, k = self._rotate(q, k)
         y = parallel.attend(q, k, v, segment_ids)
         y = y.reshape(*y.shape[:2], -1)
-        return self._normalise(y) if self.config.attention_norm else y
+        return self.norm(y) if self.config.attention_norm else y
 
     def _scan(
         self,
@@ -337,10 +337,7 @@ class Mixer(nn.Module):
         return self.skip.astype(jnp.float32) if self.config.skip else None
 
     def _gate(self, x: Hidden, y: Value) -> Float[Array, "B T HP"]:
-        return self._normalise(y.reshape(*y.shape[:2], -1) * nn.silu(over_tokens(self.z, x)))
-
-    def _normalise(self, y: Float[Array, "B T HP"]) -> Float[Array, "B T HP"]:
-        return self.norm(y.reshape(*y.shape[:2], self.config.num_groups, -1)).reshape(y.shape)
+        return self.norm(swiglu(over_tokens(self.z, x), y.reshape(*y.shape[:2], -1)))
 
 
 def _tokens(array: Float[Array, "B T H P"], which: slice) -> Float[Array, "B _ H P"]:

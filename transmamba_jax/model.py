@@ -16,9 +16,11 @@ import numpy as np
 
 from pallas_kernels.ssd import kernel_vjp
 from transmamba_jax import attention, schedule, sharding
+from transmamba_jax.activation import swiglu
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.mixer import Mixer, fan_in_uniform, over_tokens, residual_uniform
+from transmamba_jax.norm import RMSNorm
 from transmamba_jax.shapes import Array, Float, Hidden, Int, Logits, SegmentIds, Tokens, TransPoint, known
 
 HIDDEN = ("rows", "time", None)
@@ -53,7 +55,7 @@ class GatedMLP(nn.Module):
         up = over_tokens(dense(cfg.mlp_dim, kernel_init=fan_in_uniform, name="up"), x)
         down = dense(cfg.d_model, kernel_init=residual_uniform(cfg.num_layers), name="down")
         # Without it the compiler spreads what is kept for the backward pass over time instead, as the loss has it.
-        return over_tokens(down, sharding.constrain(nn.silu(gate) * up, MLP))
+        return over_tokens(down, sharding.constrain(swiglu(gate, up), MLP))
 
 
 class Block(nn.Module):
@@ -64,7 +66,7 @@ class Block(nn.Module):
     def setup(self) -> None:
         """Declare the parts."""
         cfg = self.config
-        norm = partial(nn.RMSNorm, epsilon=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        norm = partial(RMSNorm, cfg.norm_eps, cfg.dtype, cfg.param_dtype)
         self.mixer_norm, self.mixer = norm(), Mixer(cfg)
         if cfg.mlp_dim:
             self.mlp_norm, self.mlp = norm(), GatedMLP(cfg)
@@ -99,7 +101,7 @@ class TransMamba(nn.Module):
         if not cfg.tie_embeddings:
             self.lm_head = self.param("lm_head", normal, (cfg.d_model, cfg.vocab_size), cfg.param_dtype)
         self.layers = self.param("layers", self._init_layers)
-        self.final_norm = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        self.final_norm = RMSNorm(cfg.norm_eps, cfg.dtype, cfg.param_dtype)
 
     def __call__(
         self,

@@ -1,0 +1,82 @@
+"""RMSNorm over groups of channels.
+
+x̂ = x r,   r = (mean(x²) + ε)^-1/2 over each group,   y = x̂ ∘ w                              arXiv 1910.07467
+dw = Σ_t dy ∘ x̂,   dx = r (g - x̂ mean(g ∘ x̂)),   g = dy ∘ w
+
+Everything is float32 inside. The backward pass is written by hand: XLA's CPU backend (jax 0.10) fuses each sum of what
+autodiff makes of it with the products under it, and then takes ten times as long.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import target
+from transmamba_jax.shapes import Array, Float
+
+
+def _means(value: Array) -> Array:
+    """Mean over the last axis, kept; on a CPU a product, which is not fused with what makes `value`."""
+    width = value.shape[-1]
+    if target.platform() == "cpu":
+        return value @ jnp.full((width, 1), 1 / width, value.dtype)
+    return jnp.mean(value, axis=-1, keepdims=True)
+
+
+def _grouped(value: Array, like: Array) -> Array:
+    """[..., C] -> float32 [..., *shape of `like`]."""
+    wide = jnp.promote_types(value.dtype, jnp.float32)
+    return value.astype(wide).reshape(*value.shape[:-1], *like.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Float[Array, "... C"], weight: Float[Array, "..."], epsilon: float) -> Float[Array, "... C"]:
+    """Normalise the channels of each group by their root mean square.
+
+    Args:
+        x: any float dtype.
+        weight: [C], one group, or [G, C / G].
+        epsilon: added to the mean square.
+
+    Returns:
+        The shape of `x` in float32, or in float64 where x is.
+    """
+    return _forward(x, weight, epsilon)[0]
+
+
+def _forward(x: Array, weight: Array, epsilon: float) -> tuple[Array, tuple[Any, ...]]:
+    grouped = _grouped(x, weight)
+    scale = jax.lax.rsqrt(jnp.mean(grouped * grouped, axis=-1, keepdims=True) + epsilon)
+    return (grouped * scale * weight.astype(grouped.dtype)).reshape(x.shape), (x, weight, scale)
+
+
+def _backward(epsilon: float, residuals: tuple[Any, ...], dy: Array) -> tuple[Array, Array]:  # noqa: ARG001
+    x, weight, scale = residuals
+    normal, dy = _grouped(x, weight) * scale, _grouped(dy, weight)
+    dweight = jnp.sum((dy * normal).reshape(*x.shape), axis=tuple(range(x.ndim - 1)))
+    inner = dy * weight.astype(dy.dtype)
+    dx = (inner - normal * _means(inner * normal)) * scale
+    return dx.reshape(x.shape).astype(x.dtype), dweight.reshape(weight.shape).astype(weight.dtype)
+
+
+rms_norm.defvjp(_forward, _backward)
+
+
+class RMSNorm(nn.Module):
+    """Own the weight of an RMSNorm, [C], or [G, C / G] where `groups` is given."""
+
+    epsilon: float
+    dtype: str
+    param_dtype: str
+    groups: int | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        """Normalise each token; the result is in `dtype`."""
+        channels = x.shape[-1]
+        shape = (channels,) if self.groups is None else (self.groups, channels // self.groups)
+        weight = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        return rms_norm(x, weight, self.epsilon).astype(self.dtype)
