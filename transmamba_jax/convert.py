@@ -147,7 +147,7 @@ def start_run(folder: str | Path, workdir: str | Path) -> None:
     writer = checkpoint.Checkpointer(directory, loaded.config.checkpoint)
     tokenizer = data.ByteTokenizer() if loaded.tokenizer is None else loaded.tokenizer
     config = config_file.to_yaml(dataclasses.replace(loaded.config, workdir=str(workdir)))
-    nothing_read: dict[str, Any] = {"settings": {}}  # no run's settings, so that its data start from the beginning
+    nothing_read: dict[str, Any] = {"streams": []}
     state = _Start(loaded.params, jnp.zeros((), jnp.int32))
     with tensor_files.explained(directory):
         writer.save(0, state, nothing_read, config, tokenizer.to_json())

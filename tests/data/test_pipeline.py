@@ -235,6 +235,13 @@ def test_a_position_of_another_stream_is_refused(tmp_path, write_corpus):
         other.set_state(state)
 
 
+def test_the_position_of_a_run_that_read_nothing_is_the_beginning(tmp_path, write_corpus):
+    write_corpus(9)
+    batches, others = (train_batches(settings_for(tmp_path), BYTES) for _ in range(2))
+    others.set_state({"streams": []})
+    np.testing.assert_array_equal(next(others)["tokens"], next(batches)["tokens"])
+
+
 @pytest.mark.parametrize("packing", ["concat", "first_fit"])
 @pytest.mark.usefixtures("small_windows")
 def test_another_number_of_processes_goes_on_with_the_same_rows(tmp_path, write_corpus, packing):

@@ -91,12 +91,16 @@ class BatchIterator(Iterator[Batch]):
     def set_state(self, *states: dict[str, Any]) -> None:
         """Continue from the positions that `get_state` returned, in all processes that then were.
 
+        Positions without a stream are those of a run that has read nothing: they change nothing.
+
         Raises:
             ValueError: they belong to streams with other settings, or so many streams cannot be shared out here.
         """
         if not all("streams" in state for state in states):
             raise ValueError("the saved data position was written by an older version and has no streams")
         saved = {stream["settings"]["stream"][0]: stream for state in states for stream in state["streams"]}
+        if not saved:
+            return
         _, count = next(iter(saved.values()))["settings"]["stream"]
         self._plan.check(count)
         if count != self._settings[0]["stream"][1]:
