@@ -3,6 +3,11 @@
 A contender is a pair of functions of a dictionary of arrays, forward and forward + backward, that start the work and
 return its results; `wait` waits for them. Every one computes y and the final state of Mamba-2's recurrence, and the
 gradients of x, dt, a, b, c and d. What a peer's signature leaves out (the step on x, the skip) is part of its time.
+
+    pip install mamba-ssm flash-linear-attention einops        (beside torch and triton)
+    pip install --no-deps jax-linear-attention                 (Python 3.12 or later)
+
+jax-linear-attention asks for one version of jax, 0.11.2, where `pallas_gpu` needs 0.12: hence `--no-deps`.
 """
 
 import dataclasses
@@ -136,6 +141,13 @@ _PEERS = {
     "flash-linear-attention": (("fla", "torch", "triton"), _flash_linear_attention),
     "jax-linear-attention": (("jla",), _jax_linear_attention),
 }
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """Return what Triton raises besides RuntimeErrors where it is installed: no compilation, not enough resources."""
+    if importlib.util.find_spec("triton") is None:
+        return ()
+    return (importlib.import_module("triton.errors").TritonError,)
 
 
 def peers() -> tuple[dict[str, Contender], dict[str, str]]:

@@ -1,18 +1,19 @@
 """Check and race the kernels on the device at hand: `python benchmarks/gpu_suite.py`, or with `-m`, from the root.
 
 First the kernel suite of the tests for every SSD implementation that can serve this device, against the recurrence in
-float64. Then races, forward and forward + backward, all in one process and in turns: SSD against mamba_ssm's Triton
-kernels, flash-linear-attention's simple_gla and jax-linear-attention where they are installed, causal attention against
-cuDNN. Prints milliseconds, the share of the roofline floor that they reach, and ratios; writes one JSON file. Needs jax
-and numpy, and for the race of attention what this package needs. Exits with 1 where a check fails. It stops before
-`--minutes` are over and says what it left out.
+float64, and the error of every contender: each in a process of its own (`gpu_checks.py`), the portable forms first.
+Then races, forward and forward + backward, in turns in this process: SSD against mamba_ssm's Triton kernels,
+flash-linear-attention's simple_gla and jax-linear-attention where they are installed (`gpu_peers.py` says how), causal
+attention against cuDNN. Prints milliseconds, the share of the roofline floor that they reach, ratios, and which goals
+are met (`gpu_goals.py`); writes one JSON file, anew after every part. Needs jax and numpy, and for the race of
+attention what this package needs. Exits with 1 where a check fails, nothing of this project can race, or a goal is not
+met. It stops before `--minutes` are over and says what it left out.
 
 A time is the fastest round. Work of a round is started `repeats` times and awaited once, so that what starting costs
 is hidden behind the device unless it is the longer of the two.
 """
 
 import argparse
-import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -20,6 +21,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,86 +29,44 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `python benchmarks/gpu_suite.py` finds the packages beside it
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # peers allocate on the same device
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # others allocate on the same device
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from benchmarks import gpu_peers, timing  # noqa: E402
+from benchmarks import gpu_checks, gpu_goals, gpu_peers, timing  # noqa: E402
+from benchmarks.gpu_goals import PASSES  # noqa: E402
 from benchmarks.ssd_inputs import make_inputs  # noqa: E402
 from pallas_kernels.ssd import implementations  # noqa: E402
-from tests.kernels import checks, oracle  # noqa: E402
 
 SHAPES = ("2x8192x16x96x96", "8x8192x16x64x64", "2x8192x16x128x128", "1x32768x16x64x128")
-PASSES = ("forward", "forward+backward")
 PACKAGES = ("jax", "jaxlib", "numpy", "jax-triton", "triton", "torch", "mamba-ssm", "fla-core", "jax-linear-attention")
-RATES = {"H100": (798e12, 3.0e12), "H200": (788e12, 4.3e12), "A100": (312e12, 2.0e12)}
-"""bfloat16 FLOP/s and bytes/s: H100 and H200 as measured on such machines, A100 from its data sheet."""
-
 TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-5}
 """Largest relative L2 error against float64 of a contender that may race."""
 
-REFUSALS = (ValueError, NotImplementedError)
-"""How a call says that it cannot be served here; the second is JAX's own, for a kernel of another platform."""
+FIRST = ("associative", "sequential", "reference")
+"""What is checked first: the forms that XLA compiles. A kernel that never ran may hang."""
 
-FAILURES = (AssertionError, jax.errors.JaxRuntimeError, *REFUSALS)
+CHECK_SECONDS = 120.0
+"""Of one contender at most."""
+
+FAILURES = (ImportError, *gpu_checks.FAILURES, *gpu_peers.errors())
 
 Report = dict[str, Any]
 
 
-# --- the suite --------------------------------------------------------------------------------------------------------
-
-# Dimensions that every kernel serves, in place of the suite's small ones.
-FIELDS = {"head_dim": 64, "state_dim": 64}
-SPECS = (
-    checks.Spec(length=1, head_dim=64, state_dim=64),
-    checks.Spec(length=130, head_dim=96, state_dim=96, regime="strong"),
-    checks.Spec(length=200, heads=2, groups=1, head_dim=128, state_dim=64, chunk_size=128, regime="bursts"),
-    checks.Spec(rows=1, length=1100, heads=2, head_dim=64, state_dim=128, chunk_size=128, regime="slow"),
-    checks.Spec(rows=6, length=70, head_dim=64, state_dim=96, documents=True, regime="strong", groups=4),
-    dataclasses.replace(checks.LONG, head_dim=64, state_dim=64, regime="strong", chunk_size=128),
-)
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def checks_of(implementation: str) -> dict[str, Callable[[], None]]:
-    """Every check of one implementation by name."""
-    of = functools.partial
-    found = {str(spec): of(checks.check_against_oracle, implementation, spec) for spec in SPECS}
-    found |= {f"state alone, {spec}": of(checks.check_state_alone, implementation, spec) for spec in SPECS[1:3]}
-    found["defaults"] = of(checks.check_defaults, implementation, FIELDS)
-    found["bfloat16"] = of(checks.check_bfloat16, implementation, dataclasses.replace(checks.BFLOAT16, **FIELDS))
-    found["padding"] = of(checks.check_padding, implementation, FIELDS)
-    found["extreme decays"] = of(checks.check_extreme_decays, implementation, FIELDS)
-    return found
-
-
-def check_implementations(names: list[str], deadline: float) -> Report:
-    """Run the suite for each, {"refused": why} where the first check cannot be served; after the deadline leave out."""
-    pending = {name: checks_of(name) for name in names}
-    reports: Report = {name: {"passed": 0, "failed": {}, "left_out": []} for name in names}
-
-    def run(name: str, check: str) -> None:
-        try:
-            pending[name].pop(check)()
-        except REFUSALS as error:
-            if reports[name]["passed"] or reports[name]["failed"]:
-                reports[name]["failed"][check] = _first_line(error)
-            else:
-                reports[name] = {"refused": _first_line(error)}
-                pending[name] = {}
-        except FAILURES as error:
-            reports[name]["failed"][check] = _first_line(error)
+def check_all(names: list[str], others: list[str], args: argparse.Namespace, deadline: float) -> Report:
+    """Check every implementation and every peer, the portable forms first; after the deadline leave out."""
+    reports: Report = {}
+    for name in [*(n for n in FIRST if n in names), *others, *(n for n in names if n not in FIRST)]:
+        seconds = min(CHECK_SECONDS, deadline - time.monotonic())
+        if seconds < 1:
+            reports[name] = {"refused": "left out: out of time"}
         else:
-            reports[name]["passed"] += 1
-
-    for name in names:
-        run(name, next(iter(pending[name])))
-    for name in reversed(names):  # the hardware's own kernels stand last in the table
-        for check in list(pending[name]):
-            if time.monotonic() < deadline:
-                run(name, check)
-        if pending[name]:
-            reports[name]["left_out"] = list(pending[name])
+            reports[name] = gpu_checks.check(name, args.dtype, args.shapes, seconds)
         print(f"{name:>24} {_summary(reports[name])}", flush=True)
     return reports
 
@@ -115,55 +75,43 @@ def _summary(report: Report) -> str:
     if "refused" in report:
         return report["refused"]
     failed = "".join(f"; failed: {check}: {why}" for check, why in report["failed"].items())
-    return f"{report['passed']} checks passed, {len(report['left_out'])} left out{failed}"
+    failed += f"; stopped: {report['stopped']}" if "stopped" in report else ""
+    errors = ", ".join(f"{error:.1e}" for error in report["errors"].values())
+    return f"{report['passed']} checks passed{failed}; errors {errors or 'unknown'}"
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+def refusal(report: Report, shape: str, dtype: str) -> str | None:
+    """Say why a contender may not race at a shape, from its checks; None: it may."""
+    if "refused" in report:
+        return report["refused"]
+    if shape not in report["errors"]:
+        return report["unserved"].get(shape) or f"not checked at these dimensions: {report.get('stopped')}"
+    error = report["errors"][shape]
+    return None if error <= TOLERANCE[dtype] else f"off by {error:.1e} against float64"
 
 
 # --- races ------------------------------------------------------------------------------------------------------------
 
 
-def error_of(contender: gpu_peers.Contender, shape: tuple[int, ...], dtype: str) -> float:
-    """Largest relative error of values and gradients on a row of 300 tokens."""
-    short = (1, 300, 2, *shape[3:])
-    arrays = make_inputs(short, seed=7)
-    rounded = {
-        name: np.asarray(jnp.asarray(value, dtype), np.float32) if name in gpu_peers.LOW else value
-        for name, value in arrays.items()
-    }
-    empty = np.zeros((1, 2, *shape[3:]))
-    truth = oracle.ssd(rounded | {"initial_state": empty}, None, rounded["dy"], rounded["dstate"])
-    results, gradients = contender.both(contender.convert(arrays, dtype))
-    pairs = list(zip(results, (truth.y, truth.state), strict=True))
-    expected = (truth.gradients[name] for name in gpu_peers.NAMES)
-    pairs += list(zip(gradients, expected, strict=True))
-    return max(oracle.relative_error(gpu_peers.as_numpy(found), wanted) for found, wanted in pairs)
+def time_runs(
+    runs: dict[str, Callable[[int], Any]], wait: dict[str, Callable[[Any], Any]], args: Any
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Milliseconds by name, in turns, and why others have none.
 
-
-def floor_seconds(kind: str, shape: tuple[int, ...], itemsize: int) -> float | None:
-    """Time that traffic or products of a fused kernel with chunks of 64 take at least; None: unknown device."""
-    rates = next((rates for name, rates in RATES.items() if name in jax.devices()[0].device_kind), None)
-    if rates is None or itemsize != 2:
-        return None
-    batch, length, heads, p, n = shape
-    flops, moved = 2 * 64 * (n + p) + 4 * n * p, itemsize * (2 * p + 2 * n) + 4
-    total = max(flops / rates[0], moved / rates[1])
-    if kind != "forward":
-        flops, moved = 2 * 64 * (3 * n + 2 * p) + 10 * n * p, itemsize * (3 * p + 4 * n) + 8
-        total += max(flops / rates[0], moved / rates[1])
-    return batch * length * heads * total
-
-
-def time_runs(runs: dict[str, Callable[[int], Any]], wait: dict[str, Callable[[Any], Any]], args: Any) -> Report:
-    """Milliseconds by name, in turns; as many repeats a round as make the slowest take about 20 ms."""
-    slowest = 0.0
+    There are as many repeats a round as make the slowest take about 20 ms.
+    """
+    slowest, failed = 0.0, {}
     for name, run in runs.items():
-        wait[name](run(0))
-        begin = time.perf_counter()
-        wait[name](run(0))
+        try:
+            wait[name](run(0))
+            begin = time.perf_counter()
+            wait[name](run(0))
+        except FAILURES as error:
+            failed[name] = gpu_checks.first_line(error)
+            continue
         slowest = max(slowest, time.perf_counter() - begin)
+    if len(failed) == len(runs):
+        return {}, failed
     repeats = max(1, min(20, int(0.02 / slowest)))
 
     def call(name: str, turn: int) -> None:
@@ -171,37 +119,33 @@ def time_runs(runs: dict[str, Callable[[int], Any]], wait: dict[str, Callable[[A
             results = runs[name](turn)
         wait[name](results)
 
-    calls = {name: functools.partial(call, name) for name in runs}
+    calls = {name: functools.partial(call, name) for name in runs if name not in failed}
     times = timing.round_robin(calls, rounds=args.rounds, seconds=args.seconds)
-    return {name: value.minimum / repeats * 1e3 for name, value in times.items()}
+    return {name: value.minimum / repeats * 1e3 for name, value in times.items()}, failed
+
+
+def _race(operator: str, kind: str, shape: tuple[int, ...], runs: Any, wait: Any, mine: list[str], args: Any) -> Report:
+    """Time one pass; a report of the race."""
+    times, failed = time_runs(runs, wait, args)
+    floor = gpu_goals.floor_seconds(operator, kind, shape, jnp.dtype(args.dtype).itemsize)
+    report = {"operator": operator, "pass": kind, "shape": shape, "dtype": args.dtype, "mine": mine}
+    report |= {"milliseconds": times, "floor": floor and floor * 1e3, "refused": failed}
+    return report | {"ratios": gpu_goals.ratios(report)}
 
 
 def race_ssd(shape: tuple[int, ...], contenders: dict[str, gpu_peers.Contender], args: Any) -> list[Report]:
-    """Check every contender at these dimensions, then time both passes."""
-    served: dict[str, gpu_peers.Contender] = {}
-    report: Report = {"operator": "ssd", "shape": shape, "dtype": args.dtype, "errors": {}, "refused": {}}
-    for name, contender in contenders.items():
-        try:
-            error = error_of(contender, shape, args.dtype)
-        except FAILURES as reason:
-            report["refused"][name] = _first_line(reason)
-            continue
-        report["errors"][name] = error
-        if error <= TOLERANCE[args.dtype]:
-            served[name] = contender
-        else:
-            report["refused"][name] = f"off by {error:.1e} against float64"
+    """Time both passes of contenders that were checked."""
     sets = [make_inputs(shape, seed) for seed in range(2)]
-    inputs = {name: [contender.convert(arrays, args.dtype) for arrays in sets] for name, contender in served.items()}
+    inputs = {name: [c.convert(arrays, args.dtype) for arrays in sets] for name, c in contenders.items()}
+    wait = {name: contender.wait for name, contender in contenders.items()}
     reports = []
     for kind in PASSES:
         runs = {
             name: lambda turn, run=(c.forward if kind == "forward" else c.both), own=inputs[name]: run(own[turn % 2])
-            for name, c in served.items()
+            for name, c in contenders.items()
         }
-        found = time_runs(runs, {name: contender.wait for name, contender in served.items()}, args)
-        floor = floor_seconds(kind, shape, jnp.dtype(args.dtype).itemsize)
-        reports.append(report | {"pass": kind, "milliseconds": found, "floor": floor and floor * 1e3})
+        mine = [name for name in contenders if name in implementations()]
+        reports.append(_race("ssd", kind, shape, runs, wait, mine, args))
     return reports
 
 
@@ -237,20 +181,13 @@ def race_attention(shape: tuple[int, ...], args: Any) -> list[Report]:
     reports = []
     for kind in PASSES:
         runs = {name: contender(attend, kind) for name, attend in found.items()}
-        times = time_runs(runs, dict.fromkeys(runs, jax.block_until_ready), args)
-        shared = {"operator": "attention", "shape": shape, "dtype": args.dtype, "pass": kind}
-        reports.append(shared | {"milliseconds": times, "floor": None, "refused": {}})
+        mine = [name for name in found if name.startswith("ours")]
+        wait = dict.fromkeys(runs, jax.block_until_ready)
+        reports.append(_race("attention", kind, shape, runs, wait, mine, args))
     return reports
 
 
 # --- what is printed and kept -----------------------------------------------------------------------------------------
-
-
-def ratios(report: Report, mine: list[str]) -> dict[str, float]:
-    """Our fastest over each other's time, of one race."""
-    times = report["milliseconds"]
-    own = [times[name] for name in mine if name in times]
-    return {name: min(own) / value for name, value in times.items() if name not in mine} if own else {}
 
 
 def show(report: Report) -> None:
@@ -288,11 +225,20 @@ def write(report: Report, folder: Path) -> Path:
     return path
 
 
+def _shape(text: str) -> str:
+    sizes = text.split("x")
+    if len(sizes) != 5 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected BxTxHxPxN, five sizes such as {SHAPES[0]}, found {text!r}")
+    return text
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), help=f"BxTxHxPxN; default {' '.join(SHAPES)}")
+    shapes = f"BxTxHxPxN; default {' '.join(SHAPES)}"
+    parser.add_argument("--shapes", nargs="*", type=_shape, default=list(SHAPES), help=shapes)
     parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16", help="of the races; default bfloat16")
-    parser.add_argument("--only", nargs="+", help="our implementations to check and race; default all")
+    only = "our implementations to check and race; default all"
+    parser.add_argument("--only", nargs="+", choices=implementations(), default=implementations(), help=only)
     parser.add_argument("--minutes", type=float, default=8.0, help="stop before this; default 8")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds of a race; default 20")
     parser.add_argument("--seconds", type=float, default=5.0, help="at most about this long a race; default 5")
@@ -300,10 +246,54 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _stop_hanging(seconds: float) -> None:
+    """End the process after so many seconds, whatever a kernel does: the file has all that was finished."""
+
+    def end() -> None:
+        print("a race hangs: stopped", flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
+def race_all(report: Report, found: dict[str, gpu_peers.Contender], args: argparse.Namespace, begin: float) -> None:
+    """Race at every shape while there is time; add to the report, show it and write it."""
+    # Seconds that a race is expected to take: most of it is compilation, and the search of peers for block sizes.
+    longest = {"ssd": 60.0, "attention": 30.0}
+    for text in args.shapes:
+        shape = tuple(map(int, text.split("x")))
+        reasons = {name: refusal(report["suite"][name], text, args.dtype) for name in found}
+        served = {name: contender for name, contender in found.items() if reasons[name] is None}
+        races: dict[str, Callable[[], list[Report]]] = {
+            "ssd": functools.partial(race_ssd, shape, served, args),
+            "attention": functools.partial(race_attention, shape, args),
+        }
+        for operator, race in races.items():
+            started = time.monotonic()
+            if started - begin + longest[operator] > 60 * args.minutes:
+                report["left_out"].append(f"{operator} {text}: out of time")
+                continue
+            try:
+                results = race()
+            except FAILURES as error:
+                report["left_out"].append(f"{operator} {text}: {gpu_checks.first_line(error)}")
+                continue
+            longest[operator] = max(longest[operator], time.monotonic() - started)
+            for result in results:
+                if operator == "ssd":
+                    result["refused"] |= {name: reason for name, reason in reasons.items() if reason is not None}
+                report["races"].append(result)
+                show(result)
+            write(report, args.results)
+
+
 def main() -> None:
     """Check, race, print and write."""
     args = _arguments()
     begin = time.monotonic()
+    _stop_hanging(60 * args.minutes + 60)
     device = jax.devices()[0]
     print(timing.heading("jax", "jaxlib"))
     print(f"device {device.device_kind}, {device.client.platform_version}")
@@ -315,43 +305,25 @@ def main() -> None:
         "races": [],
         "left_out": [],
     }
-    names = [name for name in implementations() if not args.only or name in args.only]
-    report["suite"] = check_implementations(names, begin + 30 * args.minutes)
-    # The recurrence itself takes a step a token: it is there to be compared with.
-    mine = [name for name in names if report["suite"][name].get("passed") and name != "reference"]
     others, report["peers_missing"] = gpu_peers.peers()
     for name, reason in report["peers_missing"].items():
         print(f"{name:>24} {reason}")
-    contenders = {name: gpu_peers.ours(name) for name in mine} | others
-    # Seconds that a race is expected to take: most of it is compilation, and the search of peers for block sizes.
-    longest = {"ssd": 60.0, "attention": 30.0}
-    for text in args.shapes:
-        shape = tuple(map(int, text.split("x")))
-        races: dict[str, Callable[[], list[Report]]] = {
-            "ssd": functools.partial(race_ssd, shape, contenders, args),
-            "attention": functools.partial(race_attention, shape, args),
-        }
-        for operator, race in races.items():
-            started = time.monotonic()
-            if started - begin + longest[operator] > 60 * args.minutes:
-                report["left_out"].append(f"{operator} {text}: out of time")
-                continue
-            try:
-                found_races = race()
-            except (ImportError, *FAILURES) as error:
-                report["left_out"].append(f"{operator} {text}: {_first_line(error)}")
-                continue
-            longest[operator] = max(longest[operator], time.monotonic() - started)
-            for result in found_races:
-                own = mine if operator == "ssd" else [n for n in result["milliseconds"] if n.startswith("ours")]
-                result["ratios"] = ratios(result, own)
-                report["races"].append(result)
-                show(result)
+    report["suite"] = check_all(list(args.only), list(others), args, begin + 30 * args.minutes)
+    write(report, args.results)
+    # The recurrence itself takes a step a token: it is there to be compared with.
+    mine = [name for name in args.only if report["suite"][name].get("passed") and name != "reference"]
+    if mine:
+        race_all(report, {name: gpu_peers.ours(name) for name in mine} | others, args, begin)
+    else:
+        print("nothing of this project serves this device: no race")
     for reason in report["left_out"]:
         print(f"left out: {reason}")
+    report["goals"], met = gpu_goals.goals(report["races"])
+    print("", *report["goals"], sep="\n")
     report["seconds"] = round(time.monotonic() - begin, 1)
     print(f"\n{report['seconds']:.0f} s; written to {write(report, args.results)}")
-    sys.exit(int(any(found.get("failed") for found in report["suite"].values())))
+    right = not any(found.get("failed") or "stopped" in found for found in report["suite"].values())
+    sys.exit(int(not (mine and met and right)))
 
 
 if __name__ == "__main__":
