@@ -233,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m transmamba_jax.export",
         description="Write a checkpoint as a folder of safetensors, config, tokenizer and programs (StableHLO).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     serving_options.add_arguments(parser)

@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m transmamba_jax.generate",
         description="Continue a text with a checkpoint, as it comes. Without --prompt, in a terminal: a session.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     serving_options.add_arguments(parser)
