@@ -11,14 +11,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as PS
 
 from pallas_kernels.ssd import block_sizes, pallas_gpu, ssd, ssd_state
 
-from . import checks, oracle, suite
+from . import checks, suite
 from .test_pallas_tpu import QUICK_COMPILATION
 
 SERVED = jax.__version_info__ >= (0, 12)
@@ -28,6 +27,11 @@ FIELDS = {"heads": 1, "groups": 1, "head_dim": 64, "state_dim": 64}
 SPECS = (
     checks.Spec(rows=1, length=70, heads=2, groups=1, head_dim=64, state_dim=64, regime="bursts"),
     checks.Spec(rows=6, length=70, documents=True, regime="strong", **FIELDS),
+    checks.Spec(rows=1, length=70, heads=1, groups=1, head_dim=128, state_dim=64, regime="strong"),
+)
+BFLOAT16_SPECS = (
+    checks.Spec(rows=1, length=130, heads=2, groups=1, head_dim=128, state_dim=128, regime="strong"),
+    checks.Spec(rows=1, length=130, heads=1, groups=1, head_dim=96, state_dim=128, regime="slow"),
 )
 STATE_SPECS = (checks.Spec(rows=1, length=70, heads=2, groups=1, head_dim=64, state_dim=96),)
 # N = 96 is computed as two overlapping products.
@@ -69,7 +73,7 @@ if SERVED:
     @pytest.fixture
     def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK_COMPILATION))
-        with interpreting():
+        with interpreting(detect_races=True):  # a race is an error
             yield
 
     @pytest.mark.usefixtures("interpreter")
@@ -85,6 +89,10 @@ if SERVED:
         def test_long_rows(self, regime: str) -> None:
             checks.check_against_oracle(self.implementation, dataclasses.replace(LONG, regime=regime))
 
+        @pytest.mark.parametrize("spec", BFLOAT16_SPECS, ids=str)
+        def test_bfloat16_of_whole_chunks(self, spec: checks.Spec) -> None:
+            checks.check_bfloat16(self.implementation, spec)
+
         @pytest.mark.parametrize("spec", STATE_SPECS, ids=str)
         def test_state_alone(self, spec: checks.Spec) -> None:
             super().test_state_alone(spec)
@@ -99,24 +107,13 @@ if SERVED:
         check = checks.check_state_alone if alone else checks.check_against_oracle
         check("pallas_gpu", spec)
 
+    @pytest.mark.usefixtures("interpreter")
     @pytest.mark.parametrize(("head_dim", "state_dim", "stages"), [(96, 64, 2), (96, 96, 1)])
-    def test_nothing_races(monkeypatch: pytest.MonkeyPatch, head_dim: int, state_dim: int, stages: int) -> None:
-        """Copies, products, loads and stores are ordered, with slots that are filled again."""
-        monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK_COMPILATION))
-        spec = checks.Spec(rows=1, length=140, heads=1, groups=1, head_dim=head_dim, state_dim=state_dim)
+    def test_slots_are_filled_again(head_dim: int, state_dim: int, stages: int) -> None:
+        """Copies into them are ordered after the products that read them, with one slot and with two."""
         assert block_sizes.choose_gpu(False, head_dim, state_dim, 1)[1].stages == stages
-        inputs: dict[str, Any] = dict(checks.make_inputs(spec))
-        inputs |= {name: jnp.asarray(inputs[name], jnp.bfloat16) for name in "xbc"}
-        dy, dstate = checks.make_cotangents(spec)
-        low = jnp.asarray(dy, jnp.bfloat16)
-        with interpreting(detect_races=True):  # a race is an error
-            (y, _), gradients = checks.evaluate("pallas_gpu", spec, inputs, None, (low, dstate))
-        rounded = {name: np.asarray(value, np.float32) for name, value in inputs.items()}
-        truth = oracle.ssd(rounded, None, np.asarray(low, np.float32), dstate)
-        checks.check_close("y", np.asarray(y, np.float32), truth.y, checks.BF16_TOLERANCE)
-        for name, expected in truth.gradients.items():
-            found = np.asarray(gradients[name], np.float32)
-            checks.check_close(f"gradient of {name}", found, expected, checks.BF16_TOLERANCE)
+        spec = checks.Spec(rows=1, length=140, heads=1, groups=1, head_dim=head_dim, state_dim=state_dim)
+        checks.check_bfloat16("pallas_gpu", spec)
 
     @pytest.mark.usefixtures("interpreter")
     def test_a_gradient_that_forgets_a_term_fails(monkeypatch: pytest.MonkeyPatch) -> None:

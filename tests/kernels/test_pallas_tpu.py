@@ -44,10 +44,17 @@ SPECS = (
     checks.Spec(rows=6, length=70, documents=True, regime="strong", groups=4, chunk_size=128),
     # Cells of 3 heads cut from transposed copies; three cells share a group.
     checks.Spec(rows=1, length=150, heads=18, groups=2, regime="slow"),
+    # Whole chunks; a document ends inside one.
+    checks.Spec(rows=1, length=256, heads=2, head_dim=64, state_dim=64, regime="strong"),
+    checks.Spec(rows=6, length=70, documents=True, regime="slow", groups=1),
     # As wide a block of b as of x, and several cells read it.
     checks.Spec(rows=1, length=140, heads=2, groups=1, head_dim=128, state_dim=128),
 )
-BFLOAT16_SPECS = (checks.Spec(rows=1, length=150, heads=7, groups=1, head_dim=96, state_dim=96),)
+BFLOAT16_SPECS = (
+    checks.Spec(rows=1, length=300, heads=2, head_dim=64, state_dim=128, regime="bursts"),
+    checks.Spec(rows=1, length=1100, heads=2, groups=1, head_dim=64, state_dim=64, regime="slow"),
+    checks.Spec(rows=1, length=150, heads=7, groups=1, head_dim=96, state_dim=96),
+)
 STATE_SPECS = (checks.SPECS[0], checks.Spec(rows=6, length=70, documents=True, regime="strong", groups=4))
 
 
@@ -92,8 +99,10 @@ def _devices(chip: str) -> Any:
     return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
 
 
-def _arguments(shape: tuple[int, ...], sharding: Callable[[str], Any], groups: int | None = None) -> dict[str, Any]:
-    """Abstract inputs of `ssd`, x, b and c in bfloat16."""
+def _arguments(
+    shape: tuple[int, ...], sharding: Callable[[str], Any], groups: int | None = None, dtype: Any = jnp.bfloat16
+) -> dict[str, Any]:
+    """Abstract inputs of `ssd`, x, b and c in the given dtype."""
     batch, length, heads, head_dim, state_dim = shape
     groups = groups or heads
     shapes = {
@@ -106,7 +115,7 @@ def _arguments(shape: tuple[int, ...], sharding: Callable[[str], Any], groups: i
         "initial_state": (batch, heads, head_dim, state_dim),
     }
     return {
-        name: jax.ShapeDtypeStruct(size, jnp.bfloat16 if name in "xbc" else jnp.float32, sharding=sharding(name))
+        name: jax.ShapeDtypeStruct(size, dtype if name in "xbc" else jnp.float32, sharding=sharding(name))
         for name, size in shapes.items()
     }
 
@@ -130,9 +139,9 @@ def _kernels(function: Callable[..., Any], arguments: Any) -> list[str]:
     return sorted({name for name in ("ssd_forward", "ssd_backward", "ssd_state") if name in text})
 
 
-def _on(chip: str, shape: tuple[int, ...], groups: int | None = None) -> dict[str, Any]:
+def _on(chip: str, shape: tuple[int, ...], groups: int | None = None, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     sharding = SingleDeviceSharding(_devices(chip)[0])
-    return _arguments(shape, lambda _: sharding, groups)
+    return _arguments(shape, lambda _: sharding, groups, dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -141,15 +150,26 @@ def test_forward_and_gradient_compile(chip: str, shape: tuple[int, ...]) -> None
     assert _kernels(_gradient, _on(chip, shape)) == ["ssd_backward", "ssd_forward"]
 
 
-@pytest.mark.parametrize(("chip", "function"), [("v5e", _forward), ("v6e", _gradient)])
-def test_long_rows_compile(chip: str, function: Callable[..., Any]) -> None:
-    kernels = ["ssd_forward"] if function is _forward else ["ssd_backward", "ssd_forward"]
-    assert _kernels(function, _on(chip, LONG_SHAPE)) == kernels
+@pytest.mark.parametrize("chip", CHIPS)
+def test_long_rows_compile(chip: str) -> None:
+    assert _kernels(_gradient, _on(chip, LONG_SHAPE)) == ["ssd_backward", "ssd_forward"]
 
 
-def test_shared_groups_and_ragged_rows_compile() -> None:
-    """Six cells share a group; rows end inside a chunk."""
-    assert _kernels(_gradient, _on("v5e", (2, 1000, 24, 64, 128), groups=1)) == ["ssd_backward", "ssd_forward"]
+@pytest.mark.parametrize(("chip", "shape"), [("v5e", LONG_SHAPE), ("v5p", SHAPES[0]), ("v6e", SHAPES[2])])
+def test_forward_alone_compiles(chip: str, shape: tuple[int, ...]) -> None:
+    """Without a gradient to come no states are kept."""
+    assert _kernels(_forward, _on(chip, shape)) == ["ssd_forward"]
+
+
+@pytest.mark.parametrize(("chip", "shape"), [("v5e", SHAPES[2]), ("v5p", SHAPES[1]), ("v6e", SHAPES[0])])
+def test_float32_compiles(chip: str, shape: tuple[int, ...]) -> None:
+    assert _kernels(_gradient, _on(chip, shape, dtype=jnp.float32)) == ["ssd_backward", "ssd_forward"]
+
+
+@pytest.mark.parametrize("shape", [(2, 1000, 24, 64, 128), (2, 1000, 7, 96, 96)], ids=str)
+def test_shared_groups_and_ragged_rows_compile(shape: tuple[int, ...]) -> None:
+    """Six or seven cells share a group; rows end inside a chunk."""
+    assert _kernels(_gradient, _on("v5e", shape, groups=1)) == ["ssd_backward", "ssd_forward"]
 
 
 def test_the_state_alone_compiles() -> None:
@@ -161,9 +181,10 @@ def test_the_state_alone_compiles() -> None:
     assert _kernels(gradient, _on("v5e", (1, 2048, 4, 96, 96))) == ["ssd_state"]
 
 
-def test_gradient_compiles_inside_shard_map() -> None:
+@pytest.mark.parametrize("chip", CHIPS)
+def test_gradient_compiles_inside_shard_map(chip: str) -> None:
     """Rows over one mesh axis, heads over the other; a and d vary over the heads' axis alone."""
-    devices = np.array(_devices("v5e")).reshape(2, 2)
+    devices = np.array(_devices(chip)).reshape(2, 2)
     mesh = jax.sharding.Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
     rows = PS("data", None, "tensor")
     specs = {"x": rows, "dt": rows, "a": PS("tensor"), "b": rows, "c": rows, "d": PS("tensor")}

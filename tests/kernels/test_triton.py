@@ -96,6 +96,13 @@ if HAS_TRITON:
         checks.Spec(rows=6, length=70, heads=1, groups=1, documents=True, regime="strong"),
     )
 
+    # Chunks of 64 tokens, and tiles of 64 where both dimensions allow it.
+    BFLOAT16_SPECS = (
+        checks.Spec(rows=1, length=70, heads=2, groups=1, head_dim=64, state_dim=64, regime="slow"),
+        checks.Spec(rows=1, length=70, heads=1, groups=1, head_dim=128, state_dim=64, regime="strong"),
+        checks.Spec(rows=1, length=40, heads=1, groups=1, head_dim=96, state_dim=128, regime="bursts"),
+    )
+
     @pytest.mark.usefixtures("interpreter")
     class TestTriton(suite.SsdSuite):
         implementation = "triton"
@@ -104,6 +111,10 @@ if HAS_TRITON:
         @pytest.mark.parametrize("spec", SPECS, ids=str)
         def test_values_and_gradients(self, spec: checks.Spec) -> None:
             super().test_values_and_gradients(spec)
+
+        @pytest.mark.parametrize("spec", BFLOAT16_SPECS, ids=str)
+        def test_bfloat16_of_whole_tiles(self, spec: checks.Spec) -> None:
+            checks.check_bfloat16(self.implementation, spec)
 
         @pytest.mark.parametrize("regime", ["strong"])
         def test_long_rows(self, regime: str) -> None:
@@ -144,13 +155,15 @@ if HAS_TRITON:
 
     # --- The compiler -------------------------------------------------------------------------------------------------
 
-    # One of each set of tiles; `python -m benchmarks.triton_compile` goes through all dimensions.
+    # Of each set of tiles, dtype and generation some; `python -m benchmarks.triton_compile` goes through all.
     @pytest.mark.parametrize(
         ("capability", "head_dim", "state_dim", "dtype", "alone"),
         [
             (80, 128, 64, jnp.bfloat16, False),
             (90, 96, 128, jnp.bfloat16, False),
+            (80, 64, 96, jnp.bfloat16, True),
             (80, 96, 96, jnp.float32, True),
+            (90, 128, 128, jnp.float32, False),
         ],
     )
     def test_kernels_fit_the_gpu(capability: int, head_dim: int, state_dim: int, dtype: Any, alone: bool) -> None:

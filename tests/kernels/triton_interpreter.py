@@ -1,8 +1,9 @@
 """Runs the project's Triton kernels on a CPU, in Triton's own interpreter, from inside jitted JAX programs.
 
-Three things differ from what TRITON_INTERPRET=1 does, and none of them is in the kernels. Arrays are numpy's, with
+Four things differ from what TRITON_INTERPRET=1 does, and none of them is in the kernels. Arrays are numpy's, with
 guards of NaN around every one: the interpreter wants torch's. Products of bfloat16 are taken of the numbers: the
-interpreter multiplies their bits as integers. Products of float32 round as the three TF32 products of a GPU do.
+interpreter multiplies their bits as integers. float32 becomes bfloat16 by rounding to the nearest, as on a GPU: the
+interpreter cuts bits off. Products of float32 round as the three TF32 products of a GPU do.
 """
 
 import functools
@@ -128,12 +129,23 @@ def _dot(_: Any, a: Any, b: Any, d: Any, input_precision: Any, __: Any) -> Any:
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
+def _convert(value: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+    """Replace `_convert_float` of the interpreter; both give bits."""
+    if (source, target) == (tl.float32, tl.bfloat16):
+        return value.astype(ml_dtypes.bfloat16).view(np.uint16)
+    return _CONVERT(value, source, target, mode)
+
+
+_CONVERT = interpreter._convert_float
+
+
 def run(kernel: str, operands: Sequence[np.ndarray], results: Any, grid: tuple[int, ...], constants: Any) -> Any:
     """Run one kernel; what it leaves unwritten of its results is NaN."""
     function = next(getattr(module, kernel) for module in modules() if hasattr(module, kernel))
     arrays = [_Array(np.asarray(operand)) for operand in operands]
     outs = [_Array(np.full(result.shape, np.nan, result.dtype)) for result in results]
-    with _interpreting(), mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot):
+    rounding = mock.patch.object(interpreter, "_convert_float", _convert)
+    with _interpreting(), rounding, mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot):
         _Executor(function.rewrite(), function.arg_names, grid)(*arrays, *outs, **constants)
     for array in (*arrays, *outs):
         array.check()
