@@ -29,6 +29,41 @@ def vary_alike(*values: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(vary(value) for value in values)
 
 
+def _differentiable_scan(run: Callable[..., Any], gradients: Callable[..., Gradients]) -> Callable[..., Any]:
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def whole(plan, x, dt, log_decay, b, c, d, h):
+        return run(plan, x, dt, log_decay, b, c, d, h, keep=False)[:2]
+
+    def forward(plan, x, dt, log_decay, b, c, d, h):
+        y, final, kept = checkpoint_name(run(plan, x, dt, log_decay, b, c, d, h, keep=True), NAME)
+        return (y, final), (x, dt, log_decay, b, c, d, kept)
+
+    def backward(plan, residuals, cotangents):
+        found = gradients(plan, *residuals, *cotangents)
+        return tuple(found[name] for name in ("x", "dt", "log_decay", "b", "c", "d", "h"))
+
+    whole.defvjp(forward, backward)
+    return whole
+
+
+def _differentiable_state(run: Callable[..., Any], gradients: Callable[..., Gradients]) -> Callable[..., Any]:
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def state_alone(plan, x, dt, log_decay, b, h):
+        return run(plan, x, dt, log_decay, b, None, None, h, keep=False)[1]
+
+    def forward(plan, x, dt, log_decay, b, h):
+        _, final, kept = checkpoint_name(run(plan, x, dt, log_decay, b, None, None, h, keep=True), NAME)
+        return final, (x, dt, log_decay, b, kept)
+
+    def backward(plan, residuals, dfinal):
+        x, dt, log_decay, b, kept = residuals
+        found = gradients(plan, x, dt, log_decay, b, None, None, kept, None, dfinal)
+        return tuple(found[name] for name in ("x", "dt", "log_decay", "b", "h"))
+
+    state_alone.defvjp(forward, backward)
+    return state_alone
+
+
 def operators(
     plan_of: Callable[[jax.Array, jax.Array], Any],
     run: Callable[..., tuple[jax.Array | None, jax.Array, Any]],
@@ -43,35 +78,7 @@ def operators(
         gradients: (plan, x, dt, log_decay, b, c, d, kept, dy, dfinal) -> gradients by those names, and of h; without
             `c`, `d` and `dy` for the state alone.
     """
-
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def whole(plan, x, dt, log_decay, b, c, d, h):
-        return run(plan, x, dt, log_decay, b, c, d, h, keep=False)[:2]
-
-    def whole_forward(plan, x, dt, log_decay, b, c, d, h):
-        y, final, kept = checkpoint_name(run(plan, x, dt, log_decay, b, c, d, h, keep=True), NAME)
-        return (y, final), (x, dt, log_decay, b, c, d, kept)
-
-    def whole_backward(plan, residuals, cotangents):
-        found = gradients(plan, *residuals, *cotangents)
-        return tuple(found[name] for name in ("x", "dt", "log_decay", "b", "c", "d", "h"))
-
-    whole.defvjp(whole_forward, whole_backward)
-
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def state_alone(plan, x, dt, log_decay, b, h):
-        return run(plan, x, dt, log_decay, b, None, None, h, keep=False)[1]
-
-    def state_forward(plan, x, dt, log_decay, b, h):
-        _, final, kept = checkpoint_name(run(plan, x, dt, log_decay, b, None, None, h, keep=True), NAME)
-        return final, (x, dt, log_decay, b, kept)
-
-    def state_backward(plan, residuals, dfinal):
-        x, dt, log_decay, b, kept = residuals
-        found = gradients(plan, x, dt, log_decay, b, None, None, kept, None, dfinal)
-        return tuple(found[name] for name in ("x", "dt", "log_decay", "b", "h"))
-
-    state_alone.defvjp(state_forward, state_backward)
+    whole, state_alone = _differentiable_scan(run, gradients), _differentiable_state(run, gradients)
 
     def scan(
         x: jax.Array,

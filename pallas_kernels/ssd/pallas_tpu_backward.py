@@ -248,6 +248,27 @@ def _kernel(*refs, tiles: Tiles, outputs: bool) -> None:
         named.dinitial[...] = named.dh[...]
 
 
+def _results(
+    tiles: Tiles, x: jax.Array, dt: jax.Array, b: jax.Array, dfinal: jax.Array, outputs: bool
+) -> dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]]:
+    """Shapes and blocks of the gradients by name, in the order of `_Refs`."""
+    if tiles.cells_per_group > 1:
+        partial = (tiles.batch, tiles.grid[1], tiles.length, tiles.state_dim)
+        of_group = (result(x, partial, jnp.float32), tiles.partial_spec())
+    else:
+        of_group = (result(x, b.shape, b.dtype), tiles.token_spec(tiles.by_group, reverse=True))
+    of_skip = (result(x, tiles.state_shape(tiles.batch, rows=1), jnp.float32), tiles.state_spec(rows=1))
+    of_rows = (result(x, dt.shape, jnp.float32), tiles.row_spec(reverse=True))
+    outs = {
+        "x": (result(x, x.shape, x.dtype), tiles.token_spec(tiles.by_head, reverse=True)),
+        "dt": of_rows,
+        "log_decay": of_rows,
+        "b": of_group,
+    }
+    outs |= {"c": of_group, "skip": of_skip} if outputs else {}
+    return outs | {"h": (result(x, dfinal.shape, jnp.float32), tiles.state_spec())}
+
+
 def backward(
     tiles: Tiles,
     x: jax.Array,
@@ -271,21 +292,7 @@ def backward(
     in_specs = [x_spec, row_spec, row_spec, b_spec]
     in_specs += [*((b_spec, tiles.skip_spec(), x_spec) if outputs else ()), tiles.kept_spec(reverse=True), state_spec]
 
-    if tiles.cells_per_group > 1:
-        partial = (tiles.batch, tiles.grid[1], tiles.length, tiles.state_dim)
-        of_group = (result(x, partial, jnp.float32), tiles.partial_spec())
-    else:
-        of_group = (result(x, b.shape, b.dtype), b_spec)
-    of_skip = (result(x, tiles.state_shape(tiles.batch, rows=1), jnp.float32), tiles.state_spec(rows=1))
-    of_rows = (result(x, dt.shape, jnp.float32), row_spec)
-    outs: dict[str, Any] = {
-        "x": (result(x, x.shape, x.dtype), x_spec),
-        "dt": of_rows,
-        "log_decay": of_rows,
-        "b": of_group,
-    }
-    outs |= {"c": of_group, "skip": of_skip} if outputs else {}
-    outs |= {"h": (result(x, dfinal.shape, jnp.float32), state_spec)}
+    outs = _results(tiles, x, dt, b, dfinal, outputs)
     out_shape, out_specs = ([out[place] for out in outs.values()] for place in (0, 1))
 
     width, chunk = tiles.by_head.block, tiles.blocks.chunk
