@@ -90,8 +90,17 @@ def start_digests(arrays: Mapping[str, Any]) -> Finish:
     Raises:
         ValueError: an element is not of 1, 2, 4 or 8 bytes.
     """
-    pending = {path: _start(array) for path, array in arrays.items()}
-    return lambda: {path: f"{int(finish()):016x}" for path, finish in pending.items()}
+    on_host = {path: _start_on_host(array) for path, array in arrays.items() if _is_on_host(array)}
+    on_device = {path: array for path, array in arrays.items() if path not in on_host}
+    # One program for all of them. Each of many would be an exchange between processes, and a CPU has few threads for
+    # programs under way: where those of two processes come in different orders, they wait for one another for ever.
+    totals = _digest_on_device(on_device) if on_device else {}
+
+    def finish() -> dict[str, str]:
+        found = {path: digest() for path, digest in on_host.items()} | jax.device_get(totals)
+        return {path: f"{int(digest):016x}" for path, digest in found.items()}
+
+    return finish
 
 
 def describe(array: np.ndarray) -> Leaf:
@@ -100,17 +109,28 @@ def describe(array: np.ndarray) -> Leaf:
     return Leaf(str(array.dtype), array.shape, f"{digest:016x}")
 
 
-def _start(array: Any) -> Callable[[], Any]:
+def _is_on_host(array: Any) -> bool:
+    if isinstance(array, np.ndarray):
+        return True
+    return jax.process_count() == 1 and all(device.platform == "cpu" for device in array.sharding.device_set)
+
+
+def _start_on_host(array: Any) -> Callable[[], int]:
     if isinstance(array, np.ndarray):
         return functools.partial(_digest_regions, [(array.copy(), [0] * array.ndim)])
-    if jax.process_count() == 1 and all(device.platform == "cpu" for device in array.sharding.device_set):
-        once = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-        regions = [(np.asarray(shard.data), [part.start or 0 for part in shard.index]) for shard in once]
-        return functools.partial(_digest_regions, regions)
+    once = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    regions = [(np.asarray(shard.data), [part.start or 0 for part in shard.index]) for shard in once]
+    return functools.partial(_digest_regions, regions)
+
+
+def _digest_on_device(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Compute the same sums where the arrays are, whole or in shards; the results are on every device."""
     with jax.enable_x64(True):
-        weights = [_weights(axis, 0, size) for axis, size in enumerate(_word_shape(array.shape, array.dtype))]
-        total = _digest_on_device(array, weights)
-    return functools.partial(np.asarray, total)
+        weights = {
+            path: [_weights(axis, 0, size) for axis, size in enumerate(_word_shape(array.shape, array.dtype))]
+            for path, array in arrays.items()
+        }
+        return _weighted_sums(dict(arrays), weights)
 
 
 def _digest_regions(regions: Sequence[_Region]) -> int:
@@ -152,8 +172,11 @@ def _digest_slab(data: np.ndarray, start: Sequence[int]) -> int:
 
 
 @jax.jit
-def _digest_on_device(array: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
-    """Compute the same sum where the array is, whole or in shards; the result is on every device."""
+def _weighted_sums(arrays: dict[str, jax.Array], weights: dict[str, list[jax.Array]]) -> dict[str, jax.Array]:
+    return {path: _weighted_sum(array, weights[path]) for path, array in arrays.items()}
+
+
+def _weighted_sum(array: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
     products = jax.lax.bitcast_convert_type(array, _word_type(array.dtype)).astype(jnp.uint64)
