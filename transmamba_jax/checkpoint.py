@@ -51,7 +51,7 @@ class Checkpointer:
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         self._directory = Path(directory).absolute()
         self._config = config
-        with hosts.together():
+        with hosts.together(OSError):
             if hosts.is_first():
                 self._directory.mkdir(parents=True, exist_ok=True)
                 self._delete_unfinished("*")

@@ -47,6 +47,26 @@ def copy(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def for_first(params: Any) -> tuple[Any, Mesh] | None:
+    """Return parameters of several processes for the first one to use alone, and its mesh; None in the others.
+
+    Every process calls it, under the mesh where they lie. They are cut over that process's own devices, after each was
+    for a moment whole on every device and in its memory.
+    """
+    first = jax.process_index() == 0
+
+    def fetch(leaf: jax.Array) -> np.ndarray | None:
+        # The others only take part in the exchange. They wait too, so that one array at a time is under way.
+        whole = jax.block_until_ready(copy(leaf, jax.sharding.get_mesh()))
+        return np.asarray(whole) if first else None
+
+    fetched = jax.tree.map(fetch, params)
+    if not first:
+        return None
+    mesh = _mesh(np.array(jax.local_devices()).reshape(1, -1, 1, 1))
+    return jax.device_put(fetched, sharding.parameter_shardings(fetched, mesh)), mesh
+
+
 def _for_tokens(mesh: Mesh, whole: bool) -> Mesh:
     """Return the same devices in the same order along the axes of `sharding`, one part along context."""
     devices = np.asarray(mesh.devices)
@@ -55,4 +75,8 @@ def _for_tokens(mesh: Mesh, whole: bool) -> Mesh:
         devices = devices.reshape(data, fsdp * context, 1, tensor)
     else:
         devices = devices.reshape((-1, 1, 1, 1) if whole else (1, -1, 1, 1))
+    return _mesh(devices)
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
     return Mesh(devices, _AXES, axis_types=(AxisType.Auto,) * len(_AXES))

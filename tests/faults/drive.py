@@ -1,7 +1,10 @@
 """What processes that have accidents run; `python -m tests.faults.drive` serves them (tests/forks.py)."""
 
+import contextlib
 import ctypes
+import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -27,6 +30,7 @@ KILL_POINTS = {
     "manifest": (checkpoint_manifest, "write"),
     "manifest-rename": (os, "fsync"),
     "deletion": (checkpoint_steps, "delete_leftovers"),
+    "report": (loop, "write_report"),
 }
 
 
@@ -43,7 +47,7 @@ def run_training(arguments, accident="none", at=0):
     loop.TransMamba = Poisoned
     if accident.startswith("kill-in-"):
         strike(*KILL_POINTS[accident.removeprefix("kill-in-")], signal.SIGKILL, at)
-    elif accident == "kill-in-save":
+    elif accident == "kill-after-save":
         count, seconds = at
         kill = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
         before_call(checkpoint.Checkpointer, "save", count, kill.start)
@@ -66,6 +70,11 @@ def run_training(arguments, accident="none", at=0):
         )[1]
     elif accident.startswith("read-only-in-"):
         make_read_only(*KILL_POINTS[accident.removeprefix("read-only-in-")], *at)
+    elif accident == "full-disk":
+        step, failed_saves, workdir, disk = at
+        fill, free = limit_files(Path(workdir) / "metrics.jsonl") if disk is None else fill_disk(Path(disk) / "filler")
+        before_call(data.BatchIterator, "__next__", step, lambda: (wait_for_saves(Path(workdir)), fill()))
+        before_call(checkpoint.Checkpointer, "_failure", failed_saves, free)
     elif accident == "wait-in-step":
         wait_in_step(Path(at))
     else:
@@ -99,6 +108,38 @@ def make_read_only(owner, name, count, directory):
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     assert ctypes.CDLL(None).capset(header, none) == 0
     before_call(owner, name, count, lambda: Path(directory).chmod(0o555))
+
+
+def fill_disk(filler):
+    """Return how to write a file that takes all the space there is, and how to remove it."""
+
+    def fill():
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(512))
+
+    return fill, filler.unlink
+
+
+def limit_files(metrics):
+    """Return how to let no file grow beyond 128 KiB, which metrics have already, and how to end that.
+
+    What this process prints is shorter than that, and the arrays of a checkpoint are longer.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    def fill():
+        with metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": 1, "filler": "." * 2**17}) + "\n")
+        limit(metrics.stat().st_size)
+
+    return fill, lambda: limit(hard)
+
+
+def wait_for_saves(workdir):
+    while any(workdir.glob("checkpoints/saving-*")):
+        time.sleep(0.01)
 
 
 def wait_in_step(file):

@@ -173,6 +173,63 @@ def test_a_save_without_space_is_an_alarm_and_the_run_goes_on(server, straight):
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
 
 
+@pytest.mark.parametrize("kind", ["limit", pytest.param("tmpfs", marks=pytest.mark.faults)])
+def test_a_disk_that_fills_up_in_a_run_and_one_that_stays_full(server, kind):
+    disk = server.folder / kind
+    disk.mkdir()
+    # Where only root may mount, a limit on the size of files stands for the disk here too.
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "none", str(disk)]
+    mounted = kind == "tmpfs" and subprocess.run(mount, capture_output=True).returncode == 0
+    workdir, place = disk / "run", str(disk) if mounted else None
+    lost = r"ALARM: metrics of step [5-9] wait for the next line: \[Errno (27|28)\]"
+    options = "--eval.every", 1, "--model.d-model", 128
+    steps = lambda name: [line["step"] for line in metrics_of(workdir) if name in line]
+    try:
+        text = server.train(workdir, *options, accident="full-disk", at=[6, 1, str(workdir), place])
+        assert re.search(lost, text), text
+        assert "ALARM: checkpoint 8 was not saved: " in text
+        assert "complete: step 12 of 12" in text
+        assert good(workdir) == [4, 12]
+        assert steps("loss") == steps("eval/loss") == [*range(1, 13)]
+        shutil.rmtree(workdir)
+
+        at = [6, 9, str(workdir), place]
+        text = server.train(workdir, *options, accident="full-disk", at=at, expect=EXIT_NOT_SAVED)
+        assert re.search(lost, text), text
+        assert "step 12 is NOT saved; the checkpoints are [4]" in text
+        assert text.splitlines()[-1].startswith("train.py: [Errno "), text
+        (disk / "filler").unlink(missing_ok=True)
+        assert "continuing from step 4" in server.train(workdir, *options)
+        assert good(workdir) == [8, 12]
+        assert steps("loss") == steps("eval/loss") == [*range(1, 13)]
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("point", "directory", "line"),
+    [
+        ("report", "", "step 12 of 12 is saved, but the report is not written: "),
+        ("start", "checkpoints/deleting-4", "train.py: [Errno 13] Permission denied: "),
+    ],
+)
+def test_a_file_that_cannot_be_written_ends_a_run_with_a_line(server, straight, point, directory, line):
+    workdir = server.folder / f"no-file-{point}"
+    shutil.copytree(straight, workdir)
+    shutil.rmtree(workdir / "report")
+    (workdir / "checkpoints" / "deleting-4" / "params").mkdir(parents=True)
+    text = server.train(
+        workdir, accident=f"read-only-in-{point}", at=[1, str(workdir / directory)], expect=EXIT_NOT_SAVED
+    )
+    assert line in text
+    assert "Traceback" not in text
+    (workdir / directory).chmod(0o755)
+    assert "complete: step 12 of 12" in server.train(workdir)
+    assert (workdir / "report" / "index.html").exists()
+    assert_same_end(workdir, straight, 12)
+
+
 @pytest.mark.parametrize(
     ("point", "count", "directory", "lines", "left", "code"),
     [
@@ -327,7 +384,7 @@ def test_killed_at_fifty_random_moments_of_a_save(server, straight):
         shutil.rmtree(workdir, ignore_errors=True)
         for saves in (moments.randint(1, 12), moments.randint(1, 6)):
             at = [saves, moments.uniform(0, SAVE_SECONDS)]
-            server.send("training", {"arguments": arguments, "accident": "kill-in-save", "at": at})
+            server.send("training", {"arguments": arguments, "accident": "kill-after-save", "at": at})
             (code,), (text,) = server.wait()
             assert code in (0, -signal.SIGKILL), text
             before = good(workdir)
@@ -338,23 +395,3 @@ def test_killed_at_fifty_random_moments_of_a_save(server, straight):
         found, expected = (checkpoint.restore(folder / "checkpoints") for folder in (workdir, straight))
         jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
     assert cut >= 50  # of a hundred
-
-
-@pytest.mark.faults
-def test_a_disk_that_is_really_full(server):
-    disk = server.folder / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(disk)], capture_output=True)
-    assert mounted.returncode == 0, "this test needs root"
-    try:
-        workdir = disk / "run"
-        text = server.train(workdir, "--train.steps", 4)
-        (disk / "filler").write_bytes(bytes(3 * 2**20))
-        text = server.train(workdir, "--train.steps", 8, expect=EXIT_NOT_SAVED)
-        assert "ALARM: checkpoint 8 was not saved: 4 MiB are needed" in text
-        assert good(workdir) == [4]
-        (disk / "filler").unlink()
-        server.train(workdir, "--train.steps", 8)
-        assert good(workdir) == [4, 8]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)

@@ -80,8 +80,9 @@ ACCIDENTS = {
 }
 
 
-def run_process(arguments, accidents):
-    loop.TransMamba = Little
+def run_process(arguments, accidents, little):
+    if little:
+        loop.TransMamba = Little
     for accident, step in accidents.items():
         _at_batch(step, ACCIDENTS[accident])
     try:
@@ -115,7 +116,7 @@ class Runs(Server):
         self.config = folder / "little.yaml"
         self.config.write_text(config_file.to_yaml(config), encoding="utf-8")
 
-    def run(self, workdir, *processes, options=(), expect=(0,)):
+    def run(self, workdir, *processes, options=(), expect=(0,), little=True):
         """Run a process for each dict of accidents, in one run; return what each of them printed."""
         addresses = _free_addresses(2)
         tasks = []
@@ -124,7 +125,7 @@ class Runs(Server):
             own += ["--hosts.process", index, *accidents.pop("options", ())]
             arguments = ["--config", self.config, "--workdir", self.folder / workdir, *options]
             arguments += own if len(processes) > 1 else []
-            tasks.append({"arguments": [str(each) for each in arguments], "accidents": accidents})
+            tasks.append({"arguments": [str(each) for each in arguments], "accidents": accidents, "little": little})
         self.send("process", *tasks, devices=DEVICES // len(tasks))
         return self.receive(*expect)
 
@@ -179,6 +180,25 @@ def test_two_processes_are_one_run_through_a_failing_save_a_signal_and_another_n
     arrays = [checkpoint.restore(folder / "checkpoints") for folder in (server.folder / "one", workdir)]
     for left, right in zip(*(jax.tree.leaves((saved.params, saved.state)) for saved in arrays), strict=True):
         np.testing.assert_allclose(np.float64(left), np.float64(right), rtol=1e-4, atol=1e-6)
+
+
+def test_the_model_itself_is_cut_across_processes_and_the_first_one_samples(server):
+    sizes = {"d_model": 16, "num_heads": 8, "num_groups": 4, "head_dim": 4, "state_dim": 4, "mlp_dim": 16}
+    sizes |= {"chunk_size": 4, "dtype": "float32"}
+    model = [part for name, size in sizes.items() for part in (f"--model.{name.replace('_', '-')}", size)]
+    # Both halves of a row, and with them the states between them and the prefix, are on another process.
+    mesh = "--mesh.fsdp", 1, "--mesh.context", 2, "--mesh.tensor", 4
+    length = "--model.num-layers", 1, "--model.transpoints", 8, "--train.steps", 3
+    options = *model, *mesh, *length, "--eval.every", 0, "--train.sample-tokens", 8
+    for name, processes in (("model-one", ({},)), ("model-two", ({}, {}))):
+        first, *_ = server.run(name, *processes, options=options, expect=[0] * len(processes), little=False)
+        assert "complete: step 3 of 3" in first
+    one, two = server.folder / "model-one", server.folder / "model-two"
+    expected, found = losses(one), losses(two)
+    assert len(expected) == 3
+    np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-6, atol=0)
+    samples = [(folder / "report" / "sample.txt").read_text(encoding="utf-8") for folder in (one, two)]
+    assert samples[0] == samples[1]
 
 
 def test_a_killed_process_ends_the_others_with_a_message(server):

@@ -2,8 +2,11 @@
 
 import json
 import math
+import struct
 
 import pytest
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
 
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.training.metrics import MetricsWriter, flops_per_token
@@ -44,6 +47,24 @@ def test_lines_are_strict_json_and_tensorboard_gets_the_numbers(tmp_path):
     assert _lines(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "eval/by_position": [[0, 1, 2.0]]}]
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/grad_norm" in events.read_bytes()
+
+
+def test_tensorboard_reads_the_events_and_hides_what_an_earlier_run_wrote_beyond_the_step(tmp_path):
+    with MetricsWriter(tmp_path, 2) as writer:
+        writer.write({"step": 3, "loss": 0.5, "eval/loss": 1.5})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content, events = file.read_bytes(), []
+    copy = RecordWriter(str(tmp_path / "copy"))
+    while content:
+        (length,) = struct.unpack_from("<Q", content)
+        copy.write(content[12 : 12 + length])
+        events.append(event_pb2.Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    copy.close()
+    assert (tmp_path / "copy").read_bytes() == file.read_bytes()
+    assert [events[0].file_version, events[1].step, events[1].session_log.status] == ["brain.Event:2", 3, 1]
+    values = {value.tag: value.simple_value for value in events[2].summary.value}
+    assert (events[2].step, values) == (3, {"train/loss": 0.5, "eval/loss": 1.5})
 
 
 def _by_counting(config, length):

@@ -6,42 +6,37 @@ lines beyond the restored step are taken back, and an evaluation that was due bu
 
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from transmamba_jax import config_file, data, hosts, run_lock, sharding
 from transmamba_jax.checkpoint import Checkpointer, SaveError
 from transmamba_jax.config import Config
 from transmamba_jax.evaluate import EvaluationStopped, Evaluator
-from transmamba_jax.generate import generate
 from transmamba_jax.model import TransMamba
 from transmamba_jax.report import read_metrics, write_report
 from transmamba_jax.training import resume
+from transmamba_jax.training.console import Console
 from transmamba_jax.training.metrics import MetricsWriter, Record, Throughput, peak_memory_bytes
 from transmamba_jax.training.optimizer import make_optimizer
 from transmamba_jax.training.preemption import EXIT_PREEMPTED, Preemption
+from transmamba_jax.training.sample import sample_text
 from transmamba_jax.training.step import (
     Batch,
     Metrics,
     TrainState,
     abstract_batch,
-    abstract_state,
-    create_state,
     first_nonfinite,
     leaf_name,
     make_train_step,
 )
 
-PROMPT_TOKENS = 64
-TEMPERATURE = 0.8
 EXIT_NOT_SAVED = 74
-"""Exit code of a run whose last state could not be saved: EX_IOERR."""
+"""Exit code of a run whose last state, or another file that it needs, could not be saved: EX_IOERR."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -57,6 +52,7 @@ def train(config: Config) -> int:
     Raises:
         ValueError: the configuration cannot run here, or is not that of the run in the work directory; or another run
             is using that directory.
+        OSError: a file cannot be read or written, other than for a checkpoint or a line of metrics.
         NonFiniteError: the run diverged; nothing was saved since.
     """
     with Preemption() as preemption, contextlib.ExitStack() as cleanup:
@@ -82,22 +78,15 @@ def train(config: Config) -> int:
             cleanup.callback(batches.close)
             evaluator = Evaluator(model, config, tokenizer, mesh) if config.eval.every > 0 else None
 
-        # 2. The state: the newest checkpoint's, or a new one.
+        # 2. The state: the newest checkpoint's, or a new one. Then where numbers go: one process writes and prints.
         checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint)
         cleanup.callback(checkpointer.close)
-        asked = abstract_state(config, model, mesh)
-        restored = checkpointer.restore_newest(asked, partial=config.checkpoint.partial)
-        if restored is None:
-            state, start = create_state(config, model, mesh), 0
-        else:
-            with hosts.together():
-                state, start = resume.proceed(restored, batches, tokenizer, config)
-            if restored.differences:
-                state = resume.fill(state, create_state(config, model, mesh))
-        if hosts.is_first():
-            (workdir / "config.yaml").write_text(config_file.to_yaml(config), encoding="utf-8")
-
-        # 3. Where numbers go: one process writes and prints.
+        state, start = resume.newest_state(checkpointer, batches, config, model, mesh, tokenizer)
+        writer = None
+        with hosts.together(OSError):
+            if hosts.is_first():
+                (workdir / "config.yaml").write_text(config_file.to_yaml(config), encoding="utf-8")
+                writer = cleanup.enter_context(MetricsWriter(workdir, start))
         run = _Run(
             config=config,
             workdir=workdir,
@@ -108,11 +97,11 @@ def train(config: Config) -> int:
             checkpointer=checkpointer,
             preemption=preemption,
             vote=hosts.Vote(mesh),
-            writer=cleanup.enter_context(MetricsWriter(workdir, start)) if hosts.is_first() else None,
+            writer=writer,
             console=cleanup.enter_context(Console(start, config.train.steps)),
             evaluator=evaluator,
         )
-        # 4. Steps, then the report.
+        # 3. Steps, then the report.
         state, step = run.train(state, start)
         if checkpointer.newest != step:
             run.console.say(f"step {step} is NOT saved; the checkpoints are {checkpointer.steps()}")
@@ -139,7 +128,7 @@ class _Run:
     vote: hosts.Vote
     writer: MetricsWriter | None
     """Of the first process."""
-    console: "Console"
+    console: Console
     evaluator: Evaluator | None
     """None: nothing is evaluated."""
 
@@ -192,14 +181,22 @@ class _Run:
         sample, index = report / "sample.txt", report / "index.html"
         text = None
         if self.config.train.sample_tokens > 0 and hosts.of_first(trained or not sample.exists()):
-            text = self._sample(state, step)
+            text = sample_text(self.config, self.model, self.tokenizer, state, step)
         # The others wait: JAX takes a process that waits at the end of the program for one that was left alone.
-        with hosts.together():
-            if hosts.is_first() and text is not None:
-                report.mkdir(exist_ok=True)
-                sample.write_text(text, encoding="utf-8")
-            if hosts.is_first() and (trained or not index.exists()):
-                index = write_report(self.workdir)
+        with hosts.together(OSError):
+            try:
+                if hosts.is_first() and text is not None:
+                    report.mkdir(exist_ok=True)
+                    sample.write_text(text, encoding="utf-8")
+                if hosts.is_first() and (trained or not index.exists()):
+                    index = write_report(self.workdir)
+            except (OSError, ValueError) as error:
+                for file in (sample, index):  # half of one would pass for all of it at the next start
+                    file.unlink(missing_ok=True)
+                raise OSError(
+                    f"step {step} of {self.config.train.steps} is saved, but the report is not written: {error}; "
+                    "the same command writes it"
+                ) from error
         self.console.say(f"complete: step {step} of {self.config.train.steps}")
         if self.writer is not None:
             self._say_result(step)
@@ -217,9 +214,12 @@ class _Run:
                 self.console.say(f"held out    {model} bits per byte; byte model of order 2 {order2}, gzip -9 {gzip}")
 
     def write(self, record: Record) -> None:
-        """Append a line to metrics.jsonl, from the process that has it."""
+        """Append a line to metrics.jsonl, from the process that has it; a line that does not fit waits for the next."""
         if self.writer is not None:
-            self.writer.write(record)
+            try:
+                self.writer.write(record)
+            except OSError as error:
+                self.console.say(f"ALARM: metrics of step {record['step']} wait for the next line: {error}")
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.config.eval.every
@@ -276,18 +276,6 @@ class _Run:
         self.console.say(f"ALARM: {error}. Failed saves: {failed}. The checkpoints are {self.checkpointer.steps()}")
         self.write({"step": step, "checkpoint/failed_saves": failed})
 
-    def _sample(self, state: TrainState, step: int) -> str:
-        """Continue the beginning of the held-out text (of the training text, where nothing is held out)."""
-        config = self.config
-        text = data.held_out_text(config.data) if config.eval.every else data.training_text(config.data, 2**12)
-        prompt = self.tokenizer.encode(text[: 2**12].decode("utf-8", errors="ignore"))[:PROMPT_TOKENS]
-        key = jax.random.fold_in(state.key, step)
-        (tokens,) = generate(
-            self.model, state.params, [prompt], config.train.sample_tokens, temperature=TEMPERATURE, key=key
-        )
-        heading = f"step {step}, temperature {TEMPERATURE}: {len(prompt)} tokens of prompt, then the model's own"
-        return f"{heading}\n--- prompt\n{self.tokenizer.decode(prompt)}\n--- model\n{self.tokenizer.decode(tokens)}\n"
-
 
 class _Log:
     """Fetches metrics one step late, stops a diverged run, and writes the lines that are due."""
@@ -335,44 +323,6 @@ class _Log:
             self._run.write(record)
             self._run.console.report(record, train.steps)
         self._run.console.advance(values["loss"])
-
-
-class Console:
-    """A progress bar on a terminal, plain lines elsewhere, from the first process."""
-
-    def __init__(self, start: int, steps: int) -> None:
-        """Show the bar, if there is to be one."""
-        interactive = sys.stderr.isatty() and hosts.is_first()
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if interactive else None
-
-    def __enter__(self) -> "Console":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def say(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
-        if self._bar is None:
-            hosts.say(text)
-        else:
-            self._bar.write(text)
-
-    def advance(self, loss: float) -> None:
-        """Move the bar by a step."""
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            self._bar.update()
-
-    def report(self, record: Record, steps: int) -> None:
-        """Print a training line, unless the bar shows it."""
-        if self._bar is None:
-            self.say(
-                f"step {record['step']}/{steps}  loss {record['loss']:.4f}  bits per byte {record['bits_per_byte']:.4f}"
-                f"  gradient norm {record['grad_norm']:.3f}  learning rate {record['learning_rate']:.2e}"
-                f"  {record['tokens_per_second']:,.0f} tokens/s"
-            )
 
 
 def _diagnosis(step: int, bad_steps: int, bad_leaf: int, values: Record, state: TrainState) -> str:

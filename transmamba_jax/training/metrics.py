@@ -3,6 +3,8 @@
 import json
 import math
 import resource
+import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -10,7 +12,8 @@ from types import TracebackType
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from transmamba_jax import schedule
 from transmamba_jax.config import Config, ModelConfig
@@ -122,36 +125,88 @@ class Throughput:
         return rates if self._peak is None else {**rates, "utilisation": rate * self._flops / self._peak}
 
 
+class _Appended:
+    """A file that bytes are added to. What it does not take, on a full disk say, is kept and goes first next time."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+
+    def write(self, content: bytes) -> None:
+        """Add bytes, handed to the system before this returns.
+
+        Raises:
+            OSError: not all of them could be.
+        """
+        self._waiting += content
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+    def close(self) -> None:
+        """Close the file, after one more attempt to write what waits."""
+        try:
+            self.write(b"")
+        finally:
+            self._file.close()
+
+
 class MetricsWriter:
     """Appends records to metrics.jsonl and TensorBoard; an earlier run's lines beyond `step` are taken back."""
 
     def __init__(self, workdir: Path, step: int) -> None:
         """Continue after `step`; a line that a killed run left unfinished goes as well."""
-        self._path = workdir / "metrics.jsonl"
-        self.kept = _lines_up_to(self._path, step)
-        rewritten = self._path.with_suffix(".jsonl.new")
+        path, board = workdir / "metrics.jsonl", workdir / "tensorboard"
+        self.kept = _lines_up_to(path, step)
+        rewritten = path.with_suffix(".jsonl.new")
         rewritten.write_text("".join(line + "\n" for line, _ in self.kept), encoding="utf-8")
-        rewritten.replace(self._path)  # atomic: a kill here leaves one or the other
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+        rewritten.replace(path)  # atomic: a kill here leaves one or the other
+        self._file = _Appended(path)
+        board.mkdir(exist_ok=True)
+        # Not tensorboardX's writer: its thread dies of a full disk, and whoever fills its queue waits for ever.
+        self._board = _Appended(board / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}")
+        self._event(file_version="brain.Event:2")
+        if step:  # hides what an earlier run wrote from here on
+            self._event(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=step + 1)
 
     def has_evaluation(self, step: int) -> bool:
         """Tell whether the evaluation of `step` was written before this process started."""
         return any(record["step"] == step and "eval/loss" in record for _, record in self.kept)
 
     def write(self, record: Record) -> None:
-        """Append one line, on disk before this returns; a value that is not finite is written as null."""
+        """Append one line, handed to the system before this returns; a value that is not finite is written as null.
+
+        Raises:
+            OSError: it could not be written, and goes before the next one.
+        """
         clean = {name: None if _nonfinite(value) else value for name, value in record.items()}
-        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+        line = (json.dumps(clean, allow_nan=False) + "\n").encode()
+        numbers = {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
+        values = [
+            summary_pb2.Summary.Value(tag=name if "/" in name else f"train/{name}", simple_value=value)
+            for name, value in numbers.items()
+        ]
+        try:
+            self._event(summary=summary_pb2.Summary(value=values), step=record["step"])
+        finally:
+            self._file.write(line)
 
     def close(self) -> None:
-        """Close both files."""
-        self._file.close()
-        self._board.close()
+        """Close both files.
+
+        Raises:
+            OSError: what waited to be written still could not be.
+        """
+        try:
+            self._board.close()
+        finally:
+            self._file.close()
+
+    def _event(self, **fields: Any) -> None:
+        """Append to TensorBoard's file: length, its checksum, event, its checksum."""
+        event = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(event))
+        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, event)]
+        self._board.write(length + checksums[0] + event + checksums[1])
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -159,7 +214,11 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # what ended the run is the better message
+                raise
 
 
 def _lines_up_to(path: Path, step: int) -> list[tuple[str, Record]]:

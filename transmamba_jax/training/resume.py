@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from transmamba_jax import config_file, data, hosts, sharding
-from transmamba_jax.checkpoint import Restored, complete_steps
+from transmamba_jax.checkpoint import Checkpointer, Restored, complete_steps
 from transmamba_jax.config import Config
 from transmamba_jax.model import TransMamba
-from transmamba_jax.training.step import TrainState, init_state
+from transmamba_jax.training.step import TrainState, abstract_state, create_state, init_state
 
 
 def compare_with_earlier_run(config: Config, model: TransMamba, workdir: Path) -> None:
@@ -43,10 +44,26 @@ def _shapes(config: Config, model: TransMamba) -> dict[str, str]:
     }
 
 
-def proceed(
-    restored: Restored, batches: data.BatchIterator, tokenizer: data.Tokenizer, config: Config
+def newest_state(
+    checkpointer: Checkpointer,
+    batches: data.BatchIterator,
+    config: Config,
+    model: TransMamba,
+    mesh: Mesh,
+    tokenizer: data.Tokenizer,
 ) -> tuple[TrainState, int]:
-    """Go on where a checkpoint stopped; with `checkpoint.partial`, list what of it was left behind."""
+    """Return the state of the newest checkpoint and its step, and put the batches behind it; else a new state."""
+    restored = checkpointer.restore_newest(abstract_state(config, model, mesh), partial=config.checkpoint.partial)
+    if restored is None:
+        return create_state(config, model, mesh), 0
+    with hosts.together():
+        _proceed(restored, batches, tokenizer, config)
+    state = restored.state
+    return _fill(state, create_state(config, model, mesh)) if restored.differences else state, restored.step
+
+
+def _proceed(restored: Restored, batches: data.BatchIterator, tokenizer: data.Tokenizer, config: Config) -> None:
+    """Put the data where a checkpoint stopped; with `checkpoint.partial`, list what of it was left behind."""
     left = [*restored.differences]
     if restored.tokenizer_json != tokenizer.to_json():
         left.append(
@@ -66,9 +83,8 @@ def proceed(
     steps = config.train.steps
     beyond = f", beyond train.steps={steps}: nothing is left to train" if restored.step > steps else ""
     hosts.say(f"continuing from step {restored.step}{beyond}")
-    return restored.state, restored.step
 
 
-def fill(state: TrainState, new: TrainState) -> TrainState:
+def _fill(state: TrainState, new: TrainState) -> TrainState:
     """Take from `new` the leaves that a partial restore left abstract."""
     return jax.tree.map(lambda leaf, fresh: fresh if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, state, new)
