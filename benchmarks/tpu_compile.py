@@ -6,7 +6,8 @@ One table over shapes, passes and chips, bfloat16, a group per head, nothing in 
   block whose index stays the same from one cell to the next is not moved again), over the fused minimum a token and
   head: io (2P + 2N) + 4 forwards, io (3P + 4N) + 8 backwards, io = 2.
 - VMEM: all blocks twice (double buffering) and scratch, padded to whole registers.
-- FLOPs: every product in the kernel's own program, over 2Q (N + P) + 4NP forwards, 2Q (3N + 2P) + 10NP backwards.
+- FLOPs: every product in the kernel's own program, over 2Q (N + P) + 4NP forwards, 2Q (3N + 2P) + 10NP backwards, at
+  the chunk Q that the kernels take on the chip.
 - largest: elements of the largest array of the compiled program over those of the larger of x and b.
 - time: one operation of the compiled program after another, each max(bytes / bandwidth, FLOPs / peak). Bytes are those
   that move to or from HBM (`tpu_program.py`), FLOPs those of the kernels, padded to the edge of the matrix unit and
@@ -33,11 +34,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.extend.core import jaxpr_as_fun
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from benchmarks import timing, tpu_program
+from pallas_kernels import target
 from pallas_kernels.ssd import ssd
-from pallas_kernels.ssd.block_sizes import CHUNK, LANES
+from pallas_kernels.ssd.block_sizes import CHUNK, LANES, choose_chunk
 
 PASSES = ("forward", "forward+backward")
 SHAPES = ((2, 8192, 16, 96, 96), (8, 8192, 16, 64, 64), (1, 32768, 16, 64, 128), (1, 131072, 16, 96, 96))
@@ -56,6 +58,11 @@ class Chip:
     peak: float
     bandwidth: float
     edge: int
+
+    @functools.cached_property
+    def device(self) -> jax.Device:
+        """One of them, which need not be there."""
+        return topologies.get_topology_desc(platform="tpu", topology_name=self.topology).devices[0]
 
 
 CHIPS = {
@@ -186,21 +193,20 @@ def kernel_of(equation: Any) -> Kernel:
     )
 
 
-def _minimum(shape: Shape, backward: bool) -> tuple[int, int]:
+def _minimum(shape: Shape, chunk: int, backward: bool) -> tuple[int, int]:
     """Bytes and FLOPs of the whole call that nothing fused can go below, chunk by chunk."""
     batch, length, heads, head, state = shape
     tokens = batch * length * heads
     if backward:
         return tokens * (2 * (3 * head + 4 * state) + 8), tokens * (
-            2 * CHUNK * (3 * state + 2 * head) + 10 * state * head
+            2 * chunk * (3 * state + 2 * head) + 10 * state * head
         )
-    return tokens * (2 * (2 * head + 2 * state) + 4), tokens * (2 * CHUNK * (state + head) + 4 * state * head)
+    return tokens * (2 * (2 * head + 2 * state) + 4), tokens * (2 * chunk * (state + head) + 4 * state * head)
 
 
 def compile_for(chip: Chip, shape: Shape, kind: str, implementation: str) -> str:
     """Compile a pass for a chip; return the program's text."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
-    arguments = arguments_of(shape, kind, SingleDeviceSharding(devices[0]))
+    arguments = arguments_of(shape, kind, SingleDeviceSharding(chip.device))
     return jax.jit(functions(shape, implementation)[kind]).lower(*arguments).compile().as_text()
 
 
@@ -247,9 +253,12 @@ def portable_seconds(chip: Chip, shape: Shape, kind: str) -> float:
 def measure(chip: Chip, shape: Shape, kind: str, portable_tokens: int) -> dict[str, float]:
     """Return one row; without `portable_tokens` nothing of the portable form."""
     batch, length, heads, head, state = shape
-    kernels = [kernel_of(equation) for equation, _ in find(program_of(shape, kind, "pallas_tpu"), "pallas_call")]
-    minima = [_minimum(shape, "backward" in kernel.name) for kernel in kernels]
-    text = compile_for(chip, shape, kind, "pallas_tpu")
+    with jax.set_mesh(Mesh(np.array([chip.device]), "data")):  # says what chip it is for
+        program = program_of(shape, kind, "pallas_tpu")
+        text = compile_for(chip, shape, kind, "pallas_tpu")
+        chunk = choose_chunk(length, jnp.dtype(jnp.bfloat16).itemsize, target.device_kind())
+    kernels = [kernel_of(equation) for equation, _ in find(program, "pallas_call")]
+    minima = [_minimum(shape, chunk, "backward" in kernel.name) for kernel in kernels]
     each = seconds(text, kernels, chip) / (batch * length * heads)
     row = {
         "bytes": max(kernel.moved / least[0] for kernel, least in zip(kernels, minima, strict=True)),

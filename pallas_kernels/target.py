@@ -20,6 +20,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """Return the kind of device, "TPU v6 lite" say: of that mesh, or of the default backend."""
+    device = mesh_device()
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def _interpreted(like: jax.Array) -> bool:
     """Say whether Pallas kernels that are traced now are interpreted: `force_tpu_interpret_mode()` and the like."""
     result = jax.ShapeDtypeStruct((1,), jnp.float32, manual_axis_type=jax.typeof(like).manual_axis_type)

@@ -47,7 +47,8 @@ def tiles_of(x: jax.Array, b: jax.Array) -> Tiles:
         raise ValueError(f"implementation 'pallas_tpu' cannot serve this call: {reason}")
     batch, length, num_heads, head_dim = x.shape
     groups, state_dim = b.shape[2:]
-    blocks = block_sizes.choose(length, num_heads, groups, head_dim, state_dim, x.dtype.itemsize)
+    chunk = block_sizes.choose_chunk(length, x.dtype.itemsize, target.device_kind())
+    blocks = block_sizes.choose(length, num_heads, groups, head_dim, state_dim, x.dtype.itemsize, chunk)
     return Tiles(batch, length, num_heads, groups, head_dim, state_dim, blocks)
 
 

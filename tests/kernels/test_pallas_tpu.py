@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as PS
 
 from pallas_kernels import target
-from pallas_kernels.ssd import api, block_sizes, pallas_tpu_backward, ssd, ssd_state
+from pallas_kernels.ssd import api, block_sizes, pallas_tpu, pallas_tpu_backward, ssd, ssd_state
 
 from . import checks, suite
 
@@ -74,6 +74,12 @@ class TestPallasTpu(suite.SsdSuite):
     def test_bfloat16_of_whole_chunks(self, spec: checks.Spec) -> None:
         checks.check_bfloat16(self.implementation, spec)
 
+    def test_wide_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those of a v6e; the last of two is not whole."""
+        monkeypatch.setattr(target, "device_kind", lambda: "TPU v6 lite")
+        spec = checks.Spec(rows=1, length=300, heads=2, groups=1, head_dim=64, state_dim=64, regime="strong")
+        checks.check_bfloat16(self.implementation, spec)
+
     @pytest.mark.parametrize("spec", STATE_SPECS, ids=str)
     def test_state_alone(self, spec: checks.Spec) -> None:
         super().test_state_alone(spec)
@@ -95,6 +101,7 @@ LONG_SHAPE = (1, 131072, 16, 96, 96)
 """The kernels of (2, 8192, 16, 96, 96), at another number of blocks."""
 
 
+@functools.cache
 def _devices(chip: str) -> Any:
     return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
 
@@ -166,6 +173,15 @@ def test_float32_compiles(chip: str, shape: tuple[int, ...]) -> None:
     assert _kernels(_gradient, _on(chip, shape, dtype=jnp.float32)) == ["ssd_backward", "ssd_forward"]
 
 
+@pytest.mark.parametrize("shape", [SHAPES[0], (1, 2048, 4, 256, 256)], ids=str)
+def test_wide_chunks_compile(shape: tuple[int, ...]) -> None:
+    """Where the mesh says that it is for a v6e."""
+    with jax.set_mesh(Mesh(np.array(_devices("v6e")[:1]), "data")):
+        arguments = _on("v6e", shape)
+        assert pallas_tpu.tiles_of(arguments["x"], arguments["b"]).blocks.chunk == block_sizes.WIDE_CHUNK
+        assert _kernels(_gradient, arguments) == ["ssd_backward", "ssd_forward"]
+
+
 @pytest.mark.parametrize("shape", [(2, 1000, 24, 64, 128), (2, 1000, 7, 96, 96)], ids=str)
 def test_shared_groups_and_ragged_rows_compile(shape: tuple[int, ...]) -> None:
     """Six or seven cells share a group; rows end inside a chunk."""
@@ -202,16 +218,31 @@ def test_gradient_compiles_inside_shard_map(chip: str) -> None:
 # --- Block sizes and refusals -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_every_block_fits_vmem(itemsize: int) -> None:
+@pytest.mark.parametrize(("itemsize", "chunk"), [(2, 128), (4, 128), (2, 256)])
+def test_every_block_fits_vmem(itemsize: int, chunk: int) -> None:
     for head_dim, state_dim in ((8, 8), (64, 64), (64, 128), (96, 96), (128, 128), (256, 256)):
         for heads, groups in ((1, 1), (7, 7), (14, 14), (16, 16), (16, 1), (24, 8), (11, 1)):
-            blocks = block_sizes.choose(8192, heads, groups, head_dim, state_dim, itemsize)
+            blocks = block_sizes.choose(8192, heads, groups, head_dim, state_dim, itemsize, chunk)
             in_cell = max(1, blocks.heads * groups // heads)
             assert heads % blocks.heads == 0
-            assert blocks.tokens % blocks.chunk == 0
+            assert blocks.chunk == chunk
+            assert blocks.tokens % chunk == 0
             used = block_sizes.vmem_bytes(blocks, in_cell, head_dim, state_dim, itemsize)
             assert used <= block_sizes.VMEM_BUDGET
+
+
+@pytest.mark.parametrize(
+    ("length", "itemsize", "kind", "chunk"),
+    [
+        (8192, 2, "TPU v6 lite", 256),
+        (128, 2, "TPU v6 lite", 128),
+        (8192, 4, "TPU v6 lite", 128),
+        (8192, 2, "TPU v5 lite", 128),
+        (8192, 2, "cpu", 128),
+    ],
+)
+def test_chunks_are_as_wide_as_the_matrix_unit(length: int, itemsize: int, kind: str, chunk: int) -> None:
+    assert block_sizes.choose_chunk(length, itemsize, kind) == chunk
 
 
 def test_blocks_are_whole_lanes_where_heads_allow_it() -> None:
