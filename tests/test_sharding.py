@@ -175,6 +175,38 @@ def test_meshes_of_eight_devices_give_the_numbers_of_one(meshes, transpoints, ac
         assert report[str(sizes)]["share"] < 1 / kept + 0.1
 
 
+MEMORY = r"""
+import json
+import jax
+import numpy as np
+from transmamba_jax import sharding
+from transmamba_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from transmamba_jax.model import TransMamba
+from transmamba_jax.training.optimizer import make_optimizer
+from transmamba_jax.training.step import abstract_batch, abstract_state, make_train_step
+
+sizes = {"d_model": 128, "num_heads": 4, "num_groups": 4, "head_dim": 16, "state_dim": 16, "mlp_dim": 256}
+model_config = ModelConfig(vocab_size=128, num_layers=64, chunk_size=8, transpoints=(0,), remat="full", **sizes)
+config = Config(model=model_config, data=DataConfig(seq_len=16, batch_size=8), train=TrainConfig(loss_chunk=64))
+model, report = TransMamba(model_config), {}
+for parts in (1, 2, 8):
+    mesh = sharding.make_mesh(MeshConfig(1, parts, 1, 1), jax.devices()[:parts])
+    with jax.set_mesh(mesh):
+        step = make_train_step(config, model, make_optimizer(config), mesh, np.ones(128))
+        lowered = step.lower(abstract_state(config, model, mesh), abstract_batch(config, mesh))
+    memory = lowered.compile().memory_analysis()
+    report[parts] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+print(json.dumps(report))
+"""
+
+
+def test_memory_of_a_step_falls_as_the_parts_of_fsdp():
+    """State, gradients and what is kept for the backward pass; but for one layer at a time, which is gathered."""
+    report = run_on_eight_devices(MEMORY)
+    for parts in (2, 8):
+        assert report[str(parts)] < (1 / parts + 0.03) * report["1"], report
+
+
 EXCHANGE = r"""
 import json
 import jax
