@@ -209,8 +209,8 @@ def gather_parameter(path: str, value: jax.Array) -> jax.Array:
         return value
     stacked = path.startswith("layers/")
     spec = parameter_spec(path, (1, *value.shape) if stacked else value.shape, mesh)[int(stacked) :]
-    # The first constraint says that what is kept for the backward pass is the part: left alone, the compiler keeps every
-    # layer's whole parameters.
+    # The first constraint says that the part is what is kept for the backward pass: left alone, the CPU's compiler
+    # keeps whole parameters of every layer.
     value = jax.lax.with_sharding_constraint(value, P(*spec))
     return jax.lax.with_sharding_constraint(value, P(*(None if axis == "fsdp" else axis for axis in spec)))
 

@@ -81,7 +81,8 @@ class Estimate:
     temporaries: int
     """Bytes."""
     needed: int
-    """Bytes: all that has to be in memory at one time."""
+    """Bytes that have to be in memory at one time: the TPU compiler's own peak; elsewhere all of them together, since
+    the CPU's compiler counts no temporaries in its peak."""
     model_flops: float
     """FLOPs, nothing counted twice."""
     program: Program
@@ -169,7 +170,8 @@ def estimate(config: Config, compiled: Any, mesh: Mesh) -> Estimate:
     chip, peak = CHIPS.get(device.device_kind), peak_flops([device])
     memory = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needed = kept + memory.temp_size_in_bytes
+    together = kept + memory.temp_size_in_bytes
+    needed = together if chip is None else memory.peak_memory_in_bytes
     tokens = config.data.batch_size * config.data.seq_len
     model_flops = flops_per_token(config.model, config.data.seq_len) * tokens / mesh.size
     program = read_program(compiled.as_text())
@@ -178,7 +180,7 @@ def estimate(config: Config, compiled: Any, mesh: Mesh) -> Estimate:
         bounds = {
             "FLOPs": model_flops / peak,
             # Arguments and results move once, what lies in between is written and read.
-            "memory": (needed + memory.alias_size_in_bytes + memory.temp_size_in_bytes) / chip.bandwidth,
+            "memory": (together + memory.alias_size_in_bytes + memory.temp_size_in_bytes) / chip.bandwidth,
             "links": sum(size for _, size in program.collectives.values()) / chip.links,
         }
         kernels = sum(max(flops / peak, size / chip.bandwidth) for _, flops, size in program.kernels.values())
@@ -194,12 +196,12 @@ def _report(config: Config, compiled: Any, mesh: Mesh) -> int:
     gib = lambda count: f"{count / 2**30:.3f} GiB"
     limit = f" of {gib(chip.memory)}" if chip else ""
     parts = f"arguments {gib(found.arguments)}, temporaries {gib(found.temporaries)}"
-    print(f"memory of a device   {parts}, together {gib(found.needed)}{limit}")
+    print(f"memory of a device   {parts}, {'at the peak' if chip else 'together'} {gib(found.needed)}{limit}")
     print(f"FLOPs of a device    {found.model_flops:.3e} a step, nothing counted twice")
     flops, size, seconds = (cost.get(name, math.nan) for name in ("flops", "bytes accessed", "optimal_seconds"))
-    # Kernels make it negative.
-    optimal = f", {1e3 * seconds:.2f} ms" if seconds >= 0 else ""
-    print(f"the compiler counts  {flops:.3e} FLOPs, {size:.3e} bytes{optimal}, a loop's body once")
+    # XLA takes -1 for what it does not know, a kernel say, and adds these up.
+    optimal = f"{1e3 * seconds:.2f} ms" if seconds >= 0 else f"no time (its optimal_seconds is {seconds:.2f})"
+    print(f"the compiler counts  {flops:.3e} FLOPs, {size:.3e} bytes, {optimal}, a loop's body once")
     for kind, (count, size) in sorted(found.program.collectives.items()):
         print(f"{kind:<20} {count} a step, {size:.3e} bytes of results on a device")
     if not found.program.collectives:
@@ -207,6 +209,7 @@ def _report(config: Config, compiled: Any, mesh: Mesh) -> int:
     for name, (count, flops, size) in sorted(found.program.kernels.items()):
         print(f"{name:<20} {count} a step, {flops:.3e} FLOPs, {size:.3e} bytes")
     if not found.bounds or chip is None:
+        print(f"no time of a step    there is no data sheet of {mesh.devices.flat[0].device_kind} here")
         return 0
     slowest = max(found.bounds, key=lambda name: found.bounds[name])
     print("bounds on a step     " + ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in found.bounds.items()))
@@ -229,7 +232,9 @@ def _advice(config: Config) -> str:
     if config.model.remat != "full":
         options.append(f"train with --model.remat full (now {config.model.remat})")
     options.append(f"raise --train.accumulation (now {config.train.accumulation}) or lower --data.batch-size")
-    options.append("give more of the mesh to --mesh.fsdp, or to --mesh.context for long rows")
+    options.append(
+        "give more of the mesh to --mesh.fsdp, to --mesh.context for long rows or --mesh.tensor for wide layers"
+    )
     return "; or ".join(options)
 
 
