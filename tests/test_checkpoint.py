@@ -384,17 +384,3 @@ def test_restore_says_what_is_there(saved, tmp_path):
     (tmp_path / "checkpoints").symlink_to(saved)
     with pytest.raises(ValueError, match=r"checkpoints has the steps \[3, 8\]"):
         checkpoint.restore(tmp_path)
-
-
-def test_list_and_inspect(saved, capsys):
-    assert checkpoint.main(["list", str(saved)]) == 0
-    _, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert [(row[0], row[-1]) for row in rows] == [("3", "2.0000"), ("8", "4.0000")]
-    assert checkpoint.main(["inspect", str(saved), "--step", "3"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    kinds = [line.rpartition("  ")[0] for line in lines]
-    assert "params/layers/kernel  bfloat16 [2, 4, 5]" in kinds
-    assert "state/key/threefry2x32  uint32 [2]" in kinds
-    assert "params: 3 arrays, 71 numbers, 0.00 MiB" in lines
-    assert checkpoint.main(["inspect", str(saved), "--step", "4"]) == 2
-    assert "no complete checkpoint of step 4" in capsys.readouterr().err

@@ -97,18 +97,12 @@ class Checkpointer:
                     steps.make_room(self._directory, step, nbytes, self._rejected)
             self._rejected.clear()
             finish = manifests.start_digests(arrays)
-            items = trees.nested(arrays)
+            jsons = {"processes": processes}, {"yaml": config_yaml}, {"json": tokenizer_json}
+            texts = dict(zip(("data", "config", "tokenizer"), jsons, strict=True))
+            items = {name: ocp.args.StandardSave(item) for name, item in trees.nested(arrays).items()}
+            items |= {name: ocp.args.JsonSave(text) for name, text in texts.items()}
             with self._writing() as (writer, meetings):
-                writer.save(
-                    self._directory / str(step),
-                    args=ocp.args.Composite(
-                        params=ocp.args.StandardSave(items["params"]),
-                        state=ocp.args.StandardSave(items["state"]),
-                        data=ocp.args.JsonSave({"processes": processes}),
-                        config=ocp.args.JsonSave({"yaml": config_yaml}),
-                        tokenizer=ocp.args.JsonSave({"json": tokenizer_json}),
-                    ),
-                )
+                writer.save(self._directory / str(step), args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:
             raise self._failure(step, error) from error
         leaves = {path: Leaf(str(array.dtype), array.shape, "") for path, array in arrays.items()}

@@ -30,8 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "verify":
             return _verify(options.directory, options.step)
-        checkpoint_steps.step_folder(options.directory)
-        lines = _list(options.directory) if options.command == "list" else _inspect(options.directory, options.step)
+        if options.command == "inspect":
+            lines = _inspect(options.directory, options.step)
+        else:
+            if not checkpoint_steps.folders(options.directory):
+                checkpoint_steps.step_folder(options.directory)  # says what is there
+            lines = _list(options.directory)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -40,26 +44,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _list(directory: Path) -> list[str]:
-    """Describe each complete step on a line."""
+    """Describe each step that has a folder, complete or not, on a line."""
     lines = [f"{'step':>10}  {'saved (UTC)':<19}  {'MiB':>10}  held-out loss"]
-    for step in checkpoint_steps.complete_steps(directory):
+    complete = checkpoint_steps.complete_steps(directory)
+    for step in checkpoint_steps.folders(directory):
         folder = directory / str(step)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
-        written = (folder / checkpoint_manifest.FILE).stat().st_mtime
-        saved = datetime.datetime.fromtimestamp(written, datetime.UTC)
+        saved = "-"
         try:
             loss = checkpoint_manifest.read(folder).eval_loss
+            written = (folder / checkpoint_manifest.FILE).stat().st_mtime
+            saved = f"{datetime.datetime.fromtimestamp(written, datetime.UTC):%Y-%m-%d %H:%M:%S}"
             described = "-" if loss is None else f"{loss:.4f}"
+            described += "" if step in complete else "; not complete: verify says what is missing"
         except DamagedError as error:
             described = str(error)
-        lines.append(f"{step:>10}  {saved:%Y-%m-%d %H:%M:%S}  {size:>10.2f}  {described}")
+        lines.append(f"{step:>10}  {saved:<19}  {size:>10.2f}  {described}")
     return lines
 
 
 def _inspect(directory: Path, step: int | None) -> list[str]:
     """Describe each array of a step on a line."""
     folder = checkpoint_steps.step_folder(directory, step)
-    manifest = checkpoint_manifest.read(folder)
+    try:
+        manifest = checkpoint_manifest.read(folder)
+    except DamagedError as error:
+        raise ValueError(
+            f"step {folder.name} of {directory} is not what was saved: {error}; --step N takes another"
+        ) from None
     lines = [f"step {folder.name} of {directory}"]
     for item in checkpoint_tree.ITEMS:
         leaves = {path: leaf for path, leaf in manifest.leaves.items() if path.startswith(f"{item}/")}

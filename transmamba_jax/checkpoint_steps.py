@@ -52,7 +52,7 @@ def step_folder(directory: str | Path, step: int | None = None) -> Path:
         elif folder.name.isdigit() and int(folder.name) in complete_steps(folder.parent):
             found = f"; it is a step itself, of {folder.parent}: give that folder"
         else:
-            found = "" if folder.is_dir() else "; there is no such folder"
+            found = "" if folder.is_dir() else "; it is a file" if folder.exists() else "; there is no such folder"
         raise ValueError(f"no complete {wanted} in {folder}: its complete steps are {done}{found}")
     return folder / str(done[-1] if step is None else step)
 
