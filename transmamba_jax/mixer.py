@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from transmamba_jax import cache as memory
 from transmamba_jax import parallel
-from transmamba_jax.activation import silu, swiglu
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.convolution import causal_conv
@@ -96,8 +95,8 @@ class ShortConv(nn.Module):
         else:
             bias = jnp.zeros(x.shape[-1], self.param_dtype)
         if history is None:
-            return silu(parallel.convolve(x, kernel, bias, segment_ids))
-        return silu(causal_conv(x, kernel, bias, segment_ids, history))
+            return nn.silu(parallel.convolve(x, kernel, bias, segment_ids))
+        return nn.silu(causal_conv(x, kernel, bias, segment_ids, history))
 
 
 class Mixer(nn.Module):
@@ -337,7 +336,7 @@ class Mixer(nn.Module):
         return self.skip.astype(jnp.float32) if self.config.skip else None
 
     def _gate(self, x: Hidden, y: Value) -> Float[Array, "B T HP"]:
-        return self.norm(swiglu(over_tokens(self.z, x), y.reshape(*y.shape[:2], -1)))
+        return self.norm(y.reshape(*y.shape[:2], -1) * nn.silu(over_tokens(self.z, x)))
 
 
 def _tokens(array: Float[Array, "B T H P"], which: slice) -> Float[Array, "B _ H P"]:

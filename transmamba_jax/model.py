@@ -16,7 +16,6 @@ import numpy as np
 
 from pallas_kernels.ssd import kernel_vjp
 from transmamba_jax import attention, schedule, sharding
-from transmamba_jax.activation import swiglu
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.mixer import Mixer, fan_in_uniform, over_tokens, residual_uniform
@@ -55,7 +54,7 @@ class GatedMLP(nn.Module):
         up = over_tokens(dense(cfg.mlp_dim, kernel_init=fan_in_uniform, name="up"), x)
         down = dense(cfg.d_model, kernel_init=residual_uniform(cfg.num_layers), name="down")
         # Without it the compiler spreads what is kept for the backward pass over time instead, as the loss has it.
-        return over_tokens(down, sharding.constrain(swiglu(gate, up), MLP))
+        return over_tokens(down, sharding.constrain(nn.silu(gate) * up, MLP))
 
 
 class Block(nn.Module):
