@@ -1,5 +1,6 @@
 """What metrics.jsonl keeps, and the count of operations."""
 
+import errno
 import json
 import math
 import struct
@@ -47,6 +48,43 @@ def test_lines_are_strict_json_and_tensorboard_gets_the_numbers(tmp_path):
     assert _lines(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "eval/by_position": [[0, 1, 2.0]]}]
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/grad_norm" in events.read_bytes()
+
+
+class Filling:
+    """A file that takes `room` more bytes, in pieces, and then refuses."""
+
+    def __init__(self, file):
+        self.file, self.room = file, 10
+
+    def write(self, content):
+        if content and self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = content[: min(self.room, 50)]
+        self.room -= len(taken)
+        return self.file.write(taken)
+
+    def close(self):
+        self.file.close()
+
+
+def test_what_a_full_disk_refuses_is_written_before_the_next_line(tmp_path):
+    records = [{"step": step, "loss": step / 2} for step in range(1, 4)]
+    with MetricsWriter(tmp_path, 0) as writer:
+        files = [Filling(each._file) for each in (writer._file, writer._board)]
+        writer._file._file, writer._board._file = files
+        for record in records[:2]:
+            with pytest.raises(OSError, match="No space left"):
+                writer.write(record)
+        files[0].room = files[1].room = 10**6
+        writer.write(records[2])
+    assert _lines(tmp_path) == records
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"train/loss") == 3
+    writer = MetricsWriter(tmp_path, 0)
+    writer._file._file = Filling(writer._file._file)
+    for attempt in (lambda: writer.write(records[0]), writer.close):
+        with pytest.raises(OSError, match="No space left"):
+            attempt()
 
 
 def test_tensorboard_reads_the_events_and_hides_what_an_earlier_run_wrote_beyond_the_step(tmp_path):

@@ -57,11 +57,7 @@ def train(config: Config) -> int:
     """
     with Preemption() as preemption, contextlib.ExitStack() as cleanup:
         # 1. What can be refused cheaply is refused first, everywhere: other hosts, devices, the earlier run, the data.
-        hosts.require_same({**hosts.machine_facts(), **hosts.config_facts(config)}, config.hosts.timeout)
-        for warning in config.warnings():
-            hosts.say(f"warning: {warning}")
-        mesh = sharding.make_mesh(config.mesh)
-        sharding.check_divides(config, mesh)
+        mesh = _agreed_mesh(config)
         cleanup.enter_context(jax.set_mesh(mesh))
         model = TransMamba(config.model)
         workdir = Path(config.workdir)
@@ -70,11 +66,8 @@ def train(config: Config) -> int:
                 cleanup.enter_context(run_lock.hold(workdir))
         hosts.require_same({f"workdir {workdir}, which all processes share": run_lock.shown(workdir)})
         with hosts.together():
-            tokenizer = data.load_tokenizer(config.data.tokenizer, config.data.end_of_document)
-            data.check_vocabulary(tokenizer, config.model.vocab_size)
             resume.compare_with_earlier_run(config, model, workdir)
-            part, parts = hosts.row_share(mesh, config.data.batch_size)
-            batches = data.train_batches(config.data, tokenizer, part, parts)
+            tokenizer, batches = _open_data(config, mesh)
             cleanup.callback(batches.close)
             evaluator = Evaluator(model, config, tokenizer, mesh) if config.eval.every > 0 else None
 
@@ -111,6 +104,24 @@ def train(config: Config) -> int:
             return EXIT_PREEMPTED
         run.finish(state, step, trained=step > start)
         return 0
+
+
+def _agreed_mesh(config: Config) -> Mesh:
+    """Return the mesh of this run, on which the processes agree as on all else."""
+    hosts.require_same({**hosts.machine_facts(), **hosts.config_facts(config)}, config.hosts.timeout)
+    for warning in config.warnings():
+        hosts.say(f"warning: {warning}")
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_divides(config, mesh)
+    return mesh
+
+
+def _open_data(config: Config, mesh: Mesh) -> tuple[data.Tokenizer, data.BatchIterator]:
+    """Return the tokenizer and the rows of the batches that this process reads."""
+    tokenizer = data.load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+    data.check_vocabulary(tokenizer, config.model.vocab_size)
+    part, parts = hosts.row_share(mesh, config.data.batch_size)
+    return tokenizer, data.train_batches(config.data, tokenizer, part, parts)
 
 
 @dataclasses.dataclass(frozen=True)
