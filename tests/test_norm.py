@@ -22,7 +22,7 @@ def flax_norm(x: jax.Array, weight: jax.Array) -> jax.Array:
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (3, 8)])
 def test_equals_flax_with_gradients(platform: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Means are products on a CPU and sums elsewhere."""
+    """The backward pass is by hand on a CPU and autodiff's elsewhere."""
     monkeypatch.setattr(target, "platform", lambda: platform)
     x, weight, dy = 3 * normal(0, 2, 5, 24), 1 + normal(1, *shape), normal(2, 2, 5, 24)
     ours, backward = jax.vjp(lambda x, weight: rms_norm(x, weight, 1e-5), x, weight)
