@@ -53,7 +53,7 @@ def _by_hand(x: Array, weight: Array, epsilon: float) -> Array:
 def _forward(x: Array, weight: Array, epsilon: float) -> tuple[Array, tuple[Any, ...]]:
     grouped = _grouped(x, weight)
     scale = jax.lax.rsqrt(jnp.mean(grouped * grouped, axis=-1, keepdims=True) + epsilon)
-    return (grouped * scale * weight.astype(grouped.dtype)).reshape(x.shape), (x, weight, scale)
+    return (grouped * (scale * weight.astype(grouped.dtype))).reshape(x.shape), (x, weight, scale)
 
 
 def _backward(epsilon: float, residuals: tuple[Any, ...], dy: Array) -> tuple[Array, Array]:  # noqa: ARG001
