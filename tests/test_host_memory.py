@@ -7,8 +7,10 @@ import sys
 import pytest
 
 PROGRAM = """
-import json, resource, sys
+import ctypes, json, resource, sys
 from transmamba_jax import host_memory
+
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would make one fault of 512
 
 arranged = host_memory.keep_freed() if sys.argv[1] == "keep" else None
 import jax, jax.numpy as jnp

@@ -16,6 +16,7 @@ from transmamba_jax import parallel, sharding
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.mixer import step_size
+from transmamba_jax.norm import rms_norm
 from transmamba_jax.rotary import rotate
 from transmamba_jax.shapes import Array, Float, Float32, HeadScalar, Int, State
 
@@ -128,12 +129,12 @@ def layer_step(
 
     The window and the state move on in `cache`; a key and a value go to place `index` of `recent`.
     """
-    normed = rms_norm(x, weights.norm, config)
+    normed = _norm(config, x, weights.norm)
     mixed, cache, recent = _mix(config, weights, normed, cache, recent, starts, index, kind)
     x = sharding.constrain(x + mixed @ weights.out, _ROWS)
     if weights.mlp is None:
         return x, cache, recent
-    both = sharding.constrain(rms_norm(x, weights.mlp.norm, config) @ weights.mlp.gate_up, _ROWS)
+    both = sharding.constrain(_norm(config, x, weights.mlp.norm) @ weights.mlp.gate_up, _ROWS)
     gate, up = jnp.split(both, 2, axis=-1)
     return sharding.constrain(x + (jax.nn.silu(gate) * up) @ weights.mlp.down, _ROWS), cache, recent
 
@@ -146,16 +147,9 @@ def next_logits(
     head: Float[Array, "D V"] | None,
 ) -> Float32[Array, "B V"]:
     """Return the logits of the next token from what the last block gave, accumulated in float32."""
-    normed = rms_norm(x, final_norm, config)
+    normed = _norm(config, x, final_norm)
     logits = jnp.matmul(normed, embedding.T if head is None else head, preferred_element_type=jnp.float32)
     return sharding.constrain(logits, _ROWS)
-
-
-def rms_norm(x: Float[Array, "... C"], scale: Float[Array, "... C"], config: ModelConfig) -> Float[Array, "... C"]:
-    """Divide by the root of the mean square over the last axis, in float32, and return the compute dtype."""
-    wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * (jax.lax.rsqrt(mean_square + config.norm_eps) * scale)).astype(config.dtype)
 
 
 def convert(config: ModelConfig, weights: LayerWeights, cache: LayerCache) -> State:
@@ -210,7 +204,7 @@ def _mix(
     recent = memory.write(recent, k[:, None], v[:, None], dt[:, None], index)
     attended = memory.attend_once(q, cache, recent, starts, index).reshape(x.shape[0], -1)
     if config.attention_norm:
-        attended = _normalise(config, weights, attended)
+        attended = _norm(config, attended, weights.out_norm)
     if scanned is None or isinstance(kind, str):
         return attended, cache, recent
     return jnp.where((positions < kind)[:, None], attended, scanned), cache, recent
@@ -231,9 +225,8 @@ def _read(
     if weights.skip is not None:
         y = y + weights.skip[:, None] * v.astype(jnp.float32)
     y = y.astype(v.dtype).reshape(x.shape[0], -1)
-    return _normalise(config, weights, y * jax.nn.silu(x @ weights.gate))
+    return _norm(config, y * jax.nn.silu(x @ weights.gate), weights.out_norm)
 
 
-def _normalise(config: ModelConfig, weights: LayerWeights, y: Float[Array, "B HP"]) -> Float[Array, "B HP"]:
-    grouped = y.reshape(y.shape[0], config.num_groups, -1)
-    return rms_norm(grouped, weights.out_norm, config).reshape(y.shape)
+def _norm(config: ModelConfig, x: Float[Array, "B C"], weight: Float[Array, "..."]) -> Float[Array, "B C"]:
+    return rms_norm(x, weight, config.norm_eps).astype(config.dtype)
