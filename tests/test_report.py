@@ -188,4 +188,4 @@ def test_a_report_that_cannot_be_read_or_written_is_an_error_in_a_line(tmp_path,
     (run / "report").mkdir()
     (run / "report" / "sample.txt").write_bytes(b"\xff")
     assert report.main([str(run)]) == 2
-    assert f"cannot read the sample {run / 'report' / 'sample.txt'}: 'utf-8' codec" in capsys.readouterr().err
+    assert f"cannot read the samples {run / 'report' / 'sample.txt'}: 'utf-8' codec" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The page of a run: complete, self-contained, and, where there is a browser, drawn as it should be."""
 
 import dataclasses
+import html
 import json
 import re
 import shutil
@@ -27,7 +28,8 @@ RECORDS: list[dict[str, Any]] = [
     {"step": 30, "loss": None, "tokens_per_second": 1000.0, "compile_seconds": 12.5, "skipped_steps": 2},
     evaluation(30, 2.25, **{"baseline/order2_bits_per_byte": 2.7, "baseline/gzip_bits_per_byte": 1.96}),
 ]
-SAMPLE = "step 30, temperature 0.8: 2 tokens of prompt, then the model's own\n--- prompt\nif a <\n--- model\n b & c:\n"
+HEADING = "step 30, temperature 0.8: up to 4 tokens of prompt, then the model's own"
+SAMPLES = f"{HEADING}\n--- prompt\nif a <\n--- model\n b & c:\n\n--- prompt\n<b>\n--- model\n</b>\n"
 V9 = dataclasses.replace(
     CONFIG,
     model=dataclasses.replace(CONFIG.model, num_layers=64, transpoints=schedule.v9(8192)),
@@ -68,7 +70,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return report_page.page("tiny <1>", CONFIG, RECORDS, SAMPLE)
+    return report_page.page("tiny <1>", CONFIG, RECORDS, SAMPLES)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +80,8 @@ def pages(text) -> dict[str, str]:
     never = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, transpoints=(0, 10**9)))
     return {
         "tiny": text,
-        "v9": report_page.page("v9", V9, records, SAMPLE),
-        "never": report_page.page("never", never, RECORDS, SAMPLE),
+        "v9": report_page.page("v9", V9, records, SAMPLES),
+        "never": report_page.page("never", never, RECORDS, SAMPLES),
     }
 
 
@@ -109,8 +111,6 @@ def test_all_that_a_run_has_is_there(text):
         "byte model of order 2",
         "1.960",
         "2 steps were skipped because their loss or gradient was not finite.",
-        "if a <",
-        " b & c:\n",
         "P = 16 = T",
         "text:<b>&amp;*.txt",
         "0, 4, 8, 16",
@@ -128,6 +128,22 @@ def test_all_that_a_run_has_is_there(text):
     fields = [field for section in dataclasses.fields(CONFIG) for field in _fields(getattr(CONFIG, section.name))]
     headings = [name for name in page.texts if name in fields]
     assert set(headings) == set(fields)
+
+
+def test_every_sample_is_there_its_prompt_and_the_model_apart(text):
+    spans = re.findall(r'<span class="(prompt|own)">(.*?)</span>', text, re.DOTALL)
+    expected = [("prompt", "if a <"), ("own", " b & c:\n"), ("prompt", "<b>"), ("own", "</b>")]
+    assert [(css, html.unescape(shown)) for css, shown in spans] == expected
+    page = Page(text)  # none of it is markup
+    assert len(page.all("pre")) == 2
+    assert HEADING.replace("step", "Step") + ", shaded." in page.texts
+    for css in ("prompt", "own"):
+        assert f"pre .{css} {{" in text
+    # Runs of before wrote one sample, in the same form; and a text that is not in this form is shown as it is.
+    one = "step 3: 1 token of prompt\n--- prompt\nif\n--- model\n a:\n"
+    assert {"if", " a:"} < set(Page(report_page.page("one", CONFIG, RECORDS, one)).texts)
+    for other in ("a <sample> of another form", f"{SAMPLES}\n--- model\nagain"):
+        assert other in Page(report_page.page("other", CONFIG, RECORDS, other)).texts
 
 
 def _fields(value: Any) -> list[str]:
@@ -178,7 +194,7 @@ def test_a_run_that_has_hardly_begun():
     assert "The run has written no sample." in page.texts
     assert "The run has no evaluation." in page.texts
     assert len(page.all("circle", "training")) == 1  # a line of one point
-    Page(report_page.page("broken", CONFIG, [{"step": 1, "loss": None}], "a sample of another form"))
+    Page(report_page.page("broken", CONFIG, [{"step": 1, "loss": None}], None))
 
 
 def test_a_long_run_makes_a_small_page():

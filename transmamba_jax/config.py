@@ -240,7 +240,7 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps of the whole run, resumed or not."""
     seed: int = 0
-    """Seed of the parameters and of the sample."""
+    """Seed of the parameters and of the samples."""
     accumulation: int = 1
     """Microbatches of one step; the gradient equals that of the whole batch."""
     loss_chunk: int = 8192
@@ -250,7 +250,7 @@ class TrainConfig:
     max_bad_steps: int = 10
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
     sample_tokens: int = 256
-    """Tokens of the sample written at the end; 0: none."""
+    """Tokens of each sample written at the end; 0: none."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

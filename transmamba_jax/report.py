@@ -1,6 +1,6 @@
 """The page to look at after a run: `python -m transmamba_jax.report WORKDIR` writes WORKDIR/report/.
 
-    index.html               one page that needs no other file: configuration, curves, schedule, speed, memory, sample
+    index.html               one page that needs no other file: configuration, curves, schedule, speed, memory, samples
     index.md                 the same in short, for a terminal
     loss.png                 training and held-out loss against the step; the numbers are in loss.csv
     loss_by_position.png     held-out loss along the row, the layers' TransPoints marked; the numbers are in the .csv
@@ -34,8 +34,8 @@ def write_report(workdir: Path) -> Path:
     """Write the report of the run in `workdir` and return its index.html.
 
     Raises:
-        ValueError: config.yaml, metrics.jsonl or a sample is missing or not what a run writes, or the report cannot be
-            written.
+        ValueError: config.yaml, metrics.jsonl or sample.txt is missing or not what a run writes, or the report cannot
+            be written.
     """
     workdir = Path(workdir)
     if not (workdir / "config.yaml").is_file():
@@ -50,22 +50,22 @@ def write_report(workdir: Path) -> Path:
     if not training and not held_out:
         raise ValueError(f"{workdir / 'metrics.jsonl'} has no line with a loss")
     folder = workdir / "report"
-    sample = _read_sample(folder / "sample.txt")
+    samples = _read_samples(folder / "sample.txt")
     tensor_files.make(folder)
     with tensor_files.explained(folder):
         _write_files(folder, config, records, training, held_out)
         index = folder / "index.html"
-        index.write_text(report_page.page(workdir.resolve().name, config, records, sample), encoding="utf-8")
+        index.write_text(report_page.page(workdir.resolve().name, config, records, samples), encoding="utf-8")
     return index
 
 
-def _read_sample(path: Path) -> str | None:
+def _read_samples(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the sample {path}: {error}; mend or delete it") from None
+        raise ValueError(f"cannot read the samples {path}: {error}; mend or delete it") from None
 
 
 def _write_files(
@@ -260,7 +260,7 @@ def _page(config: Config, records: list[Record], folder: Path) -> list[str]:
         lines += ["", "![Held-out loss by position](loss_by_position.png)", ""]
         lines += ["Numbers: [loss_by_position.csv](loss_by_position.csv)"]
     if (folder / "sample.txt").exists():
-        lines += ["", "A sample: [sample.txt](sample.txt)"]
+        lines += ["", "Samples: [sample.txt](sample.txt)"]
     lines += ["", "Which layers attend where:", "", "```"]
     return [*lines, schedule.table(model.transpoints, model.num_layers, config.data.seq_len), "```"]
 

@@ -26,10 +26,12 @@ SECTIONS = ("loss", "positions", "speed", "samples", "evaluations", "configurati
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfaf7; --panel: #fff; --ink: #22272e; --soft: #667079; --rule: #e4e2dc;
-  --training: #8fa9c2; --held: #b8402f; --other: #8a929a; --attention: #3a74b5; --ssm: #e2a04a; --accent: #b8402f; }
+  --training: #8fa9c2; --held: #b8402f; --other: #8a929a; --attention: #3a74b5; --ssm: #e2a04a; --accent: #b8402f;
+  --own: #f6ecd9; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #15181c; --panel: #1c2026; --ink: #e4e7ea; --soft: #9aa4ad; --rule: #2e343b;
-    --training: #5f7f9e; --held: #ff8a73; --other: #7d8790; --attention: #5b98dc; --ssm: #d59a4c; --accent: #ff8a73; } }
+    --training: #5f7f9e; --held: #ff8a73; --other: #7d8790; --attention: #5b98dc; --ssm: #d59a4c; --accent: #ff8a73;
+    --own: #37301f; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.55;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", sans-serif; }
@@ -66,10 +68,10 @@ svg .value { font-weight: 600; }
 table { border-collapse: collapse; margin: 0 0 1.2rem; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 4px 18px 4px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 th { font-weight: 500; color: var(--soft); } td.number, th.number { text-align: right; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); border: 1px solid var(--rule);
+pre { white-space: break-spaces; overflow-wrap: anywhere; background: var(--panel); border: 1px solid var(--rule);
   border-radius: 10px; padding: 14px 16px; margin: 0 0 1rem; tab-size: 4;
   font: 13.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
-pre .prompt { color: var(--soft); }
+pre .prompt { color: var(--soft); } pre .own { background: var(--own); }
 .columns { columns: 2 380px; column-gap: 28px; }
 .columns section { break-inside: avoid; margin-bottom: 1.2rem; } .columns table { width: 100%; }
 .columns td { overflow-wrap: anywhere; } h3 { margin: 0 0 .3rem; font-size: 1rem; }
@@ -77,20 +79,20 @@ pre .prompt { color: var(--soft); }
 """
 
 
-def page(name: str, config: Config, records: Sequence[Record], sample: str | None) -> str:
+def page(name: str, config: Config, records: Sequence[Record], samples: str | None) -> str:
     """Write the page.
 
     Args:
         name: heading.
         config: the run's.
         records: lines of its metrics, in the order of their steps.
-        sample: sample.txt, as the training loop writes it.
+        samples: sample.txt, as the training loop writes it.
     """
     bodies = {
         "loss": ("Loss", _loss(records)),
         "positions": ("Loss by position, and who is at work there", _positions(config, records)),
         "speed": ("Speed and memory", _speed(config, records)),
-        "samples": ("Samples", _sample(sample)),
+        "samples": ("Samples", _samples(samples)),
         "evaluations": ("Evaluations", _evaluations(records)),
         "configuration": ("Configuration", _configuration(config)),
     }
@@ -246,16 +248,19 @@ def _decode_memory(config: Config) -> str:
     )
 
 
-def _sample(sample: str | None) -> str:
-    """Show the prompt and what the model made of it; the file's format is the training loop's."""
-    if sample is None:
+def _samples(text: str | None) -> str:
+    """Show each prompt and what the model made of it; the file's format is the training loop's."""
+    if text is None:
         return '<p class="note">The run has written no sample.</p>'
-    heading, found, rest = sample.partition("\n--- prompt\n")
-    prompt, split, text = rest.partition("\n--- model\n")
-    if not (found and split):
-        return f"<pre>{escape(sample)}</pre>"
-    heading = heading[:1].upper() + heading[1:]
-    return f'<p>{escape(heading)}.</p><pre><span class="prompt">{escape(prompt)}</span>{escape(text)}</pre>'
+    heading, *samples = text.removesuffix("\n").split("\n--- prompt\n")
+    parts = [sample.split("\n--- model\n") for sample in samples]
+    if not parts or any(len(part) != 2 for part in parts):
+        return f"<pre>{escape(text)}</pre>"
+    shown = "".join(
+        f'<pre><span class="prompt">{escape(prompt)}</span><span class="own">{escape(own)}</span></pre>'
+        for prompt, own in parts
+    )
+    return f"<p>{escape(heading[:1].upper() + heading[1:])}, shaded.</p>{shown}"
 
 
 def _evaluations(records: Sequence[Record]) -> str:

@@ -73,7 +73,8 @@ def test_a_straight_run_learns_and_leaves_everything_behind(straight):
     assert held_out[-1]["eval/bits_per_byte"] < 0.8 * training[0]["bits_per_byte"]
     assert checkpoint.complete_steps(straight / "checkpoints")[-1] == 40
     assert (straight / "report" / "index.md").exists()
-    assert "--- model" in (straight / "report" / "sample.txt").read_text(encoding="utf-8")
+    samples = (straight / "report" / "sample.txt").read_text(encoding="utf-8").split("\n--- prompt\n")[1:]
+    assert len({sample.split("\n--- model\n")[0] for sample in samples}) == 3
 
 
 def test_killed_at_step_17_and_resumed_is_bit_identical(run, straight):

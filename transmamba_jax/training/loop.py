@@ -186,23 +186,23 @@ class _Run:
         return state, step
 
     def finish(self, state: TrainState, step: int, trained: bool) -> None:
-        """Write the sample and the report where they are missing or old, and say where everything is."""
+        """Write the samples and the report where they are missing or old, and say where everything is."""
         self.checkpointer.wait()
         report = self.workdir / "report"
-        sample, index = report / "sample.txt", report / "index.html"
+        samples, index = report / "sample.txt", report / "index.html"
         text = None
-        if self.config.train.sample_tokens > 0 and hosts.of_first(trained or not sample.exists()):
+        if self.config.train.sample_tokens > 0 and hosts.of_first(trained or not samples.exists()):
             text = sample_text(self.config, self.model, self.tokenizer, state, step)
         # The others wait: JAX takes a process that waits at the end of the program for one that was left alone.
         with hosts.together(OSError):
             try:
                 if hosts.is_first() and text is not None:
                     report.mkdir(exist_ok=True)
-                    sample.write_text(text, encoding="utf-8")
+                    samples.write_text(text, encoding="utf-8")
                 if hosts.is_first() and (trained or not index.exists()):
                     index = write_report(self.workdir)
             except (OSError, ValueError) as error:
-                for file in (sample, index):  # half of one would pass for all of it at the next start
+                for file in (samples, index):  # half of one would pass for all of it at the next start
                     file.unlink(missing_ok=True)
                 raise OSError(
                     f"step {step} of {self.config.train.steps} is saved, but the report is not written: {error}; "
@@ -212,8 +212,8 @@ class _Run:
         if self.writer is not None:
             self._say_result(step)
         self.console.say(f"checkpoint  {self.workdir / 'checkpoints' / str(step)}")
-        if sample.exists():
-            self.console.say(f"sample      {sample}")
+        if samples.exists():
+            self.console.say(f"samples     {samples}")
         self.console.say(f"report      {index}")
 
     def _say_result(self, step: int) -> None:

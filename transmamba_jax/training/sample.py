@@ -1,4 +1,4 @@
-"""The sample at the end of a run: the beginning of a text, and what the model makes of it."""
+"""The samples at the end of a run: pieces of a text, and what the model makes of each."""
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from transmamba_jax.generate import generate
 from transmamba_jax.model import TransMamba
 from transmamba_jax.training.step import TrainState
 
+PROMPTS = 3
 PROMPT_TOKENS = 64
 TEMPERATURE = 0.8
 
@@ -17,11 +18,11 @@ TEMPERATURE = 0.8
 def sample_text(
     config: Config, model: TransMamba, tokenizer: data.Tokenizer, state: TrainState, step: int
 ) -> str | None:
-    """Continue the beginning of the held-out text (of the training text, where nothing is held out).
+    """Continue pieces of the held-out text (of the training text, where nothing is held out), spread evenly over it.
 
     Every process calls it. Of several the first one decodes, on its own devices with copies of the parameters, and the
-    others get None: which program comes next depends on the tokens, and one row leaves nothing to share out. Where the
-    copies find no room there, it says so and returns None too.
+    others get None: which program comes next depends on the tokens, and so few rows leave little to share out. Where
+    the copies find no room there, it says so and returns None too.
     """
     key_data, kind = np.asarray(jax.random.key_data(state.key)), jax.random.key_impl(state.key)
     params, mesh = state.params, jax.sharding.get_mesh()
@@ -32,14 +33,22 @@ def sample_text(
                 return None
             params, mesh = found
         text = data.held_out_text(config.data) if config.eval.every else data.training_text(config.data, 2**12)
-        prompt = tokenizer.encode(text[: 2**12].decode("utf-8", errors="ignore"))[:PROMPT_TOKENS]
+        prompts = [tokenizer.encode(piece)[:PROMPT_TOKENS] for piece in _pieces(text)]
         with jax.set_mesh(mesh):
             key = jax.random.fold_in(jax.random.wrap_key_data(jnp.array(key_data), impl=kind), step)
-            (tokens,) = generate(model, params, [prompt], config.train.sample_tokens, temperature=TEMPERATURE, key=key)
+            rows = generate(model, params, prompts, config.train.sample_tokens, temperature=TEMPERATURE, key=key)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         hosts.say(f"no sample: there is no room for it beside the training state: {hosts.one_line(error)}")
         return None
-    heading = f"step {step}, temperature {TEMPERATURE}: {len(prompt)} tokens of prompt, then the model's own"
-    return f"{heading}\n--- prompt\n{tokenizer.decode(prompt)}\n--- model\n{tokenizer.decode(tokens)}\n"
+    heading = f"step {step}, temperature {TEMPERATURE}: up to {PROMPT_TOKENS} tokens of prompt, then the model's own"
+    decoded = [(tokenizer.decode(prompt), tokenizer.decode(row)) for prompt, row in zip(prompts, rows, strict=True)]
+    return "\n".join([heading, *(f"--- prompt\n{prompt}\n--- model\n{own}" for prompt, own in decoded), ""])
+
+
+def _pieces(text: bytes) -> list[str]:
+    """Return what follows `PROMPTS` places of a text, from the beginning of the line there where it is near."""
+    places = [index * len(text) // PROMPTS for index in range(PROMPTS)]
+    starts = [text.rfind(b"\n", max(place - 2**10, 0), place) + 1 or place for place in places]
+    return [text[start : start + 2**12].decode("utf-8", errors="ignore") for start in starts]

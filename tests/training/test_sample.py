@@ -1,0 +1,23 @@
+"""Where the prompts of a run's samples come from."""
+
+from transmamba_jax.training import sample
+
+
+def test_prompts_are_spread_over_the_text_and_begin_where_a_line_does():
+    lines = [f"line {number} of é\n" for number in range(1000)]
+    text = "".join(lines).encode()
+    pieces = sample._pieces(text)
+    assert len(pieces) == sample.PROMPTS == 3
+    begun = [lines.index(piece[: piece.index("\n") + 1]) for piece in pieces]
+    places = [text.index(lines[number].encode()) for number in begun]
+    assert places[0] == 0
+    for place, start in zip((len(text) // 3, 2 * len(text) // 3), places[1:], strict=True):
+        assert 0 <= place - start < len(lines[-1].encode())
+
+
+def test_no_prompt_is_empty_or_begins_within_a_character():
+    line = "".join(f"é{number}é," for number in range(3000))
+    pieces = sample._pieces(f"{line}\0".encode())
+    assert len({line.index(piece.removesuffix("\0")) for piece in pieces}) == 3
+    for text in ("\0", "é\0", "é\n\0"):
+        assert all(sample._pieces(text.encode()))
