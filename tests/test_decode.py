@@ -248,6 +248,18 @@ def test_a_stage_has_one_program_whatever_the_lengths() -> None:
     assert decode._decode_block._cache_size() - before == 3
 
 
+def test_short_prompts_are_read_by_few_programs() -> None:
+    config = dataclasses.replace(TWO, vocab_size=52)  # no other test's, so nothing is compiled yet
+    decoder, before = Decoder(*make(config)), decode._read_piece._cache_size()
+    for length in (5, 9, 16, 17, 31, 33, 48, 49, 64):
+        assert decoder.prefill([[1] * length], total=64).lengths.tolist() == [length]
+    assert decode._read_piece._cache_size() - before == 3
+    widths = [decode._padded(length) for length in range(1, decode.PIECE + 1)]
+    assert all(length <= width <= max(16, 2 * length) for length, width in enumerate(widths, start=1))
+    assert len(set(widths[:256])) == 5
+    assert len(set(widths)) == 17
+
+
 def rooms_along(tokens: int, points: tuple[int, ...], total: int | None) -> list[int]:
     """The rooms that a layer without end gets, one token after another."""
     rooms = [0]

@@ -10,7 +10,9 @@ A stage has one program, and another only where
 - rows have lengths on both sides of a TransPoint: both branches are computed until the last row is past it;
 - tokens are chosen in another way (greedily, sampled, with top-k ...), or given and not chosen.
 
-Prompts are read by programs of their own, one for each padded length of a piece and each place of TransPoints in it.
+Prompts are read by programs of their own, for the padded length of a piece: one of 5 up to 256 tokens, of 17 up to
+2048. A first piece has another where the shortest row comes to a TransPoint that it falls short of elsewhere, a later
+piece for each place of a TransPoint in it. Up to 32 tokens after others need none: the stage's program reads them.
 """
 
 import dataclasses
@@ -40,6 +42,7 @@ _ROWS = ("rows", None)
 
 PIECE = 2048
 """Prompt tokens read at a time, which bounds the memory of a long prompt."""
+_SHORT = 256  # tokens: to read twice as many costs far less than to compile for one more length
 
 
 class Decoder:
@@ -255,7 +258,7 @@ class Decoder:
         total = None if total is None else max(total, start + int(news.max()))
         for offset in range(0, int(news.max()), piece):
             # A piece is padded up to a length that other prompts share; padding leaves no trace.
-            width = min(piece, memory.bucket(int(news.max()) - offset))
+            width = min(piece, _padded(int(news.max()) - offset))
             valid = np.clip(news - offset, 0, width).astype(np.int32)
             tokens = np.zeros((len(prompts), width), np.int32)
             for row, prompt in enumerate(prompts):
@@ -292,6 +295,12 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, name: str =
         outside = [token for token in prompt if not 0 <= token < vocab_size]
         if outside:
             raise ValueError(f"{name}[{index}] has token {outside[0]}, outside the vocabulary 0..{vocab_size - 1}")
+
+
+def _padded(tokens: int) -> int:
+    """Round a number of prompt tokens up: to a power of two where they are few, by a quarter at most where not."""
+    power = max(16, 1 << (tokens - 1).bit_length())
+    return power if power <= _SHORT else memory.bucket(tokens)
 
 
 def _kind(point: int, lengths: np.ndarray) -> Kind:
