@@ -79,8 +79,11 @@ class Terminal:
         self.sampling = Sampling(
             options.repetition_penalty, options.temperature, options.top_k, options.top_p, options.min_p
         )
-        if options.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens must be >= 1, found {options.max_new_tokens}")
+        for name in ("max_new_tokens", "piece"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be >= 1, found {getattr(options, name)}")
+        if not 0 <= options.seed < 2**32:
+            raise ValueError(f"--seed must be in 0..{2**32 - 1}, found {options.seed}")
         saved = serving_options.restore(options.checkpoint, options.step)
         self.options, self.key = options, jax.random.key(options.seed)
         self.tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
@@ -118,7 +121,7 @@ class Terminal:
     def turn(self, state: DecodeState, line: str) -> DecodeState:
         """Add a line and what the model makes of it; return the state where the text that was shown ends."""
         if line:
-            state = self.decoder.extend(state, [self.encode(line)], self.options.piece)
+            state = self.decoder.extend(state, [self.encode(line, "the line")], self.options.piece)
         shown, after = self.show(state)
         if after.lengths[0] == state.lengths[0] + len(shown):
             return after
@@ -129,7 +132,7 @@ class Terminal:
         """Read lines from the terminal, each of which goes on where the text so far has ended."""
         print(
             "A line is added to the text and continued; an empty one continues; :back forgets a turn "
-            f"(of the last {_TURNS}); Ctrl-D ends."
+            f"(of the last {_TURNS}), Ctrl-C stops and forgets the present one; Ctrl-D ends."
         )
         states = collections.deque([self.decoder.start(1)], _TURNS + 1)
         while True:
@@ -143,13 +146,20 @@ class Terminal:
             elif line == ":back":
                 print("There is no turn to forget.")
             elif line or states[-1].lengths[0] > 0:
-                states.append(self.turn(states[-1], line))
+                try:
+                    states.append(self.turn(states[-1], line))
+                except KeyboardInterrupt:
+                    print("\nStopped; this turn is forgotten.")
+                except ValueError as error:
+                    print(error)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Continue a prompt, standard input, or what is typed, and print the text as it comes."""
     options = _parser().parse_args(arguments)
     try:
+        if sys.stdin is None and options.prompt in (None, "-"):
+            raise ValueError("--prompt TEXT is needed: standard input is closed")
         if options.prompt is None and not sys.stdin.isatty():
             raise ValueError("--prompt is needed where standard input is no terminal; --prompt - reads standard input")
         terminal = Terminal(options)
@@ -164,9 +174,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print()
+        print(flush=True)
         return 130
-    except BrokenPipeError:  # who read the text has gone, as `head` does
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # who read the text has gone, as `head` does
+            print(error, file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         return 1
     return 0
@@ -180,4 +192,7 @@ def _standard_input() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    # After Ctrl-C a program may be compiling still, in a thread of XLA that crashes as the interpreter is taken down.
+    os._exit(code)
