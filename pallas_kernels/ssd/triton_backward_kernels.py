@@ -44,6 +44,18 @@ def _before_and_since(writes, reads, Q: tl.constexpr):
 
 
 @triton.jit
+def _scores(b, c, batch, start, group, LENGTH: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+            TILE_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """c_i . b_j of a chunk [Q, Q]."""
+    scores = tl.zeros((Q, Q), tl.float32)
+    for n in tl.range(0, N, TILE_N):
+        c_tile = _tokens(c, batch, start, group, n, LENGTH, GROUPS, N, Q, TILE_N)
+        b_across = _tokens_across(b, batch, start, group, n, LENGTH, GROUPS, N, Q, TILE_N)
+        scores += _dot(c_tile, b_across, c_tile.dtype, PRECISION)
+    return scores
+
+
+@triton.jit
 def head_gradients(
     x, dt, coarse, fine, b, c, d, dy, states, dstates, dx, ddt, dlog_decay, dd,
     LENGTH: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -64,13 +76,9 @@ def head_gradients(
     writes = tl.zeros((Q,), tl.float32)
     reads = tl.zeros((Q,), tl.float32)
     through, skip_gradient = 0.0, 0.0
-    weighted = tl.zeros((Q, Q), tl.float32)
     if OUTPUTS:
         skip = tl.load(d + head)
-        for n in tl.range(0, N, TILE_N):
-            c_tile = _tokens(c, batch, start, group, n, LENGTH, GROUPS, N, Q, TILE_N)
-            b_across = _tokens_across(b, batch, start, group, n, LENGTH, GROUPS, N, Q, TILE_N)
-            weighted += _dot(c_tile, b_across, c_tile.dtype, PRECISION)
+        weighted = _scores(b, c, batch, start, group, LENGTH, GROUPS, N, Q, TILE_N, PRECISION)
         weighted *= _pairs(coarse, fine, begin, Q)
     for p in tl.range(0, P, TILE_P):
         written = tl.zeros((Q, TILE_P), tl.float32)
@@ -106,6 +114,31 @@ def head_gradients(
 
 
 @triton.jit
+def _products(
+    x, dt, coarse, fine, b, c, dy, dlog_decay, batch, part, group, chunk,
+    LENGTH: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    TOTAL: tl.constexpr, Q: tl.constexpr, TILE_P: tl.constexpr, TILE_N: tl.constexpr, PART: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """G_ij W_ij dt_j of a chunk [Q, Q], summed over PART heads; write the gradient of l by pairs of each."""
+    start = chunk * Q
+    scores = _scores(b, c, batch, start, group, LENGTH, GROUPS, N, Q, TILE_N, PRECISION)
+    products = tl.zeros((Q, Q), tl.float32)
+    for member in tl.range(0, PART):
+        head = part * PART + member
+        begin = ((batch * HEADS + head) * TOTAL + chunk) * Q
+        cross = tl.zeros((Q, Q), tl.float32)
+        for p in tl.range(0, P, TILE_P):
+            dy_tile = _tokens(dy, batch, start, head, p, LENGTH, HEADS, P, Q, TILE_P)
+            x_across = _tokens_across(x, batch, start, head, p, LENGTH, HEADS, P, Q, TILE_P)
+            cross += _dot(dy_tile, x_across, dy_tile.dtype, PRECISION)
+        cross *= _pairs(coarse, fine, begin, Q) * tl.load(dt + begin + tl.arange(0, Q))[None, :]
+        products += cross
+        tl.store(dlog_decay + begin + tl.arange(0, Q), _spanning(cross * scores, Q))
+    return products
+
+
+@triton.jit
 def group_gradients(
     x, dt, coarse, fine, b, c, dy, states, dstates, db, dc, dlog_decay,
     LENGTH: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
@@ -118,34 +151,22 @@ def group_gradients(
     """
     chunk, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group, start = part * PART // (HEADS // GROUPS), chunk * Q
-    products = tl.zeros((Q, Q), tl.float32)
     if OUTPUTS:
-        scores = tl.zeros((Q, Q), tl.float32)
-        for n in tl.range(0, N, TILE_N):
-            c_tile = _tokens(c, batch, start, group, n, LENGTH, GROUPS, N, Q, TILE_N)
-            b_across = _tokens_across(b, batch, start, group, n, LENGTH, GROUPS, N, Q, TILE_N)
-            scores += _dot(c_tile, b_across, c_tile.dtype, PRECISION)
-        for member in tl.range(0, PART):
-            head = part * PART + member
-            begin = ((batch * HEADS + head) * TOTAL + chunk) * Q
-            cross = tl.zeros((Q, Q), tl.float32)
-            for p in tl.range(0, P, TILE_P):
-                dy_tile = _tokens(dy, batch, start, head, p, LENGTH, HEADS, P, Q, TILE_P)
-                x_across = _tokens_across(x, batch, start, head, p, LENGTH, HEADS, P, Q, TILE_P)
-                cross += _dot(dy_tile, x_across, dy_tile.dtype, PRECISION)
-            cross *= _pairs(coarse, fine, begin, Q) * tl.load(dt + begin + tl.arange(0, Q))[None, :]
-            products += cross
-            tl.store(dlog_decay + begin + tl.arange(0, Q), _spanning(cross * scores, Q))
-    for n in tl.range(0, N, TILE_N):
+        products = _products(
+            x, dt, coarse, fine, b, c, dy, dlog_decay, batch, part, group, chunk,
+            LENGTH, HEADS, GROUPS, P, N, TOTAL, Q, TILE_P, TILE_N, PART, PRECISION,
+        )  # fmt: skip
+    # Addresses and decays that a loop does not change are worked out in every turn: kept over several heads they spill.
+    for n in tl.range(0, N, TILE_N, disable_licm=True):
         db_tile = tl.zeros((Q, TILE_N), tl.float32)
         dc_tile = tl.zeros((Q, TILE_N), tl.float32)
-        for member in tl.range(0, PART):
+        for member in tl.range(0, PART, disable_licm=True):
             head = part * PART + member
             row = (batch * HEADS + head) * TOTAL + chunk
             at_token = row * Q + tl.arange(0, Q)
             written = tl.zeros((Q, TILE_N), tl.float32)
             read = tl.zeros((Q, TILE_N), tl.float32)
-            for p in tl.range(0, P, TILE_P):
+            for p in tl.range(0, P, TILE_P, disable_licm=True):
                 x_tile = _tokens(x, batch, start, head, p, LENGTH, HEADS, P, Q, TILE_P)
                 dh = _state(dstates, row, n, p, N, P, TILE_N, TILE_P)
                 written += _dot(x_tile, tl.trans(dh), x_tile.dtype, PRECISION)
