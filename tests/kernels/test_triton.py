@@ -21,9 +21,6 @@ from . import checks, suite
 HAS_TRITON = sys.platform == "linux" and sys.version_info < (3, 12)
 """As in the `dev` extra."""
 
-SHARED_MEMORY = 99 * 1024
-"""What a program may have on a GPU of compute capability 8.6 or 8.9; 163 KB on 8.0, 227 KB on 9.0."""
-
 
 def _call(head_dim: int = 64, dtype: Any = jnp.bfloat16) -> Any:
     """Trace a call."""
@@ -155,23 +152,36 @@ if HAS_TRITON:
 
     # --- The compiler -------------------------------------------------------------------------------------------------
 
-    # Of each set of tiles, dtype and generation some; `python -m benchmarks.triton_compile` goes through all.
-    @pytest.mark.parametrize(
-        ("capability", "head_dim", "state_dim", "dtype", "alone"),
-        [
-            (80, 128, 64, jnp.bfloat16, False),
-            (90, 96, 128, jnp.bfloat16, False),
-            (80, 64, 96, jnp.bfloat16, True),
-            (80, 96, 96, jnp.float32, True),
-            (90, 128, 128, jnp.float32, False),
-        ],
-    )
-    def test_kernels_fit_the_gpu(capability: int, head_dim: int, state_dim: int, dtype: Any, alone: bool) -> None:
-        """No register spills, and shared memory is left on the smallest GPU."""
-        function = triton_compiler.state_gradient if alone else triton_compiler.gradient
-        found = triton_compiler.launches(function, triton_compiler.shapes(head_dim, state_dim, dtype))
-        assert {"running_sums", "walk", "head_gradients", "group_gradients"} <= {launch.kernel for launch in found}
-        for launch in found:
-            usage = triton_compiler.compile_for(launch, capability)
-            assert usage.spilled == 0, f"{launch} spills {usage.spilled} bytes"
-            assert usage.shared <= SHARED_MEMORY, f"{launch} takes {usage.shared} bytes of shared memory"
+    # A row is walked at once, or in segments, from 0 and again; without y nothing is added on the way back.
+    VARIANTS = {
+        "running_sums",
+        "walk ADD START",
+        "walk ADD START KEEP",
+        "walk ADD",
+        "pass_states",
+        "outputs",
+        "walk REVERSE ADD START KEEP",
+        "walk REVERSE ADD",
+        "walk REVERSE START KEEP",
+        "walk REVERSE",
+        "pass_states REVERSE",
+        "head_gradients OUTPUTS",
+        "head_gradients",
+        "group_gradients OUTPUTS",
+        "group_gradients",
+    }
+
+    @pytest.mark.parametrize("state_dim", triton_compiler.DIMS)
+    @pytest.mark.parametrize("head_dim", triton_compiler.DIMS)
+    @pytest.mark.parametrize("dtype", triton_compiler.DTYPES)
+    @pytest.mark.parametrize("capability", triton_compiler.CAPABILITIES)
+    def test_kernels_fit_the_gpu(capability: int, dtype: str, head_dim: int, state_dim: int) -> None:
+        """Every variant: no register spills, and shared memory suffices on the smallest GPU."""
+        launches = triton_compiler.variants(head_dim, state_dim, dtype)
+        assert {str(launch) for launch in launches} == VARIANTS
+        parts = {dict(launch.constants).get("PART", 1) for launch in launches}
+        assert min(parts) == 1 < max(parts)
+        usages = {launch: triton_compiler.compile_for(launch, capability) for launch in launches}
+        assert not [
+            line for launch, usage in usages.items() for line in triton_compiler.complaints(launch, capability, usage)
+        ]

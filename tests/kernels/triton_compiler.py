@@ -1,6 +1,10 @@
-"""Compiles the project's Triton kernels to machine code for a GPU that need not be there."""
+"""Compiles the project's Triton kernels to machine code for GPUs that need not be there: every variant of each.
+
+`test_triton.py` asks whether they fit; `benchmarks/triton_compile.py` prints what they take.
+"""
 
 import dataclasses
+import itertools
 import os
 import re
 import subprocess
@@ -20,12 +24,30 @@ from pallas_kernels.ssd import triton as implementation
 
 _POINTERS = {"float32": "*fp32", "bfloat16": "*bf16"}
 
+CAPABILITIES = (80, 90)
+"""Compute capabilities times ten: A100, and Hopper."""
 
-def shapes(
-    head_dim: int, state_dim: int, dtype: Any, groups: int = 16, batch: int = 2
-) -> dict[str, jax.ShapeDtypeStruct]:
+DIMS = (64, 96, 128)
+DTYPES = ("bfloat16", "float32")
+
+_SHARED_MEMORY = 99 * 1024
+"""Bytes a program may have on a GPU of compute capability 8.6 or 8.9; 8.0 has 163 KB, 9.0 has 227 KB."""
+
+_SPILLED = {("walk REVERSE START KEEP", 90): 8, ("group_gradients", 80): 8, ("group_gradients OUTPUTS", 80): 8}
+"""Bytes of a thread's stack that a kernel may take; others none. The compiler takes 8 where it stops, unasked, at 48 or
+168 registers of 255, and in one variant in float32 that sums up heads."""
+
+_HEADS = 8
+_CALLS = ((32, _HEADS), (1, _HEADS // 4))
+"""Rows and groups: rows that fill a GPU; one row, cut into segments, with heads that are summed in a program."""
+
+_COUNTS = ("GROUPS", "TOTAL", "SEGMENTS", "CHUNKS")
+"""Constants that are strides or ends of loops and change no code: of variants that differ in them alone one counts."""
+
+
+def shapes(head_dim: int, state_dim: int, dtype: str, rows: int, groups: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Arguments of `ssd`, without values."""
-    length, heads = 8192, 16
+    batch, length, heads = rows, 16384, _HEADS
     shape = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype)
     return {
         "x": shape(batch, length, heads, head_dim, dtype=dtype),
@@ -80,6 +102,16 @@ def launches(function: Any, arguments: dict[str, jax.ShapeDtypeStruct]) -> list[
     return list(found)
 
 
+def variants(head_dim: int, state_dim: int, dtype: str) -> list[Launch]:
+    """Every variant of the kernels for values and gradients of `ssd` and `ssd_state` with these dimensions."""
+    found: dict[Launch, Launch] = {}
+    for (rows, groups), function in itertools.product(_CALLS, (gradient, state_gradient)):
+        for launch in launches(function, shapes(head_dim, state_dim, dtype, rows, groups)):
+            constants = tuple((name, value) for name, value in launch.constants if name not in _COUNTS)
+            found.setdefault(dataclasses.replace(launch, constants=constants), launch)
+    return list(found.values())
+
+
 @dataclasses.dataclass(frozen=True)
 class Usage:
     """What machine code takes of a GPU: registers of a thread, bytes it spills, bytes of shared memory of a program."""
@@ -111,3 +143,15 @@ def compile_for(launch: Launch, capability: int) -> Usage:
         output = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", output)}
     return Usage(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared)
+
+
+def complaints(launch: Launch, capability: int, usage: Usage) -> list[str]:
+    """Say what a kernel takes that it may not: registers that spill, more shared memory than the smallest GPU has."""
+    spilled = _SPILLED.get((str(launch), capability), 0)
+    found = []
+    if usage.spilled > spilled:
+        found.append(f"{launch} spills {usage.spilled} bytes, more than {spilled}: {capability}, {launch.constants}")
+    if usage.shared > _SHARED_MEMORY:
+        taken = f"{usage.shared} bytes of shared memory, more than {_SHARED_MEMORY}"
+        found.append(f"{launch} takes {taken}: {capability}, {launch.constants}")
+    return found
