@@ -7,7 +7,8 @@ gradients of x, dt, a, b, c and d. What a peer's signature leaves out (the step 
     pip install mamba-ssm flash-linear-attention einops        (beside torch and triton)
     pip install --no-deps jax-linear-attention                 (Python 3.12 or later)
 
-jax-linear-attention asks for one version of jax, 0.11.2, where `pallas_gpu` needs 0.12: hence `--no-deps`.
+jax-linear-attention asks for one version of jax, 0.11.2: `--no-deps` leaves the one that is there. `pallas_gpu` takes
+both that and later ones.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ of shared memory of a thread block, forward and backward, of `ssd` or, with `--s
 where a kernel spills in bfloat16. With `--implementation associative` it shows that XLA compiles the portable form for
 a Hopper, and prints the bytes of temporary arrays.
 
-Needs jax >= 0.12, its CUDA plugin (the wheels jax-cuda13-plugin and jax-cuda13-pjrt of jax's own version suffice) and
+Needs jax >= 0.11.2, its CUDA plugin (the wheels jax-cuda13-plugin and jax-cuda13-pjrt of jax's own version suffice) and
 CUDA's ptxas and libdevice (the wheels nvidia-cuda-nvcc and nvidia-nvvm; `--cuda` names the folder that holds `bin` and
 `nvvm`, by default that of the ptxas on the path). It needs no GPU. What the compiler says is read from the files that
 jaxlib writes where MOSAIC_GPU_DUMP_TO points; a version that does not write them is an error here. (It looks for

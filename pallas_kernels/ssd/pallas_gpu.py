@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
 _DIMS = (64, 96, 128)
-_OLDEST = (0, 12)
-"""Version of JAX: the first whose kernels of Mosaic GPU take a cost estimate."""
+_OLDEST = (0, 11, 2)
+"""Version of JAX: the first whose interpreter runs these kernels. 0.11.0 has none, that of 0.11.1 fails on them."""
 
 _HOPPER = "9"
 """Major compute capability: the products are wgmma instructions, which no other generation has."""
@@ -52,7 +52,9 @@ def refusal(x: jax.Array, b: jax.Array) -> str | None:
     reasons = []
     if jax.__version_info__ < _OLDEST:
         oldest = ".".join(str(part) for part in _OLDEST)
-        reasons.append(f"jax must be at least {oldest}, found {jax.__version__}")
+        reasons.append(
+            f"jax must be at least {oldest}, whose interpreter shows they are right, found {jax.__version__}"
+        )
     if x.dtype not in _DTYPES:
         reasons.append(f"x must be float32 or bfloat16, found {x.dtype.name}")
     for name, size in (("the head dim P of x", x.shape[3]), ("the state dim N of b", b.shape[3])):

@@ -317,19 +317,15 @@ def backward(
         "through": jax.ShapeDtypeStruct((*by_chunk, tiles.state_dim), jnp.float32),
         "dinitial": jax.ShapeDtypeStruct(dfinal.shape, jnp.float32),
     }
-    moved = sum(value.size * value.dtype.itemsize for value in (*operands.values(), *results.values()))
+    flops = gpu.multiply_adds(tiles, tiles.backward, outputs)[1]
     exponentials = parts * tiles.batch * tiles.length * tiles.num_heads * (CHUNK if outputs else 2)
     values = plgpu.kernel(
         functools.partial(_kernel, names=(*operands, *results), tiles=tiles),
         out_type=tuple(results.values()),
         scratch_types=scratch,
         compiler_params=gpu.PARAMS,
-        cost_estimate=pl.CostEstimate(
-            flops=gpu.multiply_adds(tiles, tiles.backward, outputs)[1],
-            bytes_accessed=moved,
-            transcendentals=exponentials,
-        ),
         kernel_name="ssd_backward" if outputs else "ssd_state_backward",
+        **gpu.cost(flops, exponentials, (*operands.values(), *results.values())),
         **tiles.grid(tiles.backward),
     )(*operands.values())
     # The kernel's results come without the mesh axes over which they vary.

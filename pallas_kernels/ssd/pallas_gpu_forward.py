@@ -199,19 +199,15 @@ def forward(
         results["y"] = jax.ShapeDtypeStruct((tiles.batch, *x.shape[1:]), io_dtype)
     if keep:
         results["kept"] = jax.ShapeDtypeStruct((tiles.pieces * tiles.batch, *heads), jnp.bfloat16)
-    moved = sum(value.size * value.dtype.itemsize for value in (*operands.values(), *results.values()))
+    flops = gpu.multiply_adds(tiles, tiles.forward, outputs)[0]
     exponentials = tiles.batch * tiles.length * tiles.num_heads * (CHUNK if outputs else 2)
     values = plgpu.kernel(
         functools.partial(_kernel, names=(*operands, *results), tiles=tiles),
         out_type=tuple(results.values()),
         scratch_types=_scratch(tiles, outputs, io_dtype),
         compiler_params=gpu.PARAMS,
-        cost_estimate=pl.CostEstimate(
-            flops=gpu.multiply_adds(tiles, tiles.forward, outputs)[0],
-            bytes_accessed=moved,
-            transcendentals=exponentials,
-        ),
         kernel_name="ssd_forward" if outputs else "ssd_state_forward",
+        **gpu.cost(flops, exponentials, (*operands.values(), *results.values())),
         **tiles.grid(tiles.forward),
     )(*operands.values())
     # The kernel's results come without the mesh axes over which they vary.

@@ -14,7 +14,7 @@ States are [N, P]. wgmma writes 64 rows at a time: N = 96 is computed as rows 0.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -267,3 +267,11 @@ def multiply_adds(tiles: Tiles, blocks: GpuBlocks, outputs: bool) -> tuple[int, 
         backward += CHUNK * (3 * state + 2 * values + CHUNK) + state * values + rows * values
     repeats = tiles.pieces * (tiles.pieces + 1) // 2
     return 2 * cells * forward * repeats, 2 * cells * backward * repeats
+
+
+def cost(flops: int, exponentials: int, arrays: Iterable[Any]) -> dict[str, Any]:
+    """Tell XLA what a kernel costs that reads or writes these arrays: keywords of `plgpu.kernel`; jax 0.11 has none."""
+    if jax.__version_info__ < (0, 12):
+        return {}
+    moved = sum(array.size * array.dtype.itemsize for array in arrays)
+    return {"cost_estimate": pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=exponentials)}

@@ -1,11 +1,12 @@
 """The GPU kernels: the suite in interpret mode on a CPU, and lowering for a Hopper that is not there.
 
-Mosaic GPU of older versions of JAX has neither: there the calls are refused.
+Mosaic GPU before jax 0.11.2 has no interpreter that runs them: there the calls are refused.
 """
 
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from pallas_kernels.ssd import block_sizes, pallas_gpu, ssd, ssd_state
 from . import checks, suite
 from .test_pallas_tpu import QUICK_COMPILATION
 
-SERVED = jax.__version_info__ >= (0, 12)
+SERVED = jax.__version_info__ >= (0, 11, 2)
 
 FIELDS = {"heads": 1, "groups": 1, "head_dim": 64, "state_dim": 64}
 # Chunks have 64 tokens; float32 cuts P into parts. An interpreted kernel takes seconds: few cases, of few chunks.
@@ -139,6 +140,14 @@ if SERVED:
         arguments = _arguments((8, 8192, 16, 96, 96), jnp.bfloat16)
         assert kernels(jax.grad(_loss), arguments, mesh) == ["ssd_forward", "ssd_backward"]
 
+    def test_xla_is_told_the_cost() -> None:
+        """By every kernel, where JAX can."""
+        mesh = AbstractMesh((), (), abstract_device=HOPPER)
+        with jax.sharding.use_abstract_mesh(mesh):
+            program = jax.make_jaxpr(jax.grad(_loss))(_arguments((8, 8192, 16, 96, 96), jnp.bfloat16))
+        told = 2 if jax.__version_info__ >= (0, 12) else 0
+        assert len(re.findall(r"CostEstimate\(flops=[1-9]", str(program))) == told
+
     def test_gradient_lowers_inside_shard_map() -> None:
         """Rows over one mesh axis, heads over the other (a and d vary over that alone); every shard cuts its rows."""
         mesh = AbstractMesh((2, 2), ("data", "tensor"), (AxisType.Auto, AxisType.Auto), abstract_device=HOPPER)
@@ -208,7 +217,7 @@ else:
     @pytest.mark.parametrize("spec", SPECS, ids=str)
     def test_older_versions_are_refused(spec: checks.Spec) -> None:
         inputs = checks.make_inputs(spec)
-        message = f"'pallas_gpu' cannot serve this call: jax must be at least 0.12, found {jax.__version__}"
+        message = f"'pallas_gpu' cannot serve this call: jax must be at least 0.11.2, .* found {jax.__version__}"
         with pytest.raises(ValueError, match=message):
             ssd(**inputs, implementation="pallas_gpu")
         del inputs["c"], inputs["d"]
