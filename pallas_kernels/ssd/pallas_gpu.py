@@ -53,7 +53,8 @@ def refusal(x: jax.Array, b: jax.Array) -> str | None:
     if jax.__version_info__ < _OLDEST:
         oldest = ".".join(str(part) for part in _OLDEST)
         reasons.append(
-            f"jax must be at least {oldest}, whose interpreter shows they are right, found {jax.__version__}"
+            f"jax must be at least {oldest} (on Python 3.12 or later), found {jax.__version__}, "
+            "in which these kernels cannot be tested"
         )
     if x.dtype not in _DTYPES:
         reasons.append(f"x must be float32 or bfloat16, found {x.dtype.name}")

@@ -217,7 +217,7 @@ else:
     @pytest.mark.parametrize("spec", SPECS, ids=str)
     def test_older_versions_are_refused(spec: checks.Spec) -> None:
         inputs = checks.make_inputs(spec)
-        message = f"'pallas_gpu' cannot serve this call: jax must be at least 0.11.2, .* found {jax.__version__}"
+        message = f"'pallas_gpu' cannot serve this call: jax must be at least 0.11.2 .*, found {jax.__version__},"
         with pytest.raises(ValueError, match=message):
             ssd(**inputs, implementation="pallas_gpu")
         del inputs["c"], inputs["d"]
