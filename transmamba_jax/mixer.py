@@ -239,8 +239,7 @@ class Mixer(nn.Module):
             raise ValueError("cache must hold the keys and values of the tokens before; it was made without room")
         else:
             y = parallel.attend_cached(q, cache.keys, cache.values, positions[0])
-        y = y.reshape(*y.shape[:2], -1)
-        return self.norm(y) if self.config.attention_norm else y, cache
+        return self._attention_norm(y), cache
 
     def _sliced(
         self, x: Hidden, q: QueryKey, k: QueryKey, v: Value, point: int, segment_ids: SegmentIds | None
@@ -293,8 +292,13 @@ class Mixer(nn.Module):
         if self.config.rotary == "attention":
             q, k = self._rotate(q, k)
         y = parallel.attend(q, k, v, segment_ids)
-        y = y.reshape(*y.shape[:2], -1)
-        return self.norm(y) if self.config.attention_norm else y
+        return self._attention_norm(y)
+
+    def _attention_norm(self, y: Value) -> Float[Array, "B T HP"]:
+        if self.config.attention_norm:
+            # By head, as attention leaves it: an axis for each group costs nothing here.
+            y = self.norm(y.reshape(*y.shape[:2], self.config.num_groups, -1), grouped=True)
+        return y.reshape(*y.shape[:2], -1)
 
     def _scan(
         self,

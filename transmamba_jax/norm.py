@@ -5,7 +5,8 @@ dw = Σ_t dy ∘ x̂,   dx = r (g - x̂ mean(g ∘ x̂)),   g = dy ∘ w
 
 Everything is float32 inside. On a CPU the backward pass is written by hand: XLA (jax 0.10) fuses each sum of what
 autodiff makes of it with the products under it there, and then takes ten times as long. A TPU's compiler does better
-with what autodiff makes.
+with what autodiff makes, but not with groups that lie side by side in one axis: its registers have 128 lanes, and an
+axis for each group means copies of float32 arrays there and back. There the means are products.
 """
 
 import functools
@@ -26,8 +27,10 @@ def _means(value: Array) -> Array:
 
 
 def _grouped(value: Array, like: Array) -> Array:
-    """[..., C] -> float32 [..., *shape of `like`]."""
+    """[..., C] or [..., G, C / G] -> float32 [..., *shape of `like`]."""
     wide = jnp.promote_types(value.dtype, jnp.float32)
+    if value.shape[-like.ndim :] == like.shape:
+        return value.astype(wide)
     return value.astype(wide).reshape(*value.shape[:-1], *like.shape)
 
 
@@ -35,14 +38,27 @@ def rms_norm(x: Float[Array, "... C"], weight: Float[Array, "..."], epsilon: flo
     """Normalise the channels of each group by their root mean square.
 
     Args:
-        x: any float dtype.
+        x: any float dtype; [..., G, C / G] too, where its channels have an axis for each group already.
         weight: [C], one group, or [G, C / G].
         epsilon: added to the mean square.
 
     Returns:
         The shape of `x` in float32, or in float64 where x is.
     """
-    return _by_hand(x, weight, epsilon) if target.platform() == "cpu" else _forward(x, weight, epsilon)[0]
+    if target.platform() == "cpu":
+        return _by_hand(x, weight, epsilon)
+    if target.platform() == "tpu" and weight.ndim == 2 and x.shape[-2:] != weight.shape:
+        return _side_by_side(x, weight, epsilon)
+    return _forward(x, weight, epsilon)[0]
+
+
+def _side_by_side(x: Array, weight: Array, epsilon: float) -> Array:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    groups, width = weight.shape
+    member = jnp.repeat(jnp.eye(groups, dtype=wide.dtype), width, axis=0)  # [C, G]
+    exact = functools.partial(jnp.matmul, precision="highest")
+    scale = jax.lax.rsqrt(exact(wide * wide, member) / width + epsilon)
+    return wide * exact(scale, member.T) * weight.reshape(-1).astype(wide.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -59,7 +75,7 @@ def _forward(x: Array, weight: Array, epsilon: float) -> tuple[Array, tuple[Any,
 def _backward(epsilon: float, residuals: tuple[Any, ...], dy: Array) -> tuple[Array, Array]:  # noqa: ARG001
     x, weight, scale = residuals
     normal, dy = _grouped(x, weight) * scale, _grouped(dy, weight)
-    dweight = jnp.sum((dy * normal).reshape(*x.shape), axis=tuple(range(x.ndim - 1)))
+    dweight = jnp.sum((dy * normal).reshape(-1, weight.size), axis=0)
     inner = dy * weight.astype(dy.dtype)
     dx = (inner - normal * _means(inner * normal)) * scale
     return dx.reshape(x.shape).astype(x.dtype), dweight.reshape(weight.shape).astype(weight.dtype)
@@ -77,9 +93,11 @@ class RMSNorm(nn.Module):
     groups: int | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        """Normalise each token; the result is in `dtype`."""
-        channels = x.shape[-1]
-        shape = (channels,) if self.groups is None else (self.groups, channels // self.groups)
+    def __call__(self, x: Float[Array, "... C"], grouped: bool = False) -> Float[Array, "... C"]:
+        """Normalise each token, [..., C] or, where `grouped`, [..., G, C / G]; the result is in `dtype`."""
+        if grouped:
+            shape = x.shape[-2:]
+        else:
+            shape = x.shape[-1:] if self.groups is None else (self.groups, x.shape[-1] // self.groups)
         weight = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         return rms_norm(x, weight, self.epsilon).astype(self.dtype)
