@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import transmamba_jax as tm
+from pallas_kernels import target
 from tests import oracle, precision
 from transmamba_jax.config import ModelConfig
+from transmamba_jax.model import GatedMLP
 
 SEQ_LEN = 24
 CONFIG = ModelConfig(
@@ -157,6 +159,29 @@ def test_what_is_kept_is_not_computed_again(kernel: str) -> None:
         return str(jax.make_jaxpr(gradient)(params)).count("scan[")
 
     assert loops("none") == loops("dots") < loops("full")
+
+
+def test_no_copy_of_the_parameters_is_kept_for_the_backward_pass() -> None:
+    """With "full" the loop over periods leaves the stream before each layer, and the stack of parameters as it is."""
+    model = tm.TransMamba(dataclasses.replace(CONFIG, num_layers=6, remat="full"))
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens_of())
+    gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(model.apply(params, tokens_of()))))(params)
+    forward = next(
+        equation for equation in gradient.eqns if equation.primitive.name == "scan" and not equation.params["reverse"]
+    )
+    stream = (*tokens_of().shape, CONFIG.d_model)
+    assert [value.aval.shape for value in forward.outvars] == [stream, *[(2, *stream)] * 3]
+
+
+def test_gradients_of_the_gate_are_computed_once_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, x = GatedMLP(CONFIG), jax.random.normal(jax.random.key(1), (2, SEQ_LEN, CONFIG.d_model))
+    params = mlp.init(jax.random.key(0), x)
+    gradient = lambda: jax.grad(lambda params, x: jnp.sum(jnp.sin(mlp.apply(params, x))), (0, 1))
+    elsewhere = gradient()(params, x)
+    assert "optimization_barrier" not in str(jax.make_jaxpr(gradient())(params, x))
+    monkeypatch.setattr(target, "platform", lambda: "tpu")
+    assert oracle.relative_error(gradient()(params, x), elsewhere) < 1e-6
+    assert "optimization_barrier" in str(jax.make_jaxpr(gradient())(params, x))
 
 
 def test_parameter_tree_is_the_same_under_every_schedule() -> None:
