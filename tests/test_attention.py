@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import types
 from typing import Any
 
@@ -326,6 +327,12 @@ def test_cudnn_wrapper_fits_the_library(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_splash_lowers_for_tpu(spec: Spec, dtype: str) -> None:
     assert lower(spec, dtype, "tpu", "splash").count("tpu_custom_call") == 3  # forward, dq, dk and dv
+
+
+@pytest.mark.parametrize(("length", "dtype", "block"), [(2047, "bfloat16", 512), (2048, "bfloat16", 1024)])
+def test_blocks_of_splash_are_wider_in_long_rows(length: int, dtype: str, block: int) -> None:
+    text = lower(Spec(length, groups=1, heads=1, state_dim=96, head_dim=96), dtype, "tpu", "splash")
+    assert set(re.findall(r"block_q\\+22: (\d+)", text)) == {str(block)}
 
 
 def test_splash_numbers_in_interpret_mode() -> None:
