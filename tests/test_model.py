@@ -161,18 +161,6 @@ def test_what_is_kept_is_not_computed_again(kernel: str) -> None:
     assert loops("none") == loops("dots") < loops("full")
 
 
-def test_no_copy_of_the_parameters_is_kept_for_the_backward_pass() -> None:
-    """With "full" the loop over periods leaves the stream before each layer, and the stack of parameters as it is."""
-    model = tm.TransMamba(dataclasses.replace(CONFIG, num_layers=6, remat="full"))
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens_of())
-    gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(model.apply(params, tokens_of()))))(params)
-    forward = next(
-        equation for equation in gradient.eqns if equation.primitive.name == "scan" and not equation.params["reverse"]
-    )
-    stream = (*tokens_of().shape, CONFIG.d_model)
-    assert [value.aval.shape for value in forward.outvars] == [stream, *[(2, *stream)] * 3]
-
-
 def test_gradients_of_the_gate_are_computed_once_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp, x = GatedMLP(CONFIG), jax.random.normal(jax.random.key(1), (2, SEQ_LEN, CONFIG.d_model))
     params = mlp.init(jax.random.key(0), x)

@@ -239,7 +239,8 @@ class Mixer(nn.Module):
             raise ValueError("cache must hold the keys and values of the tokens before; it was made without room")
         else:
             y = parallel.attend_cached(q, cache.keys, cache.values, positions[0])
-        return self._attention_norm(y), cache
+        y = y.reshape(*y.shape[:2], -1)
+        return self.norm(y) if self.config.attention_norm else y, cache
 
     def _sliced(
         self, x: Hidden, q: QueryKey, k: QueryKey, v: Value, point: int, segment_ids: SegmentIds | None
@@ -292,13 +293,8 @@ class Mixer(nn.Module):
         if self.config.rotary == "attention":
             q, k = self._rotate(q, k)
         y = parallel.attend(q, k, v, segment_ids)
-        return self._attention_norm(y)
-
-    def _attention_norm(self, y: Value) -> Float[Array, "B T HP"]:
-        if self.config.attention_norm:
-            # By head, as attention leaves it: an axis for each group costs nothing here.
-            y = self.norm(y.reshape(*y.shape[:2], self.config.num_groups, -1), grouped=True)
-        return y.reshape(*y.shape[:2], -1)
+        y = y.reshape(*y.shape[:2], -1)
+        return self.norm(y) if self.config.attention_norm else y
 
     def _scan(
         self,
@@ -340,7 +336,7 @@ class Mixer(nn.Module):
         return self.skip.astype(jnp.float32) if self.config.skip else None
 
     def _gate(self, x: Hidden, y: Value) -> Float[Array, "B T HP"]:
-        return self.norm(y.reshape(*y.shape[:2], -1) * nn.silu(over_tokens(self.z, x)))
+        return self.norm(y.reshape(*y.shape[:2], -1) * nn.silu(over_tokens(self.z, x)), flat=True)
 
 
 def _tokens(array: Float[Array, "B T H P"], which: slice) -> Float[Array, "B _ H P"]:
