@@ -1,0 +1,106 @@
+"""Instructions of the Pallas kernels on TPUs, without one: `python -m benchmarks.kernel_cycles`.
+
+A compiled program has an estimate of cycles for every operation but its kernels. Those are counted here in the
+compiler's final schedules: a core starts one VLIW instruction a cycle, if it waits for nothing. Prints, and keeps in
+benchmarks/results/kernel_cycles.json, the cycles of each kernel of the paper's models (16 heads, N = P = 96, bfloat16,
+two rows of 8192 tokens) and their share of the matrix units' peak, FLOPs counted once and unpadded. `paper_compile`
+takes the kernels' time from there.
+
+- ssd: all instructions of a kernel, as often as there are chunks; those outside the loop over the chunks of a grid cell
+  are counted too often.
+- splash: those between the first and the last product of a cell, as often as a block of pairs is not masked away; what
+  surrounds them and cells without work are not counted. So SSM layers are made slower, attention faster than they are.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks import timing, tpu_compile
+from pallas_kernels.ssd import ssd, ssd_state
+from transmamba_jax import attention
+from transmamba_jax.training import compile_only
+
+RESULTS = Path(__file__).parent / "results" / "kernel_cycles.json"
+ROWS, LENGTH, HEADS, WIDTH = 2, 8192, 16, 96
+
+
+def gradients(x: Any, dt: Any, a: Any, k: Any, q: Any) -> Any:
+    """Run every kernel forwards and backwards: attention, SSM and the state alone."""
+
+    def forward(x: Any, dt: Any, k: Any, q: Any) -> Any:
+        attended = attention.causal_attention(q, k, x, implementation="splash")
+        scanned, _ = ssd(x, dt, a, k, q, implementation="pallas_tpu")
+        return attended, scanned, ssd_state(x, dt, a, k, implementation="pallas_tpu")
+
+    results, backward = jax.vjp(forward, x, dt, k, q)
+    return backward(results)
+
+
+def count(chip: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Compile for a chip and count: kernel -> cycles, FLOPs and what they are of the peak. LIBTPU_INIT_ARGS dumps."""
+    device = tpu_compile.CHIPS[chip].device
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+    wide, narrow = (ROWS, LENGTH, HEADS, WIDTH), (ROWS, LENGTH, HEADS)
+    half, full = jnp.bfloat16, jnp.float32
+    operands = array(wide, half), array(narrow, full), array((HEADS,), full), array(wide, half), array(wide, half)
+    text = jax.jit(gradients).lower(*operands).compile().as_text()
+    found = {}
+    for name, (_, flops, _) in sorted(compile_only.read_program(text).kernels.items()):
+        (schedule,) = folder.glob(f"*-{name}.*-final_hlo-static-per-bundle-utilization.txt")
+        (program,) = folder.glob(f"*-{name}.*-post-delay-converter.txt")
+        block = int(re.search(r"block_q\W+(\d+)", text)[1])  # type: ignore[index]
+        cycles = _cycles(schedule, program, LENGTH // block if name.startswith("splash") else None)
+        share = flops / cycles / compile_only.CHIPS[device.device_kind].matrix
+        found[re.sub(r"^(transpose_)?(jvp_)?|_+$", "", name)] = {"cycles": cycles, "flops": flops, "of_peak": share}
+    return found
+
+
+def _cycles(schedule: Path, program: Path, blocks: int | None) -> float:
+    """Count from the slots that every instruction uses, the matrix units' first, and from the program's loops."""
+    _, _, lines = schedule.read_text().partition("== UTILIZATION:\n")
+    products = [int(line.split()[0]) > 0 for line in lines.splitlines()]
+    grid, *inner = map(int, re.findall(r"loop: start=0, step=1, limit=(\d+)", program.read_text()))
+    cells = grid - 2  # of one core; two more turns fill and drain the pipeline
+    if blocks is None:
+        return len(products) * cells * max(inner, default=1)
+    span = len(products) - products[::-1].index(True) - products.index(True)
+    return span * cells * (blocks + 1) / 2 / blocks
+
+
+def main() -> None:
+    """Count, one process a chip, print and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", nargs=2, metavar=("CHIP", "FOLDER"), help="one chip, dumped into a folder")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(count(args.one[0], Path(args.one[1]))))
+        return
+    kept: dict[str, Any] = {"heading": timing.heading("jax", "libtpu"), "kernels": {}}
+    for chip in tpu_compile.CHIPS:
+        with tempfile.TemporaryDirectory() as folder:
+            dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+            command = [sys.executable, "-m", "benchmarks.kernel_cycles", "--one", chip, folder]
+            environment = {**os.environ, "LIBTPU_INIT_ARGS": dump}
+            result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        found = kept["kernels"][chip] = json.loads(result.stdout.splitlines()[-1])
+        for name, row in found.items():
+            each = f"{row['cycles'] / ROWS / LENGTH / HEADS:>6.1f} cycles a token and head"
+            print(f"{chip} {name:<28} {each}, {row['of_peak']:.2f} of the peak", flush=True)
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    main()
