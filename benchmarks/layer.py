@@ -8,8 +8,8 @@ Prints ratios, forward and forward + backward, float32, batch 1:
      converter over P, SSM over T - P, output projection of T;
   3. the mixer averaged over the TransPoints of schedule V9 over the mixer at P = T;
   4. compilation of the gradient of a 16-layer model over that of an 8-layer one, in seconds of CPU time (other work on
-     the machine does not count): under V9, of which 8 layers are one period and need no loop over periods, and under
-     four TransPoints, of which they are two.
+     the machine does not count): under four TransPoints, and under V9, of which 8 layers are one period and need no
+     loop over periods; what is kept for the backward pass passes through that loop, so for every choice of remat.
 """
 
 import argparse
@@ -80,9 +80,9 @@ def parts(params: Any, x: jax.Array, point: int) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def compile_seconds(num_layers: int, seq_len: int, points: schedule.Schedule) -> float:
+def compile_seconds(num_layers: int, seq_len: int, points: schedule.Schedule, remat: Any = "none") -> float:
     """CPU time to trace, lower and compile the gradient of a model."""
-    model = tm.TransMamba(ModelConfig(num_layers=num_layers, transpoints=points, dtype="float32"))
+    model = tm.TransMamba(ModelConfig(num_layers=num_layers, transpoints=points, dtype="float32", remat=remat))
     tokens = jnp.zeros((1, seq_len), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     start = time.process_time()
@@ -130,10 +130,11 @@ def main() -> None:
     if options.only != "cost":
         compile_seconds(1, 16, (16,))  # what a process does once
         length = 256
-        for name, points in (("V9", schedule.v9(length)), ("four", schedule.log_spaced(length, period=4))):
-            shallow, deep = (compile_seconds(num_layers, length, points) for num_layers in (8, 16))
+        four, v9 = schedule.log_spaced(length, period=4), schedule.v9(length)
+        for name, points, remat in (("four", four, "none"), *(("V9", v9, remat) for remat in ("none", "dots", "full"))):
+            shallow, deep = (compile_seconds(num_layers, length, points, remat) for num_layers in (8, 16))
             ratio = f"{deep / shallow:.2f} ({deep:.1f} / {shallow:.1f} s of CPU time)"
-            print(f"compilation, 16 layers / 8 layers, {name}: {ratio}", flush=True)
+            print(f"compilation, 16 layers / 8 layers, {name}, remat {remat}: {ratio}", flush=True)
 
 
 if __name__ == "__main__":
