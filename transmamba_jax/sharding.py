@@ -74,7 +74,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     types = (AxisType.Auto,) * len(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types, devices=devices)
+        # jax.make_mesh splits no axis of a three-dimensional torus, as two devices of v5p:8x8x8 for a row need it.
+        grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+        return Mesh(grid, tuple(shape), axis_types=types)
     outer = dict.fromkeys(shape, 1)
     for axis in ("data", "fsdp"):
         outer[axis] = math.gcd(shape[axis], slices // math.prod(outer.values()))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from transmamba_jax import sharding
+from transmamba_jax.config import MeshConfig
 from transmamba_jax.training.compile_only import EXIT_DOES_NOT_FIT, read_program, topology_devices
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +73,12 @@ def test_simulated_devices() -> None:
 def test_an_unknown_topology_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="--topology"):
         topology_devices(name)
+
+
+def test_a_mesh_may_split_an_axis_of_the_torus() -> None:
+    """Two devices a row on 4 x 4 x 4: an axis of four is cut in two."""
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1, context=2), topology_devices("v5p:4x4x4"))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": mesh.size // 2, "context": 2, "tensor": 1}
 
 
 def test_a_program_counts_its_loops_as_often_as_they_run() -> None:
