@@ -121,7 +121,7 @@ def by_instructions(row: Row) -> float:
     for kernel, (_, flops, size) in row["kernels"].items():
         seconds -= max(flops / chip.peak, size / chip.bandwidth)
         seconds += max(flops / chip.peak / counted[kernel]["of_peak"], size / chip.bandwidth)
-    return seconds
+    return max(seconds, row["bounds_seconds"]["links"])
 
 
 def table(rows: dict[tuple[str, int, str, str], Row]) -> Iterator[str]:

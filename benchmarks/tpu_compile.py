@@ -40,6 +40,7 @@ from benchmarks import timing, tpu_program
 from pallas_kernels import target
 from pallas_kernels.ssd import ssd
 from pallas_kernels.ssd.block_sizes import CHUNK, LANES, choose_chunk
+from transmamba_jax.training import compile_only, metrics
 
 PASSES = ("forward", "forward+backward")
 SHAPES = ((2, 8192, 16, 96, 96), (8, 8192, 16, 64, 64), (1, 32768, 16, 64, 128), (1, 131072, 16, 96, 96))
@@ -66,9 +67,12 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip("v5e:2x2", 197e12, 0.819e12, 128),
-    "v5p": Chip("v5p:2x2x1", 459e12, 2.765e12, 128),
-    "v6e": Chip("v6e:2x2", 918e12, 1.640e12, 256),
+    name: Chip(topology, metrics.PEAK_FLOPS[kind], compile_only.CHIPS[kind].bandwidth, edge)
+    for name, topology, kind, edge in (
+        ("v5e", "v5e:2x2", "TPU v5 lite", 128),
+        ("v5p", "v5p:2x2x1", "TPU v5", 128),
+        ("v6e", "v6e:2x2", "TPU v6 lite", 256),
+    )
 }
 
 Shape = tuple[int, int, int, int, int]

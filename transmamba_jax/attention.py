@@ -292,7 +292,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 _CUDNN_HEAD_DIM = 128  # 256 on Hopper and later; 128 holds everywhere
 _SPLASH_VALUE_WIDTH = 512  # its accumulators and double-buffered blocks stay within the 16 MiB of VMEM
 _SPLASH_LANES = 128
-_SPLASH_BLOCK = 1024  # block edge of long rows and narrow heads in bfloat16; others do not fit VMEM or need as long
+_SPLASH_BLOCK = 1024  # block edge of long rows and narrow heads in bfloat16; for others it was not tried
 
 
 def _pack(q: Array, k: Array, v: Array, limit: int) -> tuple[Array, Array, Array]:
@@ -324,8 +324,8 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: floa
 
     It takes any head dims, of q and k and of v apart, and lengths that are multiples of its blocks, which are multiples
     of 128. Verified: its numbers and gradients in interpret mode, that it compiles for a TPU, and the choice of blocks
-    by the compiler's count of instructions: edges of 1024 need 0.84 of those of 512 on v5e at 8192 tokens (0.77 on
-    v6e, 0.80 on v5p; N = P = 96) and as many at 2048. Not verified: speed.
+    by the compiler's count of instructions (`benchmarks/kernel_cycles.py`): at 8192 tokens, N = P = 96, twice forwards
+    and once backwards, edges of 1024 need 0.81 of those of 512 on v5e, 0.80 on v5p, 0.76 on v6e. Not verified: speed.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
