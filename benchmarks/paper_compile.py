@@ -11,9 +11,9 @@ to benchmarks/results/paper_compile.jsonl; rows that are there are not compiled 
 - utilisation: model FLOPs at the chip's peak over predicted. Bound: over the largest of the times for FLOPs, memory,
   links.
 
-A step is 8,388,608 tokens, as in the paper. TransMamba's TransPoints at 32768 tokens are V9's, scaled. Compiling a row
-takes minutes of CPU time, most of it machine code for products: those of eight different layers where the schedule
-has eight TransPoints.
+A step is 8,388,608 tokens, as in the paper, or a row for every device where those are more. TransMamba's TransPoints at
+32768 tokens are V9's, scaled. Compiling a row takes minutes of CPU time, most of it machine code for products: those of
+eight different layers where the schedule has eight TransPoints.
 """
 
 import argparse
@@ -46,17 +46,15 @@ Row = dict[str, Any]
 
 
 def overrides(model: str, length: int, topology: str) -> list[str]:
-    """Return what differs from the config file: the length, its schedule, and the mesh that then fits."""
+    """Return what differs from the config file: the length, its schedule, and the rows of a step."""
     points = {
         "transformer": schedule.transformer(length),
         "mamba2": schedule.mamba2(),
         "hybrid": schedule.hybrid(length),
         "transmamba": schedule.v9(length),
     }[model]
-    rows = TOKENS // length
-    # Two devices share a row where there are more devices than rows.
-    context = max(1, len(compile_only.topology_devices(topology)) // rows)
-    options = ["--data.seq-len", str(length), "--data.batch-size", str(rows), "--mesh.context", str(context)]
+    rows = max(TOKENS // length, len(compile_only.topology_devices(topology)))
+    options = ["--data.seq-len", str(length), "--data.batch-size", str(rows)]
     return [*options, "--model.transpoints", *map(str, points)]
 
 

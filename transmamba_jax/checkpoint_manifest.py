@@ -23,6 +23,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ FILE = "manifest.json"
 
 _DIGESTED_BYTES = 2**20
 _ROW = 2**8  # words of a row that the host multiplies with its weights, at least
-_BLOCK = 2**14  # words that it multiplies at one time, about: their 64-bit copy stays in the cache
-_SLAB = 2**22  # words of an array that it treats as one
+_BLOCK = 2**16  # words that it multiplies at one time, about: their 64-bit copy stays in the cache
+_SLAB = 2**22  # words of an array that a thread treats as one
+_THREADS = min(4, os.cpu_count() or 1)  # numpy multiplies without the interpreter's lock
 
 Finish = Callable[[], dict[str, str]]
 _Region = tuple[np.ndarray, Sequence[int]]  # part of an array, and where it starts in the whole
@@ -134,7 +136,9 @@ def _digest_on_device(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _digest_regions(regions: Sequence[_Region]) -> int:
-    return sum(_digest_slab(*slab) for region in regions for slab in _slabs(*region)) % 2**64
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = pool.map(lambda slab: _digest_slab(*slab), (slab for region in regions for slab in _slabs(*region)))
+        return sum(parts) % 2**64
 
 
 def _slabs(data: np.ndarray, start: Sequence[int]) -> Iterator[_Region]:
