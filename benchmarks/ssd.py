@@ -5,8 +5,9 @@ Competitors that are not installed are left out: transformers' `mamba2_chunk_sca
 process and take turns; every one is compared with the float64 recurrence before it is timed. A time is the fastest
 call. Peak memory is the growth of the resident set during one call, in a process of its own.
 
-JAX takes a CPU for one device, and XLA runs what is inside a loop on one core of it. `--devices 2` makes it two and
-adds a contender that splits the heads over them with `jax.shard_map`, as `mesh.tensor` does; the rest stays on one.
+JAX takes a CPU for one device, and XLA runs what is inside a loop on one core of it. Here every core is a device
+(of 8 at most, `--devices`), and one contender splits the heads over them with `jax.shard_map`, as `mesh.tensor` does;
+the rest stays on one, where whole products still use all cores.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -260,7 +262,8 @@ def main() -> None:
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contender and shape")
     parser.add_argument("--seconds", type=float, default=20.0, help="at most about this long for a shape and pass")
-    parser.add_argument("--devices", type=int, default=1, help="devices that JAX makes of this CPU")
+    devices = max(count for count in (1, 2, 4, HEADS) if count <= (os.cpu_count() or 1))
+    parser.add_argument("--devices", type=int, default=devices, help="devices that JAX makes of this CPU")
     parser.add_argument("--no-peers", action="store_true", help="our implementations only")
     parser.add_argument("--no-memory", action="store_true", help="skip peak memory")
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
