@@ -26,6 +26,7 @@ from transmamba_jax import checkpoint, config_file, sharding
 from transmamba_jax import checkpoint_manifest as manifests
 from transmamba_jax.config import CheckpointConfig, Config
 from transmamba_jax.model import TransMamba
+from transmamba_jax.training import metrics
 from transmamba_jax.training.step import abstract_state
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +107,7 @@ def main() -> None:
     more = statistics.median(row[1] / row[3] for row in rows)
     thread = statistics.median(row[0] / row[2] for row in rows)
     print(f"digests alone over the save {alone:.3f}; save with over without {more:.3f}; training thread {thread:.3f}")
+    print(f"peak memory of the process {metrics.peak_memory_bytes() / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ to benchmarks/results/paper_compile.jsonl; rows that are there are not compiled 
 A step is 8,388,608 tokens, as in the paper, or a row for every device where those are more. TransMamba's TransPoints at
 32768 tokens are V9's, scaled. Compiling a row takes minutes of CPU time, most of it machine code for products: those of
 eight different layers where the schedule has eight TransPoints.
+
+`--one transformer 400m 32768 v5p:8x8x8 1 --options --model.remat dots` compiles one row with other options of train.py,
+prints its seconds by instructions and the row, and keeps nothing.
 """
 
 import argparse
@@ -23,7 +26,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +61,12 @@ def overrides(model: str, length: int, topology: str) -> list[str]:
     return [*options, "--model.transpoints", *map(str, points)]
 
 
-def compile_row(model: str, size: str, length: int, topology: str, accumulation: int) -> Row | None:
-    """Compile one step; None where it does not fit."""
+def compile_row(
+    model: str, size: str, length: int, topology: str, accumulation: int, others: Sequence[str] = ()
+) -> Row | None:
+    """Compile one step, with other options of train.py where given; None where it does not fit."""
     path = ROOT / "configs" / "paper" / f"{model}-{size}.yaml"
-    options = [*overrides(model, length, topology), "--train.accumulation", str(accumulation)]
+    options = [*overrides(model, length, topology), "--train.accumulation", str(accumulation), *others]
     config = config_file.load_config(path, overrides=options)
     try:
         compiled, mesh = compile_only.compile_step(config, topology)
@@ -152,10 +157,14 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="*", type=int, choices=LENGTHS, default=LENGTHS)
     parser.add_argument("--chips", nargs="*", choices=TOPOLOGIES, default=tuple(TOPOLOGIES))
     parser.add_argument("--one", nargs=5, metavar=("MODEL", "SIZE", "T", "TOPOLOGY", "ACCUMULATION"), help="one row")
+    parser.add_argument("--options", nargs=argparse.REMAINDER, default=(), help="of train.py, for --one; the last")
     args = parser.parse_args()
     if args.one:
         model, size, length, topology, accumulation = args.one
-        print(json.dumps(compile_row(model, size, int(length), topology, int(accumulation))))
+        row = compile_row(model, size, int(length), topology, int(accumulation), args.options)
+        if row is not None:
+            print(f"{by_instructions(row):.3f} s by instructions, {row['predicted_seconds']:.3f} s at the peak")
+        print(json.dumps(row))
         return
     names = [
         (size, length, TOPOLOGIES[chip], model)
