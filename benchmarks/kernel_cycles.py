@@ -6,8 +6,8 @@ benchmarks/results/kernel_cycles.json, the cycles of each kernel of the paper's 
 two rows of 8192 tokens) and their share of the matrix units' peak, FLOPs counted once and unpadded. `paper_compile`
 takes the kernels' time from there.
 
-- ssd: all instructions of a kernel, as often as there are chunks; those outside the loop over the chunks of a grid cell
-  are counted too often.
+- ssd, causal_conv: all instructions of a kernel, as often as there are chunks (strips); those outside the loop over the
+  chunks of a grid cell are counted too often. The convolution's are for 16 x 96 channels.
 - splash: those between the first and the last product of a cell, as often as a block of pairs is not masked away; what
   surrounds them and cells without work are not counted. So SSM layers are made slower, attention faster than they are.
   "With every cell" adds those before the first product, which cells without work run too: few large blocks need fewer.
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import timing, tpu_compile
+from pallas_kernels.causal_conv1d.pallas_tpu import causal_conv1d
 from pallas_kernels.ssd import ssd, ssd_state
 from transmamba_jax import attention
 from transmamba_jax.training import compile_only
@@ -39,12 +40,15 @@ ROWS, LENGTH, HEADS, WIDTH = 2, 8192, 16, 96
 
 
 def gradients(x: Any, dt: Any, a: Any, k: Any, q: Any) -> Any:
-    """Run every kernel forwards and backwards: attention, SSM and the state alone."""
+    """Run every kernel forwards and backwards: attention, SSM, the state alone, the convolution."""
 
     def forward(x: Any, dt: Any, k: Any, q: Any) -> Any:
+        channels = HEADS * WIDTH
+        taps = jnp.ones((4, channels), jnp.float32)
+        convolved = causal_conv1d(x.reshape(*x.shape[:2], channels), taps, taps[0], silu=True)
         attended = attention.causal_attention(q, k, x, implementation="splash")
         scanned, _ = ssd(x, dt, a, k, q, implementation="pallas_tpu")
-        return attended, scanned, ssd_state(x, dt, a, k, implementation="pallas_tpu")
+        return attended, scanned, ssd_state(x, dt, a, k, implementation="pallas_tpu"), convolved
 
     results, backward = jax.vjp(forward, x, dt, k, q)
     return backward(results)

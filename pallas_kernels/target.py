@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.interpreters import batching, mlir
 
+from pallas_kernels import varying
+
 
 def mesh_device() -> jax.sharding.AbstractDevice | None:
     """Return the kind of device that the mesh of `jax.set_mesh` is made of; None: no mesh is set, or of no kind."""
@@ -26,10 +28,19 @@ def device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
+def unpartitioned() -> bool:
+    """Say whether the compiler leaves what is traced now on one device: there is one, or this is in `jax.shard_map`.
+
+    A compiler cannot partition a kernel.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = jax.device_count() if mesh.empty else mesh.size
+    return devices == 1 or (not mesh.empty and mesh.are_all_axes_manual)
+
+
 def _interpreted(like: jax.Array) -> bool:
     """Say whether Pallas kernels that are traced now are interpreted: `force_tpu_interpret_mode()` and the like."""
-    result = jax.ShapeDtypeStruct((1,), jnp.float32, manual_axis_type=jax.typeof(like).manual_axis_type)
-    call = pl.pallas_call(lambda _: None, out_shape=result)
+    call = pl.pallas_call(lambda _: None, out_shape=varying.result_like(like, (1,), jnp.float32))
     (equation,) = jax.make_jaxpr(call)().eqns
     return bool(equation.params["interpret"])
 

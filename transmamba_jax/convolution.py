@@ -1,4 +1,4 @@
-"""Causal depthwise convolution along the sequence."""
+"""Causal depthwise convolution along the sequence, and SiLU: plain JAX, on TPUs kernels."""
 
 from typing import Any
 
@@ -7,10 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import target
-from transmamba_jax.shapes import SegmentIds
+from pallas_kernels.causal_conv1d import pallas_tpu
+from transmamba_jax.shapes import SegmentIds, known
 
 _BLOCK = 64
 """Tokens of one block of the backward pass on a CPU: 32 to 128 take the same time, 8 and 1024 longer."""
+
+_LEAST = 256
+"""Tokens from which on the TPU kernels serve: a strip of theirs. Decoding has one."""
 
 
 def causal_conv(
@@ -19,8 +23,9 @@ def causal_conv(
     bias: Float[Array, "C"],
     segment_ids: SegmentIds | None = None,
     history: Float[Array, "B J C"] | None = None,
+    silu: bool = False,
 ) -> Float[Array, "B T C"]:
-    """Mix each channel with its own K - 1 previous values.
+    """Mix each channel with its own K - 1 previous values, and apply SiLU if asked.
 
         y_t = bias + Σ_{k=0..K-1} kernel_k · x_{t-(K-1)+k}
 
@@ -34,6 +39,7 @@ def causal_conv(
         history: the J = K - 1 inputs before the first token, so that one pass over a sequence equals two passes over
             its halves, the second with the last K - 1 inputs of the first as history. It carries no ids: with
             `segment_ids` it is taken to belong to the document of the row's first token; zero what does not.
+        silu: return SiLU(y).
 
     Returns:
         [B, T, C] in the dtype of `x`. Products and sums are float32: in bfloat16 they have twice the error and take
@@ -44,11 +50,36 @@ def causal_conv(
     """
     _check(x, kernel, bias, segment_ids, history)
     reach = kernel.shape[0] - 1
+    readable = None if segment_ids is None else _readable(segment_ids, reach)
+    if _kernels_serve(x, kernel):
+        return _convolve_by_kernels(x, kernel, bias, readable, history, silu)
     if history is None:
         padded = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))
     else:
         padded = jnp.concatenate([history.astype(x.dtype), x], axis=1)
-    return _convolve(padded, kernel, bias, None if segment_ids is None else _readable(segment_ids, reach))
+    y = _convolve(padded, kernel, bias, readable)
+    return jax.nn.silu(y) if silu else y
+
+
+def _kernels_serve(x: Array, kernel: Array) -> bool:
+    if target.platform() != "tpu" or not target.unpartitioned() or not known(*x.shape):
+        return False
+    return x.shape[1] >= _LEAST and pallas_tpu.refusal(x, kernel) is None
+
+
+def _convolve_by_kernels(
+    x: Array, kernel: Array, bias: Array, readable: tuple[Array, ...] | None, history: Array | None, silu: bool
+) -> Array:
+    """Give history to the kernels as tokens of the row, and drop what comes out for them."""
+    reach = kernel.shape[0] - 1
+    bits = None
+    if readable is not None:
+        bits = sum((mask.astype(jnp.int32) << (reach - tap) for tap, mask in enumerate(readable)), jnp.int32(0))
+    if history is None:
+        return pallas_tpu.causal_conv1d(x, kernel, bias, bits, silu)
+    x = jnp.concatenate([history.astype(x.dtype), x], axis=1)
+    bits = None if bits is None else jnp.pad(bits, ((0, 0), (reach, 0)))
+    return pallas_tpu.causal_conv1d(x, kernel, bias, bits, silu)[:, reach:]
 
 
 def _readable(segment_ids: SegmentIds, reach: int) -> tuple[Bool[Array, "B T"], ...]:

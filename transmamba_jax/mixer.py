@@ -95,8 +95,8 @@ class ShortConv(nn.Module):
         else:
             bias = jnp.zeros(x.shape[-1], self.param_dtype)
         if history is None:
-            return nn.silu(parallel.convolve(x, kernel, bias, segment_ids))
-        return nn.silu(causal_conv(x, kernel, bias, segment_ids, history))
+            return parallel.convolve(x, kernel, bias, segment_ids, silu=True)
+        return causal_conv(x, kernel, bias, segment_ids, history, silu=True)
 
 
 class Mixer(nn.Module):

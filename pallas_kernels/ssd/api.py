@@ -107,18 +107,12 @@ def ssd_state(
 
 
 def _automatic(x: jax.Array, b: jax.Array) -> str:
-    """Name the implementation that runs best, of those that can serve the call, on the hardware that this is for.
-
-    A compiler cannot partition a kernel: on several devices "pallas_tpu" is chosen inside `jax.shard_map` only.
-    """
+    """Name the implementation that runs best, of those that can serve the call, on the hardware that this is for."""
     backend = target.platform()
     if backend == "cpu":
         return "sequential"
-    if backend == "tpu" and pallas_tpu.refusal(x, b) is None:
-        mesh = jax.sharding.get_abstract_mesh()
-        devices = jax.device_count() if mesh.empty else mesh.size
-        if devices == 1 or (not mesh.empty and mesh.are_all_axes_manual):
-            return "pallas_tpu"
+    if backend == "tpu" and target.unpartitioned() and pallas_tpu.refusal(x, b) is None:
+        return "pallas_tpu"
     return "associative"
 
 

@@ -8,25 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.varying import vary_alike
+
 Gradients = dict[str, jax.Array]
 
 
 NAME = "ssd"
 """What a forward pass leaves for the backward one has this name, for the policies of `jax.checkpoint` that keep it."""
-
-
-def vary_alike(*values: jax.Array) -> tuple[jax.Array, ...]:
-    """Make all values vary over the mesh axes of any, inside `jax.shard_map`; elsewhere change nothing.
-
-    A kernel's operands and results vary over the same axes; the gradient of what did not is summed on the way back.
-    """
-    axes = frozenset().union(*(jax.typeof(value).manual_axis_type.varying for value in values))
-
-    def vary(value: jax.Array) -> jax.Array:
-        missing = tuple(sorted(axes - jax.typeof(value).manual_axis_type.varying))
-        return jax.lax.pcast(value, missing, to="varying") if missing else value
-
-    return tuple(vary(value) for value in values)
 
 
 def _differentiable_scan(run: Callable[..., Any], gradients: Callable[..., Gradients]) -> Callable[..., Any]:

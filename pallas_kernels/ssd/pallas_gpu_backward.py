@@ -23,9 +23,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssd import pallas_gpu_tiles as gpu
 from pallas_kernels.ssd.block_sizes import squares_of
-from pallas_kernels.ssd.kernel_vjp import vary_alike
 from pallas_kernels.ssd.pallas_gpu_forward import stream
 from pallas_kernels.ssd.pallas_gpu_tiles import CHUNK, ROWS, Cell, Decays, Tiles
+from pallas_kernels.varying import vary_alike
 
 VECTORS = ("dt", "writes", "spans", "reads", "skip")
 """One scalar a token that the kernel gives: gradients of dt and of the skip, and the parts of that of l."""

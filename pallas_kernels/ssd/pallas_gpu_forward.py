@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssd import pallas_gpu_tiles as gpu
-from pallas_kernels.ssd.kernel_vjp import vary_alike
 from pallas_kernels.ssd.pallas_gpu_tiles import CHUNK, ROWS, Cell, Decays, Tiles
+from pallas_kernels.varying import vary_alike
 
 
 def _copies(cell: Cell, refs: dict[str, Any], scratch: dict[str, Any], chunk: Any, slot: Any) -> list[tuple[Any, Any]]:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import varying
 from pallas_kernels.ssd.pallas_tpu_forward import next_state
 from pallas_kernels.ssd.pallas_tpu_tiles import (
     Chunk,
@@ -30,7 +31,6 @@ from pallas_kernels.ssd.pallas_tpu_tiles import (
     dot,
     piece,
     products,
-    result,
     sums_before,
     sums_since,
 )
@@ -254,19 +254,19 @@ def _results(
     """Shapes and blocks of the gradients by name, in the order of `_Refs`."""
     if tiles.cells_per_group > 1:
         partial = (tiles.batch, tiles.grid[1], tiles.length, tiles.state_dim)
-        of_group = (result(x, partial, jnp.float32), tiles.partial_spec())
+        of_group = (varying.result_like(x, partial, jnp.float32), tiles.partial_spec())
     else:
-        of_group = (result(x, b.shape, b.dtype), tiles.token_spec(tiles.by_group, reverse=True))
-    of_skip = (result(x, tiles.state_shape(tiles.batch, rows=1), jnp.float32), tiles.state_spec(rows=1))
-    of_rows = (result(x, dt.shape, jnp.float32), tiles.row_spec(reverse=True))
+        of_group = (varying.result_like(x, b.shape, b.dtype), tiles.token_spec(tiles.by_group, reverse=True))
+    of_skip = (varying.result_like(x, tiles.state_shape(tiles.batch, rows=1), jnp.float32), tiles.state_spec(rows=1))
+    of_rows = (varying.result_like(x, dt.shape, jnp.float32), tiles.row_spec(reverse=True))
     outs = {
-        "x": (result(x, x.shape, x.dtype), tiles.token_spec(tiles.by_head, reverse=True)),
+        "x": (varying.result_like(x, x.shape, x.dtype), tiles.token_spec(tiles.by_head, reverse=True)),
         "dt": of_rows,
         "log_decay": of_rows,
         "b": of_group,
     }
     outs |= {"c": of_group, "skip": of_skip} if outputs else {}
-    return outs | {"h": (result(x, dfinal.shape, jnp.float32), tiles.state_spec())}
+    return outs | {"h": (varying.result_like(x, dfinal.shape, jnp.float32), tiles.state_spec())}
 
 
 def backward(

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ssd.pallas_tpu_tiles import Chunk, Decays, Tiles, dot, piece, products, result
+from pallas_kernels import varying
+from pallas_kernels.ssd.pallas_tpu_tiles import Chunk, Decays, Tiles, dot, piece, products
 
 
 def next_state(h: jax.Array, x: jax.Array, b: jax.Array, decays: Decays, head: int) -> jax.Array:
@@ -102,9 +103,9 @@ def forward(
     row_spec, state_spec = tiles.row_spec(), tiles.state_spec()
     in_specs = [x_spec, row_spec, row_spec, b_spec, *((b_spec, tiles.skip_spec()) if outputs else ()), state_spec]
 
-    final = result(x, tiles.state_shape(tiles.batch), jnp.float32)
-    kept = result(x, tiles.state_shape(tiles.batch, tiles.grid[2]), jnp.float32)
-    out_shape = [*([result(x, x.shape, x.dtype)] if outputs else []), final, *([kept] if keep else [])]
+    final = varying.result_like(x, tiles.state_shape(tiles.batch), jnp.float32)
+    kept = varying.result_like(x, tiles.state_shape(tiles.batch, tiles.grid[2]), jnp.float32)
+    out_shape = [*([varying.result_like(x, x.shape, x.dtype)] if outputs else []), final, *([kept] if keep else [])]
     out_specs = [*([x_spec] if outputs else []), state_spec, *([tiles.kept_spec()] if keep else [])]
     moved = sum(value.size * value.dtype.itemsize for value in (*operands, *out_shape))
     chunk_pairs = tiles.batch * tiles.padded_length * tiles.num_heads * tiles.blocks.chunk

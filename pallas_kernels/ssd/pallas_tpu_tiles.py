@@ -178,11 +178,6 @@ class Tiles:
         return (*lead, self.grid[1], rows, self.by_head.block)
 
 
-def result(like: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
-    """Type of a kernel's result, varying over the mesh axes as the operand `like`."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
-
-
 def dot(left: jax.Array, right: jax.Array, dtype: jnp.dtype, left_axis: int = 1, right_axis: int = 0) -> jax.Array:
     """Multiply two matrices over the given axes: in bfloat16 in one pass, in float32 exactly, sums in float32."""
     precision = HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT

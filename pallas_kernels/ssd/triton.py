@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import target
 from pallas_kernels.ssd import kernel_vjp, triton_blocks
-from pallas_kernels.ssd.kernel_vjp import vary_alike
+from pallas_kernels.varying import vary_alike
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
 _MAX_DIM = 256
