@@ -123,8 +123,17 @@ def by_instructions(row: Row) -> float:
     seconds = row["predicted_seconds"]
     for kernel, (_, flops, size) in row["kernels"].items():
         seconds -= max(flops / chip.peak, size / chip.bandwidth)
-        seconds += max(flops / chip.peak / counted[kernel]["of_peak"], size / chip.bandwidth)
+        seconds += max(flops / chip.peak / _of_peak(counted, kernel, row["length"]), size / chip.bandwidth)
     return max(seconds, row["bounds_seconds"]["links"])
+
+
+def _of_peak(counted: dict[str, dict[str, float]], kernel: str, length: int) -> float:
+    """Share of the peak that a kernel gets; `ssd_forward_from_1024` takes 1024 tokens as `ssd_state_forward` does."""
+    name, _, start = kernel.partition("_from_")
+    whole, before = counted[name], int(start or 0)
+    alone = counted[name.replace("ssd_", "ssd_state_")] if before else whole
+    flops, cycles = (before * alone[what] + (length - before) * whole[what] for what in ("flops", "cycles"))
+    return whole["of_peak"] * flops / cycles * whole["cycles"] / whole["flops"]
 
 
 def table(rows: dict[tuple[str, int, str, str], Row]) -> Iterator[str]:

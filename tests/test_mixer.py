@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from tests import oracle, precision
 from transmamba_jax import parallel
@@ -108,6 +109,22 @@ def test_equals_the_oracle(point: int, traced: bool) -> None:
     )
     expected_y, expected_grads = run_oracle(CONFIG, params, x, cotangent, point)
     assert oracle.relative_error(y, expected_y) < 2e-6
+    assert per_leaf_error(grads, expected_grads) < 1e-5
+
+
+@pytest.mark.parametrize("point", [1, 19, SEQ_LEN - 1])
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_pass_of_the_tpu_kernels_equals_the_oracle(point: int, packed: bool) -> None:
+    """They convert on the way: no token is sliced for them, and gradients of both sides meet in one array."""
+    config = dataclasses.replace(CONFIG, head_dim=8, kernel="pallas_tpu")
+    params, x, cotangent = make(config)
+    ids = np.array([[1] * 11 + [2] * 20 + [0] * 6, [3] * 19 + [4] * 18], np.int32) if packed else None
+    cotangent = cotangent if ids is None else cotangent * (ids != 0)[..., None]
+    with pltpu.force_tpu_interpret_mode():
+        y, grads = jax.jit(run, static_argnums=(0, 4))(config, params, x, cotangent, point, ids)
+    expected_y, expected_grads = run_oracle(config, params, x, cotangent, point, ids)
+    real = np.ones(x.shape[:2], bool) if ids is None else ids != 0
+    assert oracle.relative_error(np.asarray(y)[real], expected_y[real]) < 2e-6
     assert per_leaf_error(grads, expected_grads) < 1e-5
 
 

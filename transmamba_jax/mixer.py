@@ -8,11 +8,13 @@ output:  y W_o                                              arXiv 2503.24067 §3
 
 import dataclasses
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ssd import starts_in_passing
 from transmamba_jax import cache as memory
 from transmamba_jax import parallel
 from transmamba_jax.cache import LayerCache
@@ -253,6 +255,11 @@ class Mixer(nn.Module):
         before = None if segment_ids is None else segment_ids[:, :point]
         after = None if segment_ids is None else segment_ids[:, point:]
         past, rest = slice(None, point), slice(point, None)
+        if starts_in_passing(v, k, self.config.kernel):
+            (q, q_past), (k, k_past), (v, v_past) = (_with_first(array, point) for array in (q, k, v))
+            attended = self._attend(q_past, k_past, v_past, before)
+            y, _ = self._ssd(q, k, v, dt, None, segment_ids, point)
+            return jnp.concatenate([attended, self._gate(x[:, rest], y)], axis=1)
         k_past, v_past = _tokens(k, past), _tokens(v, past)
         attended = self._attend(_tokens(q, past), k_past, v_past, before)
         state = parallel.convert(
@@ -318,7 +325,20 @@ class Mixer(nn.Module):
         state: State | None,
         segment_ids: SegmentIds | None,
     ) -> tuple[Float[Array, "B T HP"], State]:
-        y, final = parallel.scan(
+        y, final = self._ssd(q, k, v, dt, state, segment_ids)
+        return self._gate(x, y), final
+
+    def _ssd(
+        self,
+        q: QueryKey,
+        k: QueryKey,
+        v: Value,
+        dt: Step,
+        state: State | None,
+        segment_ids: SegmentIds | None,
+        start: int = 0,
+    ) -> tuple[Value, State]:
+        return parallel.scan(
             v,
             dt,
             self._decay(),
@@ -329,8 +349,8 @@ class Mixer(nn.Module):
             segment_ids,
             chunk_size=self.config.chunk_size,
             implementation=self.config.kernel,
+            start=start,
         )
-        return self._gate(x, y), final
 
     def _skip(self) -> Float[Array, "H"] | None:
         return self.skip.astype(jnp.float32) if self.config.skip else None
@@ -346,6 +366,31 @@ def _tokens(array: Float[Array, "B T H P"], which: slice) -> Float[Array, "B _ H
     """
     flat = array.reshape(*array.shape[:2], -1)[:, which]
     return flat.reshape(*flat.shape[:2], *array.shape[2:])
+
+
+def _with_first(array: Float[Array, "B T H P"], count: int) -> tuple[Array, Array]:
+    """Return the array and its first tokens; on the way back, theirs is added where they lie in the gradient."""
+    whole, first = _and_first(array.reshape(*array.shape[:2], -1), count)
+    return whole.reshape(array.shape), first.reshape(*first.shape[:2], *array.shape[2:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _and_first(array: Array, count: int) -> tuple[Array, Array]:
+    return array, array[:, :count]
+
+
+def _and_first_forward(array: Array, count: int) -> tuple[tuple[Array, Array], None]:
+    return _and_first(array, count), None
+
+
+def _and_first_backward(count: int, _: None, gradients: tuple[Array, Array]) -> tuple[Array]:
+    whole, first = gradients
+    # Apart from one another, the sum is written into the array that it was read from; together, into a copy of it.
+    whole, both = jax.lax.optimization_barrier((whole, whole[:, :count] + first))
+    return (jax.lax.dynamic_update_slice(whole, both, (0, 0, 0)),)
+
+
+_and_first.defvjp(_and_first_forward, _and_first_backward)
 
 
 def _same_document(before: SegmentIds, after: SegmentIds) -> Array:

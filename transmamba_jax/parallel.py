@@ -121,13 +121,14 @@ def scan(
     *,
     chunk_size: int,
     implementation: str | None,
+    start: int = 0,
 ) -> tuple[Value, State]:
-    """Apply `ssd`. With the tokens split over devices there is no initial state.
+    """Apply `ssd`. With the tokens split over devices there is no initial state and no `start`.
 
     Raises:
         ValueError: an initial state, and tokens that are split over devices.
     """
-    run = partial(ssd, chunk_size=chunk_size, implementation=implementation)
+    run = partial(ssd, chunk_size=chunk_size, implementation=implementation, start=start)
     split = splits_time(x.shape[1])
     if split:
         if initial_state is not None:

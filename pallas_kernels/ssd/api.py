@@ -43,6 +43,7 @@ def ssd(
     segment_ids: jax.Array | None = None,
     chunk_size: int = 128,
     implementation: str | None = None,
+    start: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Run the state space model over whole rows (Mamba-2, arXiv 2405.21060, section 6; TransMamba, arXiv 2503.24067).
 
@@ -67,9 +68,11 @@ def ssd(
         implementation: one of `implementations()`; None: by the hardware of the mesh of `jax.set_mesh`, or of
             the default backend where none is set: "sequential" on a CPU, "pallas_tpu" on a TPU where it can serve the
             call (see `_automatic`), "associative" elsewhere.
+        start: first token with a y, in 0..T-1. Those before it go into the state alone, at the cost of the state alone,
+            and their c is not read. "pallas_tpu" copies nothing for it, the others slice.
 
     Returns:
-        y [B, T, H, P] in x.dtype (at padding: finite, without meaning), final state float32 [B, H, P, N].
+        y [B, T - start, H, P] in x.dtype (at padding: finite, without meaning), final state float32 [B, H, P, N].
 
     Raises:
         ValueError: a shape or dtype does not fit, T = 0, or the implementation does not exist or cannot serve the call.
@@ -78,10 +81,25 @@ def ssd(
     _check_like("c", c, "b", b)
     if d is not None:
         _check_array("d", d, (x.shape[2],), (jnp.float32, x.dtype))
+    if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < x.shape[1]:
+        raise ValueError(f"start must be an int in 0..T-1 = 0..{x.shape[1] - 1}, found {start!r}")
     module = _module(implementation, x, b)
     dt, log_decay = decay.log_decays(dt, a, segment_ids)
-    skip = None if d is None else d.astype(jnp.float32)
-    return module.scan(x, dt, log_decay, b, c, skip, _state(x, b, initial_state), min(chunk_size, decay.MAX_CHUNK))
+    skip, state = None if d is None else d.astype(jnp.float32), _state(x, b, initial_state)
+    chunk_size = min(chunk_size, decay.MAX_CHUNK)
+    if start and module is pallas_tpu:
+        return pallas_tpu.scan(x, dt, log_decay, b, c, skip, state, chunk_size, start)
+    if start:
+        before = (value[:, :start] for value in (x, dt, log_decay, b))
+        state = module.final_state(*before, state, chunk_size)
+        x, dt, log_decay, b, c = (value[:, start:] for value in (x, dt, log_decay, b, c))
+    return module.scan(x, dt, log_decay, b, c, skip, state, chunk_size)
+
+
+def starts_in_passing(x: jax.Array, b: jax.Array, implementation: str | None) -> bool:
+    """Say whether `start` is free of copies for such a call on one device, or inside `jax.shard_map`."""
+    wanted = implementation == "pallas_tpu" or (implementation is None and target.platform() == "tpu")
+    return wanted and pallas_tpu.refusal(x, b) is None
 
 
 def ssd_state(

@@ -1,5 +1,6 @@
 """The two operators of an implementation by kernels, differentiable, from one pass forwards and one backwards."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -77,15 +78,20 @@ def operators(
         d: jax.Array | None,
         initial_state: jax.Array,
         chunk_size: int,
+        start: int = 0,
     ) -> tuple[jax.Array, jax.Array]:
         """Chunked SSD; shapes and result as `reference.scan`. The kernels choose the chunk themselves.
+
+        With `start`, which plans of "pallas_tpu" have, y is that of the tokens from it on.
 
         Raises:
             ValueError: the kernels cannot serve the call (see `refusal` of the implementation).
         """
         del chunk_size
         skip = jnp.zeros((x.shape[2],), jnp.float32) if d is None else d
-        return whole(plan_of(x, b), *vary_alike(x, dt, log_decay, b, c, skip, initial_state))
+        plan = plan_of(x, b)
+        plan = dataclasses.replace(plan, start=start) if start else plan
+        return whole(plan, *vary_alike(x, dt, log_decay, b, c, skip, initial_state))
 
     def final_state(
         x: jax.Array, dt: jax.Array, log_decay: jax.Array, b: jax.Array, initial_state: jax.Array, chunk_size: int

@@ -75,7 +75,13 @@ def _run(
         tiles.view_state(h),
         keep,
     )
-    return (None if y is None else tiles.unview(y, tiles.by_head)), tiles.unview_state(final), kept
+    # Tokens are cut off where heads still lie side by side: on a TPU, slices of [B, T, H, P] are copies.
+    y = None if y is None else tiles.unview(y[:, :, tiles.start :], tiles.by_head)
+    return y, tiles.unview_state(final), kept
+
+
+def _pad_front(view: jax.Array, tokens: int) -> jax.Array:
+    return jnp.pad(view, ((0, 0), (0, 0), (tokens, 0), (0, 0))) if tokens else view
 
 
 def _skip_view(tiles: Tiles, d: jax.Array) -> jax.Array:
@@ -113,7 +119,7 @@ def _gradients(
         None if c is None else tiles.view(c, tiles.by_group),
         None if d is None else _skip_view(tiles, d),
         kept,
-        None if dy is None else tiles.view(dy, tiles.by_head),
+        None if dy is None else _pad_front(tiles.view(dy, tiles.by_head), tiles.start),
         tiles.view_state(dfinal),
     )
     gradients = {

@@ -12,6 +12,8 @@ VMEM from cell to cell), W_ji = exp(s_i - s_j) for i >= j, S_ji = b_j . c_i and 
 The gradient of l_k is the sum over everything whose decay spans token k: pairs j < k <= i, reads of h at i >= k, writes
 into the next state from j < k, and h to the next state. Sums only add; a difference of running sums loses the gradient
 under strong decay.
+
+Chunks before the first output have a gradient through the state alone, and that of c there is 0.
 """
 
 import functools
@@ -29,6 +31,8 @@ from pallas_kernels.ssd.pallas_tpu_tiles import (
     Decays,
     Tiles,
     dot,
+    moved,
+    name,
     piece,
     products,
     sums_before,
@@ -198,6 +202,12 @@ def _chunk(tiles: Tiles, refs: _Refs, chunk: Chunk, k: jax.Array) -> None:
     _store_rows(refs, chunk, heads)
 
 
+def _chunk_before(tiles: Tiles, refs: _Refs, chunk: Chunk, k: jax.Array) -> None:
+    """Differentiate a chunk without outputs in a kernel that has some."""
+    refs.dc[chunk.tokens, :] = jnp.zeros((tiles.blocks.chunk, refs.dc.shape[1]), refs.dc.dtype)
+    _chunk(tiles, refs._replace(c=None, skip=None, dy=None, dc=None, dskip=None), chunk, k)
+
+
 def _walk_states(tiles: Tiles, refs: _Refs, token_block: jax.Array) -> None:
     """Fill `states` with the state before each chunk of the cell."""
     refs.states[0] = refs.kept[...]
@@ -238,7 +248,13 @@ def _kernel(*refs, tiles: Tiles, outputs: bool) -> None:
 
     def body(step_back: jax.Array, carry: None) -> None:
         k = chunks - 1 - step_back
-        _chunk(tiles, named, Chunk(tiles, token_block, k), k)
+        chunk = Chunk(tiles, token_block, k)
+        if tiles.first_chunk:
+            before = token_block * chunks + k < tiles.first_chunk
+            pl.when(before)(lambda: _chunk_before(tiles, named, chunk, k))
+            pl.when(jnp.logical_not(before))(lambda: _chunk(tiles, named, chunk, k))
+        else:
+            _chunk(tiles, named, chunk, k)
         return carry
 
     jax.lax.fori_loop(0, chunks, body, None)
@@ -287,10 +303,13 @@ def backward(
     """
     outputs = c is not None
     x_spec, b_spec = (tiles.token_spec(lanes, reverse=True) for lanes in (tiles.by_head, tiles.by_group))
+    dy_spec, c_spec = (tiles.token_spec(lanes, reverse=True, outputs=True) for lanes in (tiles.by_head, tiles.by_group))
     row_spec, state_spec = tiles.row_spec(reverse=True), tiles.state_spec()
     operands: list[Any] = [x, dt, log_decay, b, *((c, skip, dy) if outputs else ()), kept, dfinal]
     in_specs = [x_spec, row_spec, row_spec, b_spec]
-    in_specs += [*((b_spec, tiles.skip_spec(), x_spec) if outputs else ()), tiles.kept_spec(reverse=True), state_spec]
+    in_specs += [*((c_spec, tiles.skip_spec(), dy_spec) if outputs else ()), tiles.kept_spec(reverse=True), state_spec]
+    late = (c, dy) if outputs else ()
+    others = [value for value in operands if not any(value is one for one in late)]
 
     outs = _results(tiles, x, dt, b, dfinal, outputs)
     out_shape, out_specs = ([out[place] for out in outs.values()] for place in (0, 1))
@@ -309,9 +328,9 @@ def backward(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=products(tiles, outputs)[1],
-            bytes_accessed=sum(value.size * value.dtype.itemsize for value in (*operands, *out_shape)),
+            bytes_accessed=moved(tiles, *others, *out_shape, outputs=late),
             transcendentals=tiles.batch * tiles.padded_length * tiles.num_heads * (chunk if outputs else 4),
         ),
-        name="ssd_backward" if outputs else "ssd_state_backward",
+        name=name(tiles, "ssd_backward") if outputs else "ssd_state_backward",
     )(*operands)
     return dict(zip(outs, results, strict=True))

@@ -1,5 +1,7 @@
 """The forward TPU kernel: y and the last state, or the last state alone, in one pass over x, b and c.
 
+Where y starts at a later token, chunks before it go into the state alone: the Memory Converter and the SSM after it.
+
 Of a chunk of Q tokens, with s the running sum of l and h [N, P] the state before it (kept in VMEM from cell to cell):
 
     y_i = sum_{j <= i} (c_i . b_j) exp(s_i - s_j) dt_j x_j + exp(s_i) c_i h + d x_i
@@ -15,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import varying
-from pallas_kernels.ssd.pallas_tpu_tiles import Chunk, Decays, Tiles, dot, piece, products
+from pallas_kernels.ssd.pallas_tpu_tiles import Chunk, Decays, Tiles, dot, moved, name, piece, products
 
 
 def next_state(h: jax.Array, x: jax.Array, b: jax.Array, decays: Decays, head: int) -> jax.Array:
@@ -71,11 +73,20 @@ def _kernel(*refs, tiles: Tiles, outputs: bool, keep: bool) -> None:
     if kept_ref is not None:
         kept_ref[...] = h_ref[...]
 
+    chunks = tiles.blocks.tokens // tiles.blocks.chunk
+
     def body(k: jax.Array, carry: None) -> None:
-        _chunk(tiles, Chunk(tiles, token_block, k), x_ref, dt_ref, l_ref, b_ref, c_ref, skip_ref, y_ref, h_ref)
+        run = functools.partial(_chunk, tiles, Chunk(tiles, token_block, k), x_ref, dt_ref, l_ref, b_ref)
+        with_outputs = lambda: run(c_ref, skip_ref, y_ref, h_ref)
+        if tiles.first_chunk:
+            before = token_block * chunks + k < tiles.first_chunk
+            pl.when(before)(lambda: run(None, None, None, h_ref))
+            pl.when(jnp.logical_not(before))(with_outputs)
+        else:
+            with_outputs()
         return carry
 
-    jax.lax.fori_loop(0, tiles.blocks.tokens // tiles.blocks.chunk, body, None)
+    jax.lax.fori_loop(0, chunks, body, None)
 
     @pl.when(token_block == tiles.grid[2] - 1)
     def _() -> None:
@@ -95,19 +106,22 @@ def forward(
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
     """Return y (None without c), the last state and, with `keep`, the state before each block of tokens.
 
-    Every array is a view of `tiles`.
+    Every array is a view of `tiles`. In y, what is before the first chunk with outputs was never written.
     """
     outputs = c is not None
     operands: list[Any] = [x, dt, log_decay, b, *((c, skip) if outputs else ()), h]
     x_spec, b_spec = tiles.token_spec(tiles.by_head), tiles.token_spec(tiles.by_group)
+    y_spec, c_spec = tiles.token_spec(tiles.by_head, outputs=True), tiles.token_spec(tiles.by_group, outputs=True)
     row_spec, state_spec = tiles.row_spec(), tiles.state_spec()
-    in_specs = [x_spec, row_spec, row_spec, b_spec, *((b_spec, tiles.skip_spec()) if outputs else ()), state_spec]
+    in_specs = [x_spec, row_spec, row_spec, b_spec, *((c_spec, tiles.skip_spec()) if outputs else ()), state_spec]
 
     final = varying.result_like(x, tiles.state_shape(tiles.batch), jnp.float32)
     kept = varying.result_like(x, tiles.state_shape(tiles.batch, tiles.grid[2]), jnp.float32)
-    out_shape = [*([varying.result_like(x, x.shape, x.dtype)] if outputs else []), final, *([kept] if keep else [])]
-    out_specs = [*([x_spec] if outputs else []), state_spec, *([tiles.kept_spec()] if keep else [])]
-    moved = sum(value.size * value.dtype.itemsize for value in (*operands, *out_shape))
+    written = [varying.result_like(x, x.shape, x.dtype)] if outputs else []
+    out_shape = [*written, final, *([kept] if keep else [])]
+    out_specs = [*([y_spec] if outputs else []), state_spec, *([tiles.kept_spec()] if keep else [])]
+    late = (*([c] if outputs else []), *written)
+    others = [value for value in (*operands, *out_shape) if not any(value is one for one in late)]
     chunk_pairs = tiles.batch * tiles.padded_length * tiles.num_heads * tiles.blocks.chunk
     results: Any = pl.pallas_call(
         functools.partial(_kernel, tiles=tiles, outputs=outputs, keep=keep),
@@ -119,10 +133,10 @@ def forward(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=products(tiles, outputs)[0],
-            bytes_accessed=moved,
+            bytes_accessed=moved(tiles, *others, outputs=late),
             transcendentals=chunk_pairs if outputs else 2 * chunk_pairs // tiles.blocks.chunk,
         ),
-        name="ssd_forward" if outputs else "ssd_state_forward",
+        name=name(tiles, "ssd_forward") if outputs else "ssd_state_forward",
     )(*operands)
     results = list(results)
     y = results.pop(0) if outputs else None

@@ -7,7 +7,7 @@ States are [N, H P]. Below, "rows" are [heads, Q] and "columns" [Q, 1].
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,13 @@ class Tiles:
     head_dim: int
     state_dim: int
     blocks: Blocks
+    start: int = 0
+    """First token with an output: chunks before its own go into the state alone."""
+
+    @property
+    def first_chunk(self) -> int:
+        """First chunk of a row with outputs."""
+        return self.start // self.blocks.chunk
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -123,13 +130,19 @@ class Tiles:
         """Undo `view_rows`."""
         return value.reshape(self.batch, self.num_heads, self.padded_length).transpose(0, 2, 1)[:, : self.length]
 
-    def token_spec(self, lanes: Lanes, reverse: bool = False) -> pl.BlockSpec:
-        """Block of `view`: [tokens, heads P] or [tokens, groups N]."""
+    def token_spec(self, lanes: Lanes, reverse: bool = False, outputs: bool = False) -> pl.BlockSpec:
+        """Block of `view`: [tokens, heads P] or [tokens, groups N].
+
+        With `outputs`, of what only tokens with an output have: cells before them keep the first of its blocks, which
+        is not moved again.
+        """
         sharing, flat, last = lanes.sharing, lanes.flat, self.grid[2] - 1
+        first = self.start // self.blocks.tokens if outputs else 0
 
         def index(b, h, t):
             h = jax.lax.div(h, jnp.int32(sharing)) if sharing > 1 else h  # `//` asks the default backend for its kind
             t = last - t if reverse else t
+            t = jnp.maximum(t, first) if first else t
             return (b, 0, t, h) if flat else (b, h, t, 0)
 
         return pl.BlockSpec((None, None, self.blocks.tokens, lanes.block), index)
@@ -287,11 +300,24 @@ def piece(value: jax.Array, index: int, width: int) -> jax.Array:
 def products(tiles: Tiles, outputs: bool) -> tuple[int, int]:
     """Multiply-add FLOPs of the forward and the backward kernel."""
     chunk, state, head = tiles.blocks.chunk, tiles.state_dim, tiles.head_dim
-    tokens = tiles.batch * tiles.padded_length
-    heads, groups = tokens * tiles.num_heads, tokens * tiles.grid[1] * tiles.cell_groups
+    heads = tiles.batch * tiles.padded_length * tiles.num_heads
     forward = heads * 2 * state * head
     backward = heads * 3 * 2 * state * head
     if outputs:
+        tokens = tiles.batch * (tiles.padded_length - tiles.first_chunk * chunk)
+        heads, groups = tokens * tiles.num_heads, tokens * tiles.grid[1] * tiles.cell_groups
         forward += groups * 2 * chunk * state + heads * (2 * chunk * head + 2 * state * head)
         backward += groups * 3 * 2 * chunk * state + heads * (2 * 2 * chunk * head + 2 * 2 * state * head)
     return forward, backward
+
+
+def moved(tiles: Tiles, *arrays: jax.Array | jax.ShapeDtypeStruct, outputs: tuple[Any, ...] = ()) -> int:
+    """Count the bytes of operands and results; of `outputs`, those that tokens before the first output have not."""
+    size = lambda values: sum(value.size * value.dtype.itemsize for value in values)
+    before = tiles.start // tiles.blocks.tokens
+    return size(arrays) + size(outputs) * (tiles.grid[2] - before) // tiles.grid[2]
+
+
+def name(tiles: Tiles, kernel: str) -> str:
+    """Name a kernel: `ssd_forward`, or `ssd_forward_from_1024`, whose time depends on where outputs start."""
+    return f"{kernel}_from_{tiles.start}" if tiles.start else kernel

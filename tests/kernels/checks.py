@@ -37,6 +37,7 @@ class Spec:
     chunk_size: int = 16
     regime: str = "default"
     documents: bool = False
+    start: int = 0
 
     def __str__(self) -> str:
         """Name the fields that differ from the defaults."""
@@ -62,6 +63,9 @@ SPECS = (
     Spec(rows=6, length=70, documents=True, regime="strong", groups=4, chunk_size=128),
     Spec(rows=6, length=70, documents=True, regime="slow", groups=1, chunk_size=32),
 )
+
+STARTS = (Spec(start=1), Spec(start=16), Spec(start=21, groups=4), Spec(start=36, regime="slow"))
+"""Outputs from a later token on: of the first chunk, of a whole one, of one cut in two, the last token's alone."""
 
 BFLOAT16 = Spec(rows=6, length=70, documents=True, chunk_size=32)
 LONG = Spec(rows=1, length=8192, heads=2, groups=1)
@@ -126,7 +130,8 @@ def evaluate(implementation: str, spec: Spec, inputs: dict[str, Any], ids: Any, 
     """((y, state), gradients by name) of `ssd`, traced afresh."""
 
     def function(inputs: Any) -> Any:
-        return ssd(**inputs, segment_ids=ids, chunk_size=spec.chunk_size, implementation=implementation)
+        options: dict[str, Any] = {"chunk_size": spec.chunk_size, "implementation": implementation, "start": spec.start}
+        return ssd(**inputs, segment_ids=ids, **options)
 
     def both(inputs: Any, cotangents: Any) -> Any:
         result, pullback = jax.vjp(function, inputs)
@@ -158,14 +163,15 @@ def check_close(name: str, found: Any, expected: np.ndarray, tolerance: float) -
 
 def check_against_oracle(implementation: str, spec: Spec) -> None:
     """Assert y, state and every gradient."""
-    inputs, ids, cotangents = make_inputs(spec), make_segment_ids(spec), make_cotangents(spec)
-    truth = oracle.ssd(inputs, ids, *cotangents)
-    (y, state), gradients = evaluate(implementation, spec, inputs, ids, cotangents)
-    real = np.ones(y.shape[:2], bool) if ids is None else ids != 0
+    inputs, ids, (dy, dstate) = make_inputs(spec), make_segment_ids(spec), make_cotangents(spec)
+    dy[:, : spec.start] = 0
+    truth = oracle.ssd(inputs, ids, dy, dstate)
+    (y, state), gradients = evaluate(implementation, spec, inputs, ids, (dy[:, spec.start :], dstate))
+    real = np.ones(y.shape[:2], bool) if ids is None else ids[:, spec.start :] != 0
     assert y.dtype == jnp.float32
     assert state.dtype == jnp.float32
     assert np.isfinite(y).all(), "y is not finite"
-    check_close("y", np.asarray(y)[real], truth.y[real], FORWARD_TOLERANCE)
+    check_close("y", np.asarray(y)[real], truth.y[:, spec.start :][real], FORWARD_TOLERANCE)
     check_close("state", state, truth.state, FORWARD_TOLERANCE)
     for name, expected in truth.gradients.items():
         check_close(f"gradient of {name}", gradients[name], expected, GRADIENT_TOLERANCE)

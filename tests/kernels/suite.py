@@ -30,6 +30,10 @@ class SsdSuite:
     def test_state_alone(self, spec: checks.Spec) -> None:
         checks.check_state_alone(self.implementation, spec)
 
+    @pytest.mark.parametrize("spec", checks.STARTS, ids=str)
+    def test_outputs_from_a_later_token_on(self, spec: checks.Spec) -> None:
+        checks.check_against_oracle(self.implementation, dataclasses.replace(spec, **self.fields))
+
     def test_defaults_are_no_skip_and_a_zero_state(self) -> None:
         checks.check_defaults(self.implementation, self.fields)
 

@@ -90,6 +90,10 @@ if SERVED:
         def test_long_rows(self, regime: str) -> None:
             checks.check_against_oracle(self.implementation, dataclasses.replace(LONG, regime=regime))
 
+        @pytest.mark.parametrize("spec", checks.STARTS[2:3], ids=str)
+        def test_outputs_from_a_later_token_on(self, spec: checks.Spec) -> None:
+            super().test_outputs_from_a_later_token_on(spec)
+
         @pytest.mark.parametrize("spec", BFLOAT16_SPECS, ids=str)
         def test_bfloat16_of_whole_chunks(self, spec: checks.Spec) -> None:
             checks.check_bfloat16(self.implementation, spec)

@@ -55,6 +55,15 @@ BFLOAT16_SPECS = (
     checks.Spec(rows=1, length=1100, heads=2, groups=1, head_dim=64, state_dim=64, regime="slow"),
     checks.Spec(rows=1, length=150, heads=7, groups=1, head_dim=96, state_dim=96),
 )
+STARTS = (
+    checks.Spec(rows=1, length=200, heads=2, groups=1, start=1),
+    # The first chunk with outputs is cut, is whole, is in the second cell, is cut there with a document.
+    checks.Spec(length=400, heads=2, head_dim=64, state_dim=64, start=200, regime="strong"),
+    checks.Spec(rows=1, length=400, heads=18, groups=2, start=256, regime="slow"),
+    checks.Spec(rows=1, length=1300, heads=2, groups=1, start=1200, regime="slow"),
+    checks.Spec(rows=1, length=1300, heads=2, groups=2, start=1024, head_dim=32, regime="bursts"),
+    checks.Spec(rows=6, length=70, documents=True, regime="strong", groups=4, start=41),
+)
 STATE_SPECS = (checks.SPECS[0], checks.Spec(rows=6, length=70, documents=True, regime="strong", groups=4))
 
 
@@ -73,6 +82,10 @@ class TestPallasTpu(suite.SsdSuite):
     @pytest.mark.parametrize("spec", BFLOAT16_SPECS, ids=str)
     def test_bfloat16_of_whole_chunks(self, spec: checks.Spec) -> None:
         checks.check_bfloat16(self.implementation, spec)
+
+    @pytest.mark.parametrize("spec", STARTS, ids=str)
+    def test_outputs_from_a_later_token_on(self, spec: checks.Spec) -> None:
+        super().test_outputs_from_a_later_token_on(spec)
 
     def test_wide_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Those of a v6e; the last of two is not whole."""

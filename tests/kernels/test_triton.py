@@ -109,6 +109,10 @@ if HAS_TRITON:
         def test_values_and_gradients(self, spec: checks.Spec) -> None:
             super().test_values_and_gradients(spec)
 
+        @pytest.mark.parametrize("spec", checks.STARTS[2:3], ids=str)
+        def test_outputs_from_a_later_token_on(self, spec: checks.Spec) -> None:
+            super().test_outputs_from_a_later_token_on(spec)
+
         @pytest.mark.parametrize("spec", BFLOAT16_SPECS, ids=str)
         def test_bfloat16_of_whole_tiles(self, spec: checks.Spec) -> None:
             checks.check_bfloat16(self.implementation, spec)

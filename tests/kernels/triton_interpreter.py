@@ -9,6 +9,7 @@ interpreter cuts bits off. Products of float32 round as the three TF32 products 
 import functools
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,15 +138,23 @@ def _convert(value: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarr
 
 
 _CONVERT = interpreter._convert_float
+_LOCK = threading.Lock()
+"""The interpreter has global state, and a program may run two kernels at once."""
 
 
 def run(kernel: str, operands: Sequence[np.ndarray], results: Any, grid: tuple[int, ...], constants: Any) -> Any:
     """Run one kernel; what it leaves unwritten of its results is NaN."""
+    with _LOCK:
+        return _run(kernel, operands, results, grid, constants)
+
+
+def _run(kernel: str, operands: Sequence[np.ndarray], results: Any, grid: tuple[int, ...], constants: Any) -> Any:
     function = next(getattr(module, kernel) for module in modules() if hasattr(module, kernel))
     arrays = [_Array(np.asarray(operand)) for operand in operands]
     outs = [_Array(np.full(result.shape, np.nan, result.dtype)) for result in results]
     rounding = mock.patch.object(interpreter, "_convert_float", _convert)
-    with _interpreting(), rounding, mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot):
+    dot = mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot)
+    with _interpreting(), rounding, dot:
         _Executor(function.rewrite(), function.arg_names, grid)(*arrays, *outs, **constants)
     for array in (*arrays, *outs):
         array.check()
