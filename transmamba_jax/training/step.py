@@ -96,22 +96,25 @@ def token_weights(batch: Batch) -> Float32[Array, "B T"]:
 
 
 def chunked_cross_entropy(
-    logits: Callable[[Float[Array, "B Q D"]], Float32[Array, "B Q V"]],
+    logits: Callable[[Any, Float[Array, "B Q D"]], Float32[Array, "B Q V"]],
+    head: Any,
     hidden: Hidden,
     targets: Int[Array, "B T"],
     weights: Float32[Array, "B T"],
     chunk: int,
-) -> Float32[Array, ""]:
-    """Sum weighted cross-entropies in nats, with the logits of at most `chunk` tokens of a device at a time.
+) -> tuple[Float32[Array, ""], tuple[Any, Hidden]]:
+    """Sum weighted cross-entropies in nats; return the sum and its gradients by `head` and `hidden`.
 
-    At least one token of every row is taken, and of every part of it where devices split time: chunks are cut along
-    time within those parts. Over a mesh the gradient of the output projection is summed over devices chunk by chunk,
-    so that many small chunks are many large sums. The backward pass computes a chunk's logits again instead of keeping
-    them. Accumulates in float32.
+    `logits` takes the head's parameters and hidden states. Those of at most `chunk` tokens of a device exist at a time,
+    at least one token of every row and of every part of it where devices split time: chunks are cut along time within
+    those parts. A chunk's gradients are taken at once, while its logits are there: nothing is computed twice, as it
+    would be by differentiating the sum. Over a mesh the gradient of the head is summed over devices chunk by chunk, so
+    that many small chunks are many large sums. Accumulates in float32.
     """
 
-    def summed(hidden: Array, targets: Array, weights: Array) -> Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits(hidden), targets)
+    @partial(jax.value_and_grad, argnums=(0, 1))
+    def summed(head: Any, hidden: Array, targets: Array, weights: Array) -> Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits(head, hidden), targets)
         return jnp.sum(losses * weights)
 
     rows, time = targets.shape
@@ -120,7 +123,7 @@ def chunked_cross_entropy(
     held = rows // sharding.parts("rows", rows)
     count = math.ceil(part / max(chunk // held, 1))
     if count == 1:
-        return summed(hidden, targets, weights)
+        return summed(head, hidden, targets, weights)
     width = math.ceil(part / count)
 
     def cut(x: Array) -> Array:
@@ -129,18 +132,31 @@ def chunked_cross_entropy(
         x = jnp.moveaxis(x.reshape(rows, shards, count, width, *x.shape[3:]), 2, 0)
         return x.reshape(count, rows, shards * width, *x.shape[4:])
 
-    def body(total: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        return total + jax.checkpoint(summed)(*xs), None
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x.reshape(count, rows, shards, width, *x.shape[3:]), 0, 2)
+        return x.reshape(rows, shards, count * width, *x.shape[4:])[:, :, :part].reshape(rows, time, *x.shape[4:])
 
-    return jax.lax.scan(body, jnp.float32(0), (cut(hidden), cut(targets), cut(weights)))[0]
+    def body(sums: tuple[Array, Any], xs: tuple[Array, Array, Array]) -> tuple[tuple[Array, Any], Array]:
+        loss, (dhead, dhidden) = summed(head, *xs)
+        return jax.tree.map(jnp.add, sums, (loss, dhead)), dhidden
+
+    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, head)
+    (loss, dhead), dhidden = jax.lax.scan(body, zeros, (cut(hidden), cut(targets), cut(weights)))
+    return loss, (dhead, join(dhidden))
 
 
-def loss_fn(params: Any, model: TransMamba, batch: Batch, chunk: int) -> Float32[Array, ""]:
-    """Sum the weighted cross-entropies of a batch in nats; divide by the sum of `token_weights` for the mean."""
+def _loss_and_gradient(
+    params: Any, model: TransMamba, batch: Batch, weights: Float32[Array, "B T"], chunk: int
+) -> tuple[Float32[Array, ""], Any]:
+    """Return the weighted sum of the cross-entropies of a batch in nats, and its gradient."""
     inputs = {name: rows[:, :-1] for name, rows in batch.items()}
-    hidden = model.apply({"params": params}, inputs["tokens"], segment_ids=inputs.get("segment_ids"), method="hidden")
-    logits = lambda part: model.apply({"params": params}, part, method="logits")
-    return chunked_cross_entropy(logits, hidden, batch["tokens"][:, 1:], token_weights(batch), chunk)
+    run = partial(model.apply, tokens=inputs["tokens"], segment_ids=inputs.get("segment_ids"), method="hidden")
+    hidden, pullback = jax.vjp(lambda params: run({"params": params}), params)
+    name = "lm_head" if "lm_head" in params else "embedding"
+    logits = lambda head, part: model.apply({"params": {**params, name: head}}, part, method="logits")
+    loss, (dhead, dhidden) = chunked_cross_entropy(logits, params[name], hidden, batch["tokens"][:, 1:], weights, chunk)
+    (gradient,) = pullback(dhidden)
+    return loss, {**gradient, name: gradient[name] + dhead}
 
 
 def loss_and_gradient(
@@ -148,11 +164,11 @@ def loss_and_gradient(
 ) -> tuple[Float32[Array, ""], Any]:
     """Return the mean loss over the whole batch and its gradient, from `accumulation` microbatches one after another.
 
-    Each microbatch's sum is divided by the token count of the *batch*, so the sums add up to the batch's own mean
+    Each microbatch's weights are divided by the token count of the *batch*, so the sums add up to the batch's own mean
     and gradient however unevenly the tokens are spread.
     """
     total = jnp.maximum(jnp.sum(token_weights(batch)), 1.0)
-    objective = jax.value_and_grad(lambda params, part: loss_fn(params, model, part, chunk) / total)
+    objective = lambda params, part: _loss_and_gradient(params, model, part, token_weights(part) / total, chunk)
     if accumulation == 1:
         return objective(params, batch)
 
