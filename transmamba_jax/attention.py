@@ -142,7 +142,8 @@ def _blockwise(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: f
     else:
         block = -(-length // (count * _BLOCK_MULTIPLE)) * _BLOCK_MULTIPLE if count > 1 else length
     # Keys that pad the last block lie in the future of every real query, and their ids need not differ from real ones.
-    q, k, v = (jnp.pad(x, ((0, 0), (0, count * block - length), (0, 0), (0, 0))) for x in (q, k, v))
+    if not known(length) or count * block > length:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, count * block - length), (0, 0), (0, 0))) for x in (q, k, v))
     if segment_ids is not None:
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, count * block - length)), mode="edge")
     # XLA's CPU products of bfloat16 take 1.5 times as long as a cast to float32 and its product.

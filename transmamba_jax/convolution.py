@@ -1,9 +1,11 @@
 """Causal depthwise convolution along the sequence, and SiLU: plain JAX, on TPUs kernels."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import target
@@ -15,6 +17,10 @@ _BLOCK = 64
 
 _LEAST = 256
 """Tokens from which on the TPU kernels serve: a strip of theirs. Decoding has one."""
+
+
+# Computed again on the way back: JAX would keep three arrays for SiLU's gradient, where its input says all.
+_silu = partial(jax.checkpoint, prevent_cse=False)(jax.nn.silu)
 
 
 def causal_conv(
@@ -54,11 +60,11 @@ def causal_conv(
     if _kernels_serve(x, kernel):
         return _convolve_by_kernels(x, kernel, bias, readable, history, silu)
     if history is None:
-        padded = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))
+        padded = jax.lax.pad(x, np.zeros((), x.dtype), ((0, 0, 0), (reach, 0, 0), (0, 0, 0)))
     else:
         padded = jnp.concatenate([history.astype(x.dtype), x], axis=1)
     y = _convolve(padded, kernel, bias, readable)
-    return jax.nn.silu(y) if silu else y
+    return _silu(y) if silu else y
 
 
 def _kernels_serve(x: Array, kernel: Array) -> bool:
