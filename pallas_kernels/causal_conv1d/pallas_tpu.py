@@ -67,10 +67,11 @@ class _Tiles:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a cell: blocks of x, dy and dx, twice, stay within the budget."""
-        room = _VMEM_BUDGET // (3 * 2 * self.itemsize * self.block)
-        fits = [size for size in _TOKENS if size <= min(room, -(-self.length // self.strip) * self.strip)]
-        return max(fits, default=self.strip)
+        """Tokens of a cell: the most whose x, dy and dx, twice, stay within the budget, and that waste no eighth."""
+        room, strips = _VMEM_BUDGET // (3 * 2 * self.itemsize * self.block), pl.cdiv(self.length, self.strip)
+        wasted = lambda size: pl.cdiv(self.length, size) * size - strips * self.strip
+        fits = [size for size in _TOKENS if size <= room and 8 * wasted(size) <= self.length]
+        return max(fits, default=self.strip) if self.strip == _STRIP else self.strip
 
     @property
     def grid(self) -> tuple[int, int, int]:
