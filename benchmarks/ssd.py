@@ -6,8 +6,8 @@ process and take turns; every one is compared with the float64 recurrence before
 call. Peak memory is the growth of the resident set during one call, in a process of its own.
 
 JAX takes a CPU for one device, and XLA runs what is inside a loop on one core of it. Here every core is a device
-(of 8 at most, `--devices`), and one contender splits the heads over them with `jax.shard_map`, as `mesh.tensor` does;
-the rest stays on one, where whole products still use all cores.
+(of 8 at most, `--devices`), and contenders named "split" have their heads split over them with `jax.shard_map`, as
+`mesh.tensor` does, mamba2-jax too; the rest stays on one, where whole products still use all cores.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from transmamba_jax import host_memory
 
 HEADS, HEAD_DIM = 8, 64
 PORTABLE = ("associative", "sequential")
-SPLIT = "sequential, split"
+SPLIT = ", split"
 PASSES = ("forward", "forward+backward")
 TOLERANCE = 1e-5
 """Largest relative L2 error against float64 of a contender that may race (the inputs are benign)."""
@@ -73,8 +73,8 @@ def _jax_runs(function: Callable[..., Any]) -> tuple[Run, Run]:
     return _JaxRun(forward), _JaxRun(both)
 
 
-def _ours(implementation: str, chunk: int) -> tuple[Run, Run]:
-    return _jax_runs(functools.partial(ssd, chunk_size=chunk, implementation=implementation))
+def _ours(implementation: str, chunk: int) -> Callable[..., Any]:
+    return functools.partial(ssd, chunk_size=chunk, implementation=implementation)
 
 
 def _heads(name: str, value: Any) -> NamedSharding:
@@ -85,9 +85,7 @@ def _heads(name: str, value: Any) -> NamedSharding:
     return NamedSharding(Mesh(np.array(jax.devices()), ("heads",), axis_types=(AxisType.Auto,)), PartitionSpec(*spec))
 
 
-def _split(chunk: int) -> tuple[Run, Run]:
-    function = functools.partial(ssd, chunk_size=chunk, implementation="sequential")
-
+def _split(function: Callable[..., Any]) -> Callable[..., Any]:
     def split(*arguments: jax.Array) -> Any:
         names = ("x", "dt", "a", "b", "c", "d")
         specs = tuple(_heads(name, value).spec for name, value in zip(names, arguments, strict=True))
@@ -95,10 +93,10 @@ def _split(chunk: int) -> tuple[Run, Run]:
         mesh = _heads("a", arguments[2]).mesh
         return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
 
-    return _jax_runs(split)
+    return split
 
 
-def _mamba2_jax(chunk: int) -> tuple[Run, Run]:
+def _mamba2_jax(chunk: int) -> Callable[..., Any]:
     from mamba2_jax.modeling import ssd_forward
 
     def function(x: Any, dt: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
@@ -106,7 +104,7 @@ def _mamba2_jax(chunk: int) -> tuple[Run, Run]:
         raw = dt + jnp.log(-jnp.expm1(-dt))
         return ssd_forward(x, raw, a, b, c, chunk, d, jnp.zeros_like(a), 0.0, jnp.inf, return_final_states=True)
 
-    return _jax_runs(function)
+    return function
 
 
 def _transformers(chunk: int) -> tuple[Run, Run]:
@@ -132,13 +130,16 @@ def _transformers(chunk: int) -> tuple[Run, Run]:
 
 def contenders(chunks: tuple[int, ...], peer_chunks: tuple[int, ...]) -> dict[str, tuple[Run, Run]]:
     """Name -> (forward, forward + backward); a peer's name ends in its chunk size."""
-    found = {f"{name} {chunk}": _ours(name, chunk) for name in PORTABLE for chunk in chunks}
-    if jax.device_count() > 1:
-        found |= {f"{SPLIT} {chunk}": _split(chunk) for chunk in chunks}
+    split = jax.device_count() > 1
+    found = {f"{name} {chunk}": _jax_runs(_ours(name, chunk)) for name in PORTABLE for chunk in chunks}
+    if split:
+        found |= {f"sequential{SPLIT} {chunk}": _jax_runs(_split(_ours("sequential", chunk))) for chunk in chunks}
     if peer_chunks and importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
         found |= {f"transformers {chunk}": _transformers(chunk) for chunk in peer_chunks}
     if peer_chunks and importlib.util.find_spec("mamba2_jax"):
-        found |= {f"mamba2-jax {chunk}": _mamba2_jax(chunk) for chunk in peer_chunks}
+        found |= {f"mamba2-jax {chunk}": _jax_runs(_mamba2_jax(chunk)) for chunk in peer_chunks}
+        if split:
+            found |= {f"mamba2-jax{SPLIT} {chunk}": _jax_runs(_split(_mamba2_jax(chunk))) for chunk in peer_chunks}
     return found
 
 
@@ -148,7 +149,7 @@ def convert(name: str, inputs: Arrays) -> Any:
         import torch
 
         return {key: torch.from_numpy(value) for key, value in inputs.items()}
-    if name.startswith(SPLIT):
+    if SPLIT in name:
         return {key: jax.device_put(value, _heads(key, value)) for key, value in inputs.items()}
     return jax.tree.map(jnp.asarray, inputs)
 
@@ -209,7 +210,7 @@ def _turns(run: Run, sets: list[Any]) -> timing.Contender:
 def race(args: argparse.Namespace, runs: dict[str, tuple[Run, Run]]) -> None:
     """Time every shape and pass, print one line each, then the geometric means of the ratios."""
     families = list(dict.fromkeys(name.rpartition(" ")[0] for name in runs))
-    ours = [family for family in families if family in (*PORTABLE, SPLIT)]
+    ours = [family for family in families if family.removesuffix(SPLIT) in PORTABLE]
     peers = [family for family in families if family not in ours]
     ratios: dict[tuple[str, str, str], list[float]] = {}
     for index, kind in enumerate(PASSES):
@@ -242,7 +243,7 @@ def memory(args: argparse.Namespace, runs: dict[str, tuple[Run, Run]]) -> None:
     length, state_dim = max(args.length), max(args.state)
     print(f"\npeak memory of forward+backward beyond the inputs, batch 1, T {length}, N {state_dim}")
     for name in runs:
-        if name.startswith(SPLIT):
+        if SPLIT in name:
             continue
         command = [sys.executable, "-m", "benchmarks.ssd", "--peak-memory-of", name, "--length", str(length)]
         command += ["--state", str(state_dim)]
