@@ -1,8 +1,10 @@
-"""What `benchmarks/tpu_program.py` counts in a program of the TPU's compiler."""
+"""What `benchmarks/tpu_program.py` counts in a program of the TPU's compiler, and what kernels are taken to cost."""
+
+import json
 
 import pytest
 
-from benchmarks import tpu_program
+from benchmarks import kernel_cycles, paper_compile, tpu_program
 
 PROGRAM = """HloModule jit_f, is_scheduled=true
 
@@ -46,3 +48,14 @@ def test_what_cannot_be_counted_is_an_error() -> None:
         list(tpu_program.traffic(loop))
     with pytest.raises(ValueError, match="expected the text of a compiled program, found 'nothing'"):
         list(tpu_program.traffic("nothing"))
+
+
+@pytest.mark.parametrize("start", [0, 1024, 8192])
+def test_tokens_before_the_first_output_take_the_cycles_of_the_state_alone(start: int) -> None:
+    counted = json.loads(kernel_cycles.RESULTS.read_text())["kernels"]["v5e"]
+    whole, alone = counted["ssd_forward"], counted["ssd_state_forward"]
+    tokens = kernel_cycles.ROWS * kernel_cycles.LENGTH
+    flops, cycles = ((start * alone[what] + (8192 - start) * whole[what]) / tokens for what in ("flops", "cycles"))
+    name = f"ssd_forward_from_{start}" if start else "ssd_forward"
+    share = paper_compile._of_peak(counted, name, 8192)
+    assert flops / share == pytest.approx(cycles * whole["flops"] / whole["cycles"] / whole["of_peak"])
