@@ -319,5 +319,6 @@ def moved(tiles: Tiles, *arrays: jax.Array | jax.ShapeDtypeStruct, outputs: tupl
 
 
 def name(tiles: Tiles, kernel: str) -> str:
-    """Name a kernel: `ssd_forward`, or `ssd_forward_from_1024`, whose time depends on where outputs start."""
-    return f"{kernel}_from_{tiles.start}" if tiles.start else kernel
+    """Name a kernel: `ssd_forward`, or `ssd_forward_from_1024` where the chunks before have no outputs."""
+    before = tiles.first_chunk * tiles.blocks.chunk
+    return f"{kernel}_from_{before}" if before else kernel
