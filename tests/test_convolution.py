@@ -8,6 +8,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import target
+from pallas_kernels.causal_conv1d import pallas_tpu
 from transmamba_jax.convolution import causal_conv
 
 IDS = np.array([[0, 0, 1, 1, 1, 1, 1, 2, 3, 3, 3, 0], [1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0, 0]], np.int32)
@@ -82,8 +83,14 @@ def test_gradients_of_every_platform_equal_autodiff(
         assert np.linalg.norm(ours - theirs) < 1e-6 * np.linalg.norm(theirs)
 
 
-def test_a_tpu_copies_nothing_for_the_gradient() -> None:
-    """Its compiler fuses every slice and sum: besides the results, only the cotangent before SiLU is written, once."""
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_tpu_copies_nothing_for_the_gradient(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiler fuses every slice and sum: besides the results, only the cotangent before SiLU is written, once.
+
+    The kernels write nothing but sums of eight tokens.
+    """
+    if not kernels:
+        monkeypatch.setattr(pallas_tpu, "refusal", lambda *_: "not asked for")
     device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
     mesh = Mesh(np.array([device]), ("rows",), axis_types=(AxisType.Auto,))
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -92,7 +99,7 @@ def test_a_tpu_copies_nothing_for_the_gradient() -> None:
         run = lambda x, kernel, bias: causal_conv(x, kernel, bias, silu=True)
         gradient = jax.jit(lambda *arguments, dy: jax.vjp(run, *arguments)[1](dy))
         memory = gradient.lower(x, of(4, 1536), of(1536), dy=x).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 1.01 * 2 * x.size
+    assert memory.temp_size_in_bytes < (0.02 if kernels else 1.01) * 2 * x.size
 
 
 def test_gradients_stay_inside_documents() -> None:

@@ -126,13 +126,15 @@ def scan(
     """Apply `ssd`. With the tokens split over devices there is no initial state and no `start`.
 
     Raises:
-        ValueError: an initial state, and tokens that are split over devices.
+        ValueError: an initial state or a `start`, and tokens that are split over devices.
     """
     run = partial(ssd, chunk_size=chunk_size, implementation=implementation, start=start)
     split = splits_time(x.shape[1])
     if split:
         if initial_state is not None:
             raise ValueError("initial_state must be None where mesh.context splits the rows: the first shard starts")
+        if start:
+            raise ValueError(f"start must be 0 where mesh.context splits the rows, found {start}: slice y instead")
         run = partial(_scan_shard, chunk_size=chunk_size, implementation=implementation)
     tokens = _TOKENS if split else _WHOLE
     heads = (*tokens, "heads")

@@ -3,8 +3,8 @@
     u_t = bias + Σ_s kernel_{K-1-s} · x_{t-s}          y_t = u_t, or SiLU(u_t)
     dx_t = Σ_s kernel_{K-1-s} · du_{t+s}               dkernel_{K-1-s} = Σ_t du_t · x_{t-s}       dbias = Σ_t du_t
 
-The compiler's own program for this costs 32 cycles for a register of 8 tokens and 128 channels forwards on a v5e; the
-kernel has 8 instructions, as many cycles as the memory takes. Backwards u is computed again: nothing is kept but x.
+The compiler's own program for this takes several times what memory does (`docs/log.md`), the kernel about as long.
+Backwards u is computed again: nothing is kept but x.
 
 The grid is (batch, blocks of channels, blocks of tokens), tokens in order, backwards from the end. A cell walks strips
 of tokens, one column of 128 channels after the other, all in float32 registers. What a strip needs of its neighbour is
@@ -250,7 +250,7 @@ def _masks(tiles: _Tiles, readable_ref: Any, rows: Any, width: int) -> list[Any]
 
 
 def _forward_kernel(*refs: Any, tiles: _Tiles) -> None:
-    """With h = u / 2: SiLU(u) = h + h tanh(h), two operations for the four of u / (1 + exp(-u)), which overflows."""
+    """With h = u / 2: SiLU(u) = h + h tanh(h), two operations; u / (1 + exp(-u)) is 17, and overflows."""
     x_ref, *masks_ref, kernel_ref, bias_ref, y_ref, tail_ref = refs
     readable_ref = masks_ref[0] if tiles.masked else None
 
