@@ -1,18 +1,22 @@
-"""SSD as one loop over chunks whose body does everything for a chunk: the fast form on a CPU.
+"""SSD as one loop over blocks of chunks whose body does everything for a block: the fast form on a CPU.
 
 With s the running sum of l inside a chunk of Q tokens, h the state before it and w_ij = exp(s_i - s_j) for i >= j:
 
     y_i = sum_{j <= i} (c_i . b_j) w_ij dt_j x_j + exp(s_i) h c_i + d x_i
     h'  = exp(s_Q) h + sum_j exp(s_Q - s_j) dt_j x_j b_j^T
 
-Only the chunk's inputs, its Q x Q products and the state of one row are alive at a time, so they stay in cache and
-memory is linear in T. Rows are taken one after another for the same reason: with N = 64, four together took 1.2 to 1.6
-times as long. (A batch sharded over devices wants `jax.shard_map` around this, or the associative form.)
+A block is U chunks, all of them in one array [U, ...]; only h goes from one to the next. Just the block's inputs, its
+Q x Q products and the states of one row are alive at a time, so they stay in cache and memory is linear in T. Rows are
+taken one after another for the same reason. (A batch sharded over devices wants `jax.shard_map` around this, or the
+associative form.)
 
-The backward pass is written by hand: a second loop from the last chunk to the first that starts from the state before
-each chunk and recomputes the rest. Of long rows only the state before every span of chunks is kept, and those between
-are computed again, a span at a time. The gradient of l is formed from sums that only add (what spans token k), never
-as a difference of sums over the row: those lose it under strong decay.
+XLA divides an operation on a CPU among the cores only where it is large, and two operations run at the same time only
+where both are ready. Chunk by chunk the loop stayed on one core. With eight chunks at once gradients take 0.7 of the
+time on two cores; all of it together is a third more work, further from the cores, so that 16 are slower again.
+
+The backward pass is written by hand: a second loop from the last block to the first that starts from the state before
+each block and recomputes the rest. The gradient of l is formed from sums that only add (what spans token k), never as a
+difference of sums over the row: those lose it under strong decay.
 """
 
 import functools
@@ -26,44 +30,51 @@ from pallas_kernels.ssd import decay
 from pallas_kernels.ssd.kernel_vjp import NAME
 
 _CHUNK = 32
-"""Tokens of one chunk at most: the fastest of 16, 32, 64 and 128 at every size measured."""
+"""Tokens of one chunk at most: the fastest of 16, 32 and 64, with blocks of the same number of tokens."""
 
-_SPAN = 16
-"""Chunks of a span at most: 8 were slower, 32 no faster."""
+_BLOCK = 8
+"""Chunks of a block at most, a power of two: 4 left more of the work on one core, 16 went further out of the cache."""
 
-_KEEP_ALL = 16 * 2**20
-"""Bytes of states up to which all are kept: beyond, fresh pages for them cost more than computing them again."""
-
-
-def _chunks(value: jax.Array, num_chunks: int) -> jax.Array:
-    """[B, T, G, R] -> [B, chunks, 1, G, R, Q], for the small arrays of one scalar per token and head."""
-    batch, length, groups, ratio = value.shape
-    chunked = value.reshape(batch, num_chunks, 1, length // num_chunks, groups, ratio)
-    return jnp.moveaxis(chunked, 3, -1)
+_BLOCK_STATES = 4 * 2**20
+"""Bytes of the states before a block's chunks, at most: twice as many took longer than half as many."""
 
 
-def _tokens(chunked: jax.Array) -> jax.Array:
-    """[B, chunks, 1, G, R, Q] -> [B, T, G, R]."""
-    batch, num_chunks, _, groups, ratio, chunk = chunked.shape
-    return jnp.moveaxis(chunked, -1, 3).reshape(batch, num_chunks * chunk, groups, ratio)
+def _chunks_of_a_block(chunks: int, state_bytes: int) -> int:
+    """Return how many chunks to take at a time, of so many in a row, with one row's state of so many bytes."""
+    most = min(_BLOCK, max(1, _BLOCK_STATES // state_bytes))
+    block = 1 << (most.bit_length() - 1)
+    # Padding to whole blocks may cost an eighth at most.
+    while -chunks % block > chunks // 8:
+        block //= 2
+    return block
 
 
-def _slice(value: jax.Array, row: jax.Array, k: jax.Array, chunk: int) -> jax.Array:
-    """Chunk k of one row of [B, T, ...] as float32 [1, Q, ...]."""
-    start: tuple[Any, ...] = (row, k * chunk, *(0 for _ in value.shape[2:]))
-    return jax.lax.dynamic_slice(value, start, (1, chunk, *value.shape[2:])).astype(jnp.float32)
+def _blocks(value: jax.Array, chunks: int, chunk: int) -> jax.Array:
+    """[B, T, H] -> [B, blocks, U, H, Q], for the small arrays of one scalar per token and head."""
+    batch, _, num_heads = value.shape
+    return value.reshape(batch, -1, chunks, chunk, num_heads).swapaxes(-1, -2)
+
+
+def _tokens(value: jax.Array) -> jax.Array:
+    """[B, blocks, U, H, Q] -> [B, T, H]."""
+    return value.swapaxes(-1, -2).reshape(value.shape[0], -1, value.shape[3])
+
+
+def _slice(value: jax.Array, row: jax.Array, k: jax.Array, chunks: int, chunk: int) -> jax.Array:
+    """Block k of one row of [B, T, ...] as float32 [U, Q, ...]."""
+    start: tuple[Any, ...] = (row, k * (chunks * chunk), *(0 for _ in value.shape[2:]))
+    block = jax.lax.dynamic_slice(value, start, (1, chunks * chunk, *value.shape[2:]))
+    return block.reshape(chunks, chunk, *value.shape[2:]).astype(jnp.float32)
 
 
 def _store(whole: jax.Array, part: jax.Array, row: jax.Array, k: jax.Array) -> jax.Array:
-    """Write `part` [1, Q, ...] as chunk k of one row of `whole` [B, T, ...]."""
-    part = part.reshape(part.shape[:2] + whole.shape[2:]).astype(whole.dtype)
-    return jax.lax.dynamic_update_slice(whole, part, (row, k * part.shape[1], *(0 for _ in whole.shape[2:])))
+    """Write `part` [U, H, Q, P] as block k of one row of `whole` [B, T, H, P]."""
+    part = part.transpose(_TOKENS_FIRST).reshape(1, -1, *whole.shape[2:]).astype(whole.dtype)
+    return jax.lax.dynamic_update_slice(whole, part, (row, k * part.shape[1], 0, 0))
 
 
-def _by_head(value: jax.Array, groups: int) -> jax.Array:
-    """[B, Q, H, P] -> [B, G, R, Q, P]. Whole rows stay [B, T, H, P]: with R = 1 inside, XLA copies them."""
-    batch, chunk, num_heads, head_dim = value.shape
-    return value.reshape(batch, chunk, groups, num_heads // groups, head_dim).transpose(0, 2, 3, 1, 4)
+# [U, Q, H, P] -> [U, H, Q, P] and [U, H, P, Q]; [U, H, Q, P] -> [U, Q, H, P].
+_HEADS_FIRST, _TRANSPOSED, _TOKENS_FIRST = (0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 1, 3)
 
 
 def _row_sums(value: jax.Array) -> jax.Array:
@@ -71,37 +82,105 @@ def _row_sums(value: jax.Array) -> jax.Array:
     return (value @ jnp.ones((value.shape[-1], 1), value.dtype))[..., 0]
 
 
-def _times_state(value: jax.Array, state: jax.Array) -> jax.Array:
-    """[B, G, Q, N] times [B, G, N, R, P] -> [B, G, R, Q, P]."""
-    # Asked for in one einsum, XLA computes the transpose of it from transposed operands: twice the time.
-    return jnp.einsum("bgqn,bgnrp->bgqrp", value, state).swapaxes(2, 3)
+# R = H / G heads share a group's b and c. Where R is 1 its axis is left out: XLA copies what has it.
 
 
-# [B, G, R, Q, P] -> [B, Q, G, R, P]; [B, Q, G, N] -> [B, G, Q, N] and back; [B, Q, G, N] -> [B, G, N, Q].
-_HEADS_BACK = (0, 3, 1, 2, 4)
-_GROUPS = (0, 2, 1, 3)
-_GROUPS_TRANSPOSED = (0, 2, 3, 1)
-# [B, G, R, P, N] -> [B, G, N, R, P] and back.
-_STATE, _STATE_BACK = (0, 1, 4, 2, 3), (0, 1, 3, 4, 2)
+def _spread(value: jax.Array, num_heads: int) -> jax.Array:
+    """[U, G, ...] -> [U, H, ...], the same for every head of a group."""
+    return value if value.shape[1] == num_heads else jnp.repeat(value, num_heads // value.shape[1], axis=1)
 
 
-def _split_spans(by_chunk: tuple[jax.Array, ...], spans: int) -> tuple[jax.Array, ...]:
-    """[chunks, ...] -> [spans, chunks of one, ...]."""
-    return jax.tree.map(lambda value: value.reshape(spans, -1, *value.shape[1:]), by_chunk)
+def _gather(value: jax.Array, groups: int) -> jax.Array:
+    """[U, H, ...] -> [U, G, ...], summed over a group's heads."""
+    if value.shape[1] == groups:
+        return value
+    ratio = value.shape[1] // groups
+    flat = value.reshape(value.shape[0], groups, ratio, -1)
+    return (jnp.ones((1, ratio), value.dtype) @ flat).reshape(value.shape[0], groups, *value.shape[2:])
+
+
+def _write(keys_transposed: jax.Array, values: jax.Array) -> jax.Array:
+    """Return sum_j keys_j values_j^T by group: [U,G,N,Q] and [U,H,Q,P] -> [U,G,N,R*P]."""
+    chunks, groups = keys_transposed.shape[:2]
+    num_heads, chunk, head_dim = values.shape[1:]
+    if num_heads != groups:
+        values = values.reshape(chunks, groups, -1, chunk, head_dim).swapaxes(2, 3)
+        values = values.reshape(chunks, groups, chunk, num_heads // groups * head_dim)
+    return keys_transposed @ values
+
+
+def _write_scaled(keys_transposed: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return `_write` with every token scaled, [U, H, Q]: on the side that is transposed anyway, if that is by head."""
+    if values.shape[1] == keys_transposed.shape[1]:
+        return _write(keys_transposed * scale[..., None, :], values)
+    return _write(keys_transposed, values * scale[..., None])
+
+
+def _read(keys: jax.Array, states: jax.Array, num_heads: int) -> jax.Array:
+    """Return what the keys [U,G,Q,N] read of the states [U,G,N,R*P]: [U,H,Q,P]."""
+    values = keys @ states
+    chunks, groups, chunk, width = values.shape
+    if groups == num_heads:
+        return values
+    return (
+        values.reshape(chunks, groups, chunk, -1, width * groups // num_heads)
+        .swapaxes(2, 3)
+        .reshape(chunks, num_heads, chunk, -1)
+    )
+
+
+def _read_back(values: jax.Array, states: jax.Array) -> jax.Array:
+    """Return what the values [U,H,Q,P] read of the states [U,G,N,R*P] by their other side: [U,H,Q,N]."""
+    if values.shape[1] == states.shape[1]:
+        return values @ states.swapaxes(-1, -2)
+    chunks, num_heads, _, head_dim = values.shape
+    by_head = states.reshape(chunks, states.shape[1], -1, num_heads // states.shape[1], head_dim)
+    return values @ by_head.transpose(0, 1, 3, 4, 2).reshape(chunks, num_heads, head_dim, -1)
+
+
+def _by_head_sums(states: jax.Array, num_heads: int) -> jax.Array:
+    """Sum states [U, G, N, R*P] over N and P: [U, H]."""
+    chunks, groups, state_dim, width = states.shape
+    if groups != num_heads:
+        states = states.reshape(chunks, groups, state_dim, num_heads // groups, width * groups // num_heads)
+    return jnp.sum(_row_sums(states), axis=2).reshape(chunks, num_heads)
+
+
+def _pass_on(
+    h: jax.Array, kept: jax.Array, written: jax.Array, *, reverse: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Return the state [G,N,R*P] after a block, and before each of its chunks [U,G,N,R*P] (reversed: after each).
+
+    kept [U, H] of a state by a chunk, written [U, G, N, R*P] into it.
+    """
+    chunks, num_heads = kept.shape
+    groups, state_dim, width = h.shape
+    heads = () if groups == num_heads else (num_heads // groups,)
+    by_head, states = (groups, state_dim, *heads, width * groups // num_heads), []
+    kept, written, h = kept.reshape(chunks, groups, 1, *heads, 1), written.reshape(chunks, *by_head), h.reshape(by_head)
+    # Written out: XLA makes one operation of them all, which it divides among the cores.
+    for u in reversed(range(chunks)) if reverse else range(chunks):
+        states.append(h)
+        h = kept[u] * h + written[u]
+    before = jnp.stack(states[::-1] if reverse else states)
+    return h.reshape(groups, state_dim, width), before.reshape(chunks, groups, state_dim, width)
 
 
 class _Decays(NamedTuple):
-    """Decays inside one chunk, from running sums s of the log decay; each [B, G, R, Q] unless said otherwise."""
+    """Decays inside each chunk of a block, from running sums s of the log decay."""
 
     coarse: jax.Array
     fine: jax.Array
+    kept: jax.Array
 
     @classmethod
-    def make(cls, coarse: jax.Array, fine: jax.Array, upto: jax.Array) -> "_Decays":
-        """Sum the coarse and the fine parts of l; `upto` is 1 at [k, i] for k <= i."""
-        # A product, not cumsum: XLA fuses a slice of the loop's inputs into what reads it, which then is not
+    def make(cls, coarse: jax.Array, fine: jax.Array) -> "_Decays":
+        """Sum the coarse and the fine parts of l [U, H, Q]; `kept` is exp(s_Q) [U, H]."""
+        # Products, not cumsum: XLA fuses a slice of the loop's inputs into what reads it, which then is not
         # vectorised (8 ns an exponential instead of 1). A product's result is a buffer of its own.
-        return cls(coarse @ upto, fine @ upto)
+        upto = jnp.tri(coarse.shape[-1], dtype=jnp.float32).T
+        kept = jnp.exp(_row_sums(coarse) + _row_sums(fine))
+        return cls(coarse @ upto, fine @ upto, kept)
 
     def from_start(self) -> jax.Array:
         """Return exp(s_i)."""
@@ -112,18 +191,12 @@ class _Decays(NamedTuple):
         return jnp.exp((self.coarse[..., -1:] - self.coarse) + (self.fine[..., -1:] - self.fine))
 
     def pairs(self) -> jax.Array:
-        """Return exp(s_i - s_j) at [j, i] for i >= j, else 0: [B, G, R, Q, Q]. Masked before the exponential."""
+        """Return exp(s_i - s_j) at [j, i] for i >= j, else 0: [U, H, Q, Q]. Masked before the exponential."""
         exponent = (self.coarse[..., None, :] - self.coarse[..., :, None]) + (
             self.fine[..., None, :] - self.fine[..., :, None]
         )
         causal = ~jnp.tri(self.coarse.shape[-1], k=-1, dtype=bool)
         return jnp.exp(jnp.where(causal, exponent, -jnp.inf))
-
-
-def _advance(h: jax.Array, written: jax.Array, b_transposed: jax.Array, decays: _Decays) -> jax.Array:
-    """Return the state after a chunk that writes [B, G, R, Q, P] under the keys [B, G, N, Q]."""
-    kept = decays.from_start()[..., -1][:, :, None, :, None] * h
-    return kept + jnp.einsum("bgnj,bgrjp->bgnrp", b_transposed, written * decays.to_end()[..., None])
 
 
 def _forward(
@@ -135,47 +208,46 @@ def _forward(
     d: jax.Array,
     h: jax.Array,
     chunk: int,
-    spans: int,
+    chunks: int,
+    *,
+    keep_states: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return y, the final state [B, G, N, R, P] and the states before the spans [B, spans, 1, G, N, R, P]."""
-    num_chunks, groups = x.shape[1] // chunk, b.shape[2]
-    upto = jnp.tri(chunk, dtype=jnp.float32).T
+    """Return y, the final state [B, G, N, R*P] and, if they are kept, the states before the blocks [B, blocks, ...]."""
+    rows, num_heads = x.shape[0], x.shape[2]
+    by_block = tuple(_blocks(value, chunks, chunk) for value in (dt, *decay.split(log_decay)))
+    blocks = by_block[0].shape[1]
 
     def body(row, carry, xs):
-        h, y = carry
+        h, y, states = carry
         k, dt_k, coarse, fine = xs
-        decays = _Decays.make(coarse, fine, upto)
-        x_k = _by_head(_slice(x, row, k, chunk), groups)
-        # The state lies as [N, R, P], so that one transposed chunk, of b, serves both products that need one.
-        c_k = _slice(c, row, k, chunk).transpose(_GROUPS)
-        b_transposed = _slice(b, row, k, chunk).transpose(_GROUPS_TRANSPOSED)
+        if keep_states:
+            states = jax.lax.dynamic_update_slice(states, h[None, None], (row, k, 0, 0, 0))
+        decays = _Decays.make(coarse, fine)
+        x_k, b_k, c_k = (_slice(value, row, k, chunks, chunk) for value in (x, b, c))
+        x_k, c_k, b_transposed = x_k.transpose(_HEADS_FIRST), c_k.transpose(_HEADS_FIRST), b_k.transpose(_TRANSPOSED)
         written = x_k * dt_k[..., None]
-        scores = (c_k @ b_transposed)[:, :, None] * decays.pairs().swapaxes(-1, -2)
+        h, before = _pass_on(h, decays.kept, _write(b_transposed, written * decays.to_end()[..., None]))
+        scores = _spread(c_k @ b_transposed, num_heads) * decays.pairs().swapaxes(-1, -2)
         y_k = scores @ written
-        y_k += _times_state(c_k, h) * decays.from_start()[..., None]
-        y_k += d[:, :, None, None] * x_k
-        y = _store(y, y_k.transpose(_HEADS_BACK), row, k)
-        return (_advance(h, written, b_transposed, decays), y), None
+        y_k += _read(c_k, before, num_heads) * decays.from_start()[..., None]
+        y_k += d[:, None, None] * x_k
+        return (h, _store(y, y_k, row, k), states), None
 
-    def span(row, carry, xs):
-        return jax.lax.scan(functools.partial(body, row), carry, xs)[0], carry[0]
+    def whole_row(carry, xs):
+        row, h, *by_block = xs
+        (h, *carry), _ = jax.lax.scan(functools.partial(body, row), (h, *carry), (jnp.arange(blocks), *by_block))
+        return tuple(carry), h
 
-    def whole_row(y, xs):
-        row, h, *by_chunk = xs
-        by_chunk = _split_spans((jnp.arange(num_chunks), *by_chunk), spans)
-        (h, y), states = jax.lax.scan(functools.partial(span, row), (h, y), by_chunk)
-        return y, (h, states)
-
-    by_chunk = (_chunks(value, num_chunks) for value in (dt, *decay.split(log_decay)))
-    y, (h, states) = jax.lax.scan(whole_row, jnp.zeros_like(x), (jnp.arange(x.shape[0]), h[:, None], *by_chunk))
-    return y, h[:, 0], states
+    states = jnp.zeros((rows, blocks if keep_states else 0, *h.shape[1:]), jnp.float32)
+    (y, states), h = jax.lax.scan(whole_row, (jnp.zeros_like(x), states), (jnp.arange(rows), h, *by_block))
+    return y, h, states
 
 
 def _log_decay_gradient(pairs: jax.Array, reads: jax.Array, writes: jax.Array, through: jax.Array) -> jax.Array:
-    """Gradient of l_k [B, G, R, Q]: the sum over everything whose decay spans token k.
+    """Gradient of l_k [U, H, Q]: the sum over everything whose decay spans token k.
 
-    pairs [B, G, R, Q, Q] at [j, i], j <= i: spans j < k <= i; reads [B, G, R, Q] of the state before the chunk, at i:
-    k <= i; writes [B, G, R, Q] into the state after it, from j: j < k; through [B, G, R], from state to state: every k.
+    pairs [U, H, Q, Q] at [j, i], j <= i: spans j < k <= i; reads [U, H, Q] of the state before the chunk, at i: k <= i;
+    writes [U, H, Q] into the state after it, from j: j < k; through [U, H], from state to state: every k.
     """
     chunk = reads.shape[-1]
     since = jnp.tri(chunk, dtype=jnp.float32)  # [i, k]: i >= k
@@ -185,82 +257,84 @@ def _log_decay_gradient(pairs: jax.Array, reads: jax.Array, writes: jax.Array, t
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _ssd(x, dt, log_decay, b, c, d, h, chunk, spans):  # noqa: ARG001
-    return _forward(x, dt, log_decay, b, c, d, h, chunk, spans=1)[:2]
+def _ssd(x, dt, log_decay, b, c, d, h, chunk, chunks):
+    return _forward(x, dt, log_decay, b, c, d, h, chunk, chunks, keep_states=False)[:2]
 
 
-def _ssd_fwd(x, dt, log_decay, b, c, d, h, chunk, spans):
-    y, final, states = checkpoint_name(_forward(x, dt, log_decay, b, c, d, h, chunk, spans), NAME)
+def _ssd_fwd(x, dt, log_decay, b, c, d, h, chunk, chunks):
+    results = _forward(x, dt, log_decay, b, c, d, h, chunk, chunks, keep_states=True)
+    y, final, states = checkpoint_name(results, NAME)
     return (y, final), (x, dt, log_decay, b, c, d, states)
 
 
-def _ssd_bwd(chunk, spans, residuals, cotangents):
+def _ssd_bwd(chunk, chunks, residuals, cotangents):
     x, dt, log_decay, b, c, d, states = residuals
     dy, dh = cotangents
-    num_chunks, groups = x.shape[1] // chunk, b.shape[2]
-    upto = jnp.tri(chunk, dtype=jnp.float32).T
+    rows, num_heads, groups = x.shape[0], x.shape[2], b.shape[2]
+    by_block = tuple(_blocks(value, chunks, chunk) for value in (dt, *decay.split(log_decay)))
+    blocks = states.shape[1]
 
-    def again(row, h, xs):
-        k, dt_k, coarse, fine = xs
-        written = _by_head(_slice(x, row, k, chunk), groups) * dt_k[..., None]
-        b_transposed = _slice(b, row, k, chunk).transpose(_GROUPS_TRANSPOSED)
-        return _advance(h, written, b_transposed, _Decays.make(coarse, fine, upto)), h
+    def state_before(row, k):
+        return jax.lax.dynamic_slice(states, (row, k, 0, 0, 0), (1, 1, *states.shape[2:]))[0, 0]
 
     def body(row, carry, xs):
-        dh, dx, db, dc, dd = carry
-        k, dt_k, coarse, fine, h = xs
-        decays = _Decays.make(coarse, fine, upto)
-        from_start, to_end, weights = decays.from_start()[..., None], decays.to_end()[..., None], decays.pairs()
-        x_k, dy_k = (_by_head(_slice(value, row, k, chunk), groups) for value in (x, dy))
-        b_k, c_k = (_slice(value, row, k, chunk).transpose(_GROUPS) for value in (b, c))
-        c_transposed = _slice(c, row, k, chunk).transpose(_GROUPS_TRANSPOSED)
-        written = x_k * dt_k[..., None]
-        dy_start = dy_k * from_start
+        dh, h, dx, db, dc, dd = carry
+        k, dt_k, coarse, fine = xs
+        decays = _Decays.make(coarse, fine)
+        from_start, to_end, weights = decays.from_start(), decays.to_end(), decays.pairs()
+        x_k, dy_k, b_k, c_k = (_slice(value, row, k, chunks, chunk) for value in (x, dy, b, c))
+        b_transposed, c_transposed = b_k.transpose(_TRANSPOSED), c_k.transpose(_TRANSPOSED)
+        x_k, dy_k, b_k, c_k = (value.transpose(_HEADS_FIRST) for value in (x_k, dy_k, b_k, c_k))
 
-        # Q x Q arrays are [j, i]: most products below then read their operands as they lie in memory.
-        scores = jnp.einsum("bgjn,bgin->bgji", b_k, c_k)[:, :, None] * weights
-        dscores = jnp.einsum("bgrjp,bgrip->bgrji", written, dy_k)
-        dproducts = jnp.sum(dscores * weights, axis=2)
-        dwritten_end = _times_state(b_k, dh) * to_end
-        dwritten = scores @ dy_k + dwritten_end
-        dc_start = jnp.einsum("bgrip,bgnrp->bgrin", dy_start, h)
-        dx_k = dwritten * dt_k[..., None] + d[:, :, None, None] * dy_k
-        db_k = dproducts @ c_k + jnp.einsum("bgrjp,bgnrp->bgjn", written * to_end, dh)
-        dc_k = dproducts.swapaxes(-1, -2) @ b_k + jnp.sum(dc_start, axis=2)
+        _, before = _pass_on(h, decays.kept, _write_scaled(b_transposed, x_k, dt_k * to_end))
+        dh, dafter = _pass_on(dh, decays.kept, _write_scaled(c_transposed, dy_k, from_start), reverse=True)
 
-        decay_k = from_start[..., -1, 0]
+        # Q x Q arrays are [j, i]: most products below then read their operands as they lie in memory. dt_j goes to
+        # them and to results: without it the products take x as it is.
+        scores = _spread(b_k @ c_transposed, num_heads) * weights
+        dscores = x_k @ dy_k.swapaxes(-1, -2)
+        pairs = dscores * scores
+        dproducts = _gather(dscores * (weights * dt_k[..., None]), groups)
+        dx_end = _read(b_k, dafter, num_heads)
+        dc_start = _read_back(dy_k, before)
+        dx_k = (scores @ dy_k + dx_end * to_end[..., None]) * dt_k[..., None] + d[:, None, None] * dy_k
+        db_k = dproducts @ c_k + _gather(_read_back(x_k, dafter) * (dt_k * to_end)[..., None], groups)
+        dc_k = _times_transposed(dproducts, b_k) + _gather(dc_start * from_start[..., None], groups)
+
+        dwritten_end = _row_sums(dx_end * x_k) * to_end
         dl_k = _log_decay_gradient(
-            pairs=dscores * scores,
-            reads=_row_sums(dc_start * c_k[:, :, None]),
-            writes=_row_sums(dwritten_end * written),
-            through=decay_k * jnp.sum(_row_sums(h * dh), axis=2),
+            pairs=pairs * dt_k[..., None],
+            reads=_row_sums(dc_start * _spread(c_k, num_heads)) * from_start,
+            writes=dwritten_end * dt_k,
+            through=decays.kept * _by_head_sums(before * dafter, num_heads),
         )
-        ddt_k = _row_sums(dwritten * x_k)
+        ddt_k = _row_sums(pairs) + dwritten_end
 
-        dh = decay_k[:, :, None, :, None] * dh + jnp.einsum("bgni,bgrip->bgnrp", c_transposed, dy_start)
-        dx = _store(dx, dx_k.transpose(_HEADS_BACK), row, k)
-        db, dc = _store(db, db_k.transpose(_GROUPS), row, k), _store(dc, dc_k.transpose(_GROUPS), row, k)
-        dd += jnp.sum(_row_sums(dy_k * x_k), axis=(0, 3))
-        return (dh, dx, db, dc, dd), (ddt_k, dl_k)
-
-    def span(row, carry, xs):
-        *by_chunk, h = xs
-        h = h[None] if spans == num_chunks else jax.lax.scan(functools.partial(again, row), h, tuple(by_chunk))[1]
-        return jax.lax.scan(functools.partial(body, row), carry, (*by_chunk, h), reverse=True)
+        dx, db, dc = _store(dx, dx_k, row, k), _store(db, db_k, row, k), _store(dc, dc_k, row, k)
+        dd += jnp.sum(_row_sums(dy_k * x_k), axis=(0, 2))
+        # The next state is fetched here, into the carry, so that it is an array of its own: see `_Decays.make`.
+        return (dh, state_before(row, jnp.maximum(k - 1, 0)), dx, db, dc, dd), (ddt_k, dl_k)
 
     def whole_row(carry, xs):
-        row, dh, *by_chunk, states = xs
-        by_chunk = _split_spans((jnp.arange(num_chunks), *by_chunk), spans)
-        (dh, *carry), gradients = jax.lax.scan(
-            functools.partial(span, row), (dh, *carry), (*by_chunk, states), reverse=True
+        row, dh, *by_block = xs
+        (dh, _, *carry), gradients = jax.lax.scan(
+            functools.partial(body, row),
+            (dh, state_before(row, blocks - 1), *carry),
+            (jnp.arange(blocks), *by_block),
+            reverse=True,
         )
-        return tuple(carry), (dh, jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:]), gradients))
+        return tuple(carry), (dh, gradients)
 
-    by_chunk = (_chunks(value, num_chunks) for value in (dt, *decay.split(log_decay)))
     init = tuple(jnp.zeros_like(value) for value in (x, b, c, d))
-    xs = (jnp.arange(x.shape[0]), dh[:, None], *by_chunk, states)
-    (dx, db, dc, dd), (dh, (ddt, dl)) = jax.lax.scan(whole_row, init, xs)
-    return dx, _tokens(ddt), _tokens(dl), db, dc, dd, dh[:, 0]
+    (dx, db, dc, dd), (dh, (ddt, dl)) = jax.lax.scan(whole_row, init, (jnp.arange(rows), dh, *by_block))
+    return dx, _tokens(ddt), _tokens(dl), db, dc, dd, dh
+
+
+def _times_transposed(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Return left^T right: [U, G, Q, Q] and [U, G, Q, N] -> [U, G, Q, N]."""
+    # The identity makes XLA transpose `left` and multiply with its faster library, which takes no transposed left side.
+    transposed = jnp.einsum("ugji,jk->ugik", left, jnp.eye(left.shape[-1], dtype=left.dtype))
+    return transposed @ right
 
 
 _ssd.defvjp(_ssd_fwd, _ssd_bwd)
@@ -284,27 +358,16 @@ def scan(
     batch, length, num_heads, head_dim = x.shape
     groups, state_dim = b.shape[2:]
     chunk = min(chunk_size, length, _CHUNK)
-    heads = (groups, num_heads // groups)
-    skip = jnp.zeros((num_heads,), jnp.float32) if d is None else d
-    chunks = -(-length // chunk)
-    spans = chunks if initial_state.nbytes * chunks <= _KEEP_ALL else -(-chunks // _SPAN)
+    chunks = _chunks_of_a_block(-(-length // chunk), initial_state.nbytes // batch)
     # A tail with dt = 0 and l = 0 leaves the state as it is.
-    tail = spans * -(-chunks // spans) * chunk - length
-    x, dt, log_decay, b, c = (_pad(value, tail) for value in (x, dt, log_decay, b, c))
-    padded = x.shape[1]
-    y, state = _ssd(
-        x,
-        dt.reshape(batch, padded, *heads),
-        log_decay.reshape(batch, padded, *heads),
-        b,
-        c,
-        skip.reshape(heads),
-        initial_state.reshape(batch, *heads, head_dim, state_dim).transpose(_STATE),
-        chunk,
-        spans,
-    )
-    state = state.transpose(_STATE_BACK).reshape(initial_state.shape)
-    return y[:, :length], state
+    x, dt, log_decay, b, c = (_pad(value, -length % (chunks * chunk)) for value in (x, dt, log_decay, b, c))
+    skip = jnp.zeros((num_heads,), jnp.float32) if d is None else d
+    ratio = num_heads // groups
+    state = initial_state.reshape(batch, groups, ratio, head_dim, state_dim).transpose(0, 1, 4, 2, 3)
+    state = state.reshape(batch, groups, state_dim, ratio * head_dim)
+    y, state = _ssd(x, dt, log_decay, b, c, skip, state, chunk, chunks)
+    state = state.reshape(batch, groups, state_dim, ratio, head_dim).transpose(0, 1, 3, 4, 2)
+    return y[:, :length], state.reshape(initial_state.shape)
 
 
 def final_state(
