@@ -82,7 +82,7 @@ class ModelConfig:
     """Logits reuse the embedding matrix."""
     norm_eps: float = 1e-5
     """Epsilon of every RMSNorm."""
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full"] = "dots"
     """Recompute in the backward pass: nothing, all but matrix products, attention and the SSM, or whole layers."""
     kernel: str | None = None
     """Name of an SSD implementation; None chooses by device."""

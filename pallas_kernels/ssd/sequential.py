@@ -39,7 +39,7 @@ _BLOCK_STATES = 4 * 2**20
 """Bytes of the states before a block's chunks, at most: twice as many took longer than half as many."""
 
 
-def _chunks_of_a_block(chunks: int, state_bytes: int) -> int:
+def chunks_of_a_block(chunks: int, state_bytes: int) -> int:
     """Return how many chunks to take at a time, of so many in a row, with one row's state of so many bytes."""
     most = min(_BLOCK, max(1, _BLOCK_STATES // state_bytes))
     block = 1 << (most.bit_length() - 1)
@@ -325,7 +325,8 @@ def _ssd_bwd(chunk, chunks, residuals, cotangents):
         )
         return tuple(carry), (dh, gradients)
 
-    init = tuple(jnp.zeros_like(value) for value in (x, b, c, d))
+    # The first three are written whole. Of different values, since equal ones XLA makes once and copies.
+    init = (*(jnp.full_like(value, k) for k, value in enumerate((x, b, c))), jnp.zeros_like(d))
     (dx, db, dc, dd), (dh, (ddt, dl)) = jax.lax.scan(whole_row, init, (jnp.arange(rows), dh, *by_block))
     return dx, _tokens(ddt), _tokens(dl), db, dc, dd, dh
 
@@ -358,7 +359,7 @@ def scan(
     batch, length, num_heads, head_dim = x.shape
     groups, state_dim = b.shape[2:]
     chunk = min(chunk_size, length, _CHUNK)
-    chunks = _chunks_of_a_block(-(-length // chunk), initial_state.nbytes // batch)
+    chunks = chunks_of_a_block(-(-length // chunk), initial_state.nbytes // batch)
     # A tail with dt = 0 and l = 0 leaves the state as it is.
     x, dt, log_decay, b, c = (_pad(value, -length % (chunks * chunk)) for value in (x, dt, log_decay, b, c))
     skip = jnp.zeros((num_heads,), jnp.float32) if d is None else d

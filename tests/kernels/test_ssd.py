@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ssd import ssd
+from pallas_kernels.ssd import sequential, ssd
 
 from . import checks, suite
 
@@ -25,6 +25,26 @@ class TestAssociative(suite.SsdSuite):
 
 class TestSequential(suite.SsdSuite):
     implementation = "sequential"
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize(("chunks", "block"), [(3, 1), (10, 2), (12, 4), (15, 8), (16, 8)])
+def test_blocks_of_chunks(chunks: int, block: int, groups: int) -> None:
+    """The loop takes 1, 2, 4 or 8 chunks at a time: as many as pad an eighth at most."""
+    spec = checks.Spec(length=8 * chunks - 3, groups=groups, chunk_size=8)
+    assert sequential.chunks_of_a_block(chunks, state_bytes=1) == block
+    checks.check_against_oracle("sequential", spec)
+
+
+def test_documents_in_a_block_of_chunks() -> None:
+    spec = checks.Spec(rows=6, length=70, chunk_size=9, documents=True)
+    assert sequential.chunks_of_a_block(8, state_bytes=1) == 8
+    checks.check_against_oracle("sequential", spec)
+
+
+def test_blocks_fit_the_cache() -> None:
+    """Fewer chunks at a time where their states are large, a power of two of them."""
+    assert [sequential.chunks_of_a_block(64, 2**power) for power in (17, 19, 20, 21, 22, 30)] == [8, 8, 4, 2, 1, 1]
 
 
 @pytest.mark.parametrize("implementation", ["associative", "sequential"])
