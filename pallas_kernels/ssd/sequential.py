@@ -270,7 +270,8 @@ def _ssd_fwd(x, dt, log_decay, b, c, d, h, chunk, chunks):
 def _ssd_bwd(chunk, chunks, residuals, cotangents):
     x, dt, log_decay, b, c, d, states = residuals
     dy, dh = cotangents
-    rows, num_heads, groups = x.shape[0], x.shape[2], b.shape[2]
+    rows, _, num_heads, head_dim = x.shape
+    groups, state_dim = b.shape[2:]
     by_block = tuple(_blocks(value, chunks, chunk) for value in (dt, *decay.split(log_decay)))
     blocks = states.shape[1]
 
@@ -287,7 +288,11 @@ def _ssd_bwd(chunk, chunks, residuals, cotangents):
         x_k, dy_k, b_k, c_k = (value.transpose(_HEADS_FIRST) for value in (x_k, dy_k, b_k, c_k))
 
         _, before = _pass_on(h, decays.kept, _write_scaled(b_transposed, x_k, dt_k * to_end))
-        dh, dafter = _pass_on(dh, decays.kept, _write_scaled(c_transposed, dy_k, from_start), reverse=True)
+        if state_dim <= head_dim:
+            read = _write_scaled(c_transposed, dy_k, from_start)
+        else:  # Scaled on the narrower side. (It is not faster above.)
+            read = _write(c_transposed, dy_k * from_start[..., None])
+        dh, dafter = _pass_on(dh, decays.kept, read, reverse=True)
 
         # Q x Q arrays are [j, i]: most products below then read their operands as they lie in memory. dt_j goes to
         # them and to results: without it the products take x as it is.
