@@ -5,9 +5,10 @@ Competitors that are not installed are left out: transformers' `mamba2_chunk_sca
 process and take turns; every one is compared with the float64 recurrence before it is timed. A time is the fastest
 call. Peak memory is the growth of the resident set during one call, in a process of its own.
 
-JAX takes a CPU for one device, and XLA runs what is inside a loop on one core of it. Here every core is a device
-(of 8 at most, `--devices`), and contenders named "split" have their heads split over them with `jax.shard_map`, as
-`mesh.tensor` does, mamba2-jax too; the rest stays on one, where whole products still use all cores.
+JAX takes a CPU for one device, of which XLA uses every core as far as a program's operations are large. Here every core
+is a device as well (of 8 at most, `--devices`), and contenders named "split" have their heads split over them with
+`jax.shard_map`, as `mesh.tensor` does, mamba2-jax too; the others run on the first, whose threads are those of all.
+A noisy machine wants many rounds (`--rounds 60`): the fastest call of few may have met something else on the machine.
 """
 
 import argparse
