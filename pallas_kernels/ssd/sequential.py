@@ -69,12 +69,12 @@ def _slice(value: jax.Array, row: jax.Array, k: jax.Array, chunks: int, chunk: i
 
 def _store(whole: jax.Array, part: jax.Array, row: jax.Array, k: jax.Array) -> jax.Array:
     """Write `part` [U, H, Q, P] as block k of one row of `whole` [B, T, H, P]."""
-    part = part.transpose(_TOKENS_FIRST).reshape(1, -1, *whole.shape[2:]).astype(whole.dtype)
+    part = part.swapaxes(1, 2).reshape(1, -1, *whole.shape[2:]).astype(whole.dtype)
     return jax.lax.dynamic_update_slice(whole, part, (row, k * part.shape[1], 0, 0))
 
 
-# [U, Q, H, P] -> [U, H, Q, P] and [U, H, P, Q]; [U, H, Q, P] -> [U, Q, H, P].
-_HEADS_FIRST, _TRANSPOSED, _TOKENS_FIRST = (0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 1, 3)
+# [U, Q, H, P] -> [U, H, Q, P] and [U, H, P, Q].
+_HEADS_FIRST, _TRANSPOSED = (0, 2, 1, 3), (0, 2, 3, 1)
 
 
 def _row_sums(value: jax.Array) -> jax.Array:
@@ -122,11 +122,8 @@ def _read(keys: jax.Array, states: jax.Array, num_heads: int) -> jax.Array:
     chunks, groups, chunk, width = values.shape
     if groups == num_heads:
         return values
-    return (
-        values.reshape(chunks, groups, chunk, -1, width * groups // num_heads)
-        .swapaxes(2, 3)
-        .reshape(chunks, num_heads, chunk, -1)
-    )
+    by_head = values.reshape(chunks, groups, chunk, -1, width * groups // num_heads).swapaxes(2, 3)
+    return by_head.reshape(chunks, num_heads, chunk, -1)
 
 
 def _read_back(values: jax.Array, states: jax.Array) -> jax.Array:
@@ -364,7 +361,7 @@ def scan(
     batch, length, num_heads, head_dim = x.shape
     groups, state_dim = b.shape[2:]
     chunk = min(chunk_size, length, _CHUNK)
-    chunks = chunks_of_a_block(-(-length // chunk), initial_state.nbytes // batch)
+    chunks = chunks_of_a_block(-(-length // chunk), 4 * num_heads * head_dim * state_dim)
     # A tail with dt = 0 and l = 0 leaves the state as it is.
     x, dt, log_decay, b, c = (_pad(value, -length % (chunks * chunk)) for value in (x, dt, log_decay, b, c))
     skip = jnp.zeros((num_heads,), jnp.float32) if d is None else d
