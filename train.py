@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transmamba_jax import config_file, host_memory, hosts
+from transmamba_jax import config_io
 from transmamba_jax.config import Config
+from transmamba_jax.runtime import host_memory, hosts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,9 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known.config is None and not {"-h", "--help"} & set(overrides):
         return _no_config()
     try:
-        config = Config() if known.config is None else config_file.read_config_file(known.config)
+        config = Config() if known.config is None else config_io.read_config_file(known.config)
         program = f"train.py --config {known.config or 'FILE'}"
-        config = config_file.parse_command_line(config, overrides, program, description=__doc__)
+        config = config_io.parse_command_line(config, overrides, program, description=__doc__)
     except ValueError as error:
         return _fail(error, 2)
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     host_memory.keep_freed()
     # orbax and Grain take seconds to import: mistakes and --help need neither.
-    from transmamba_jax.training.compile_only import compile_only
+    from transmamba_jax.compile_only import compile_only
     from transmamba_jax.training.loop import EXIT_NOT_SAVED, NonFiniteError, train
 
     log, handler = logging.getLogger("pallas_kernels"), logging.StreamHandler()

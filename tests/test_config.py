@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import transmamba_jax as tm
-from transmamba_jax import config_file
+from transmamba_jax import config_io
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/**/*.yaml"))
 
@@ -44,7 +44,7 @@ def test_yaml_merges_are_no_second_key(tmp_path: Path) -> None:
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
     config = tm.load_config(write(tmp_path, "model: {kernel: reference}\ndata: {source: 'text:*.md'}\n"))
-    assert tm.load_config(write(tmp_path, config_file.to_yaml(config))) == config
+    assert tm.load_config(write(tmp_path, config_io.to_yaml(config))) == config
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_best_checkpoint_that_cannot_be_is_warned_of(save: int, measure: int, 
 def test_differences_name_the_fields() -> None:
     old = tm.Config()
     new = dataclasses.replace(old, train=dataclasses.replace(old.train, steps=7), workdir="elsewhere")
-    assert config_file.differences(old, new) == ["train.steps: 1000 -> 7", "workdir: 'runs/default' -> 'elsewhere'"]
+    assert config_io.differences(old, new) == ["train.steps: 1000 -> 7", "workdir: 'runs/default' -> 'elsewhere'"]
 
 
 @pytest.mark.parametrize(

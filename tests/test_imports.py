@@ -1,8 +1,10 @@
-"""Arrows go one way, and importing the package stays light."""
+"""Hold the architecture: arrows go one way, rooms own their libraries, importing the package stays light."""
 
 import ast
+import collections
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,27 +12,65 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HEAVY = ("orbax", "grain", "tensorflow_datasets", "tensorflow", "torch", "matplotlib", "jax_triton", "triton")
 OWNERS = {
-    "orbax": ["transmamba_jax/checkpoint.py"],
+    "orbax": ["transmamba_jax/checkpoint/"],
     "grain": ["transmamba_jax/data/"],
     "tensorflow_datasets": ["transmamba_jax/data/"],
+    "jax_triton": ["pallas_kernels/ssd/triton/"],
+    "triton": ["pallas_kernels/ssd/triton/"],
     "flax": ["transmamba_jax/"],
 }
+ABOVE_TRAINING = ("training", "compile_only", "study", "calibrate")
+LARGEST_ROOT = 16
+LONGEST_PATH = 5
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Yield the imports of a module that run: those of functions too, those for type checkers not."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            yield from _statements(node)
 
 
 def imports_of(path: Path) -> set[str]:
+    """Return the dotted names that a file imports; of `from a import b`, both a and a.b."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in _statements(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif node.module:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names
 
 
 def sources() -> dict[str, set[str]]:
+    """Return file -> the names that it imports."""
     paths = [*ROOT.glob("transmamba_jax/**/*.py"), *ROOT.glob("pallas_kernels/**/*.py")]
     return {str(path.relative_to(ROOT)): imports_of(path) for path in paths}
+
+
+def _module(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def graph() -> dict[str, set[str]]:
+    """Return module -> the modules of the project that it imports; a package stands for what its `__init__` defines."""
+    modules = {_module(file): file for file in sources()}
+    edges: dict[str, set[str]] = {}
+    for module, file in modules.items():
+        found = set()
+        for node in _statements(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif node.module:
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                found.update(full & modules.keys())
+                if not full <= modules.keys():
+                    found.add(node.module)
+        edges[module] = (found & modules.keys()) - {module}
+    return edges
 
 
 @pytest.mark.parametrize("package", OWNERS)
@@ -44,14 +84,50 @@ def test_kernels_import_jax_only() -> None:
     allowed = {"jax", "numpy", "pallas_kernels"} | set(sys.stdlib_module_names)
     for name, imports in sources().items():
         if name.startswith("pallas_kernels/"):
-            own = {"triton", "jax_triton"} if Path(name).name.startswith("triton") else set()
+            own = {"triton", "jax_triton"} if name.startswith("pallas_kernels/ssd/triton/") else set()
             assert {module.split(".")[0] for module in imports} <= allowed | own, name
 
 
 def test_nothing_below_training_imports_it() -> None:
+    above = tuple(f"transmamba_jax/{room}/" for room in ABOVE_TRAINING)
     for name, imports in sources().items():
-        if not name.startswith("transmamba_jax/training/"):
+        if not name.startswith(above) and name != "transmamba_jax/__init__.py":
             assert not [module for module in imports if module.startswith("transmamba_jax.training")], name
+
+
+def test_no_import_cycle() -> None:
+    edges = graph()
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for imported in sorted(edges[module]):
+                visit(imported, (*path, module))
+            done.add(module)
+
+    for module in edges:
+        visit(module, ())
+
+
+def test_few_files_from_the_model_to_every_implementation() -> None:
+    from pallas_kernels.ssd import implementations
+
+    edges = graph()
+    files = {"transmamba_jax.model": 1}
+    queue = collections.deque(files)
+    while queue:
+        module = queue.popleft()
+        for imported in edges[module] - files.keys():
+            files[imported] = files[module] + 1
+            queue.append(imported)
+    found = {name: files[f"pallas_kernels.ssd.{name}"] for name in implementations()}
+    assert max(found.values()) <= LONGEST_PATH, found
+
+
+def test_the_root_is_the_model() -> None:
+    modules = sorted(path.name for path in (ROOT / "transmamba_jax").glob("*.py"))
+    assert len(modules) <= LARGEST_ROOT, modules
 
 
 def test_importing_the_package_is_light() -> None:

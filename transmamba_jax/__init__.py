@@ -14,9 +14,9 @@ from transmamba_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from transmamba_jax.config_file import load_config
-from transmamba_jax.decode import Decoder
+from transmamba_jax.config_io import load_config
 from transmamba_jax.generate import generate
+from transmamba_jax.generate.decode import Decoder
 from transmamba_jax.memory_converter import memory_converter
 from transmamba_jax.model import TransMamba
 

@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses with every default, checked once. config_file.py reads and writes them."""
+"""Configuration: frozen dataclasses with every default, checked once. config_io.py reads and writes them."""
 
 import dataclasses
 import difflib

@@ -8,6 +8,7 @@ output:  y W_o                                              arXiv 2503.24067 §3
 
 import dataclasses
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -35,7 +36,6 @@ from transmamba_jax.shapes import (
     known,
     least,
 )
-from transmamba_jax.slices import tokens, with_first
 
 # U(±1/√fan_in), as Mamba-2 and PyTorch's linear layers are initialised.
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -256,12 +256,12 @@ class Mixer(nn.Module):
         after = None if segment_ids is None else segment_ids[:, point:]
         past, rest = slice(None, point), slice(point, None)
         if starts_in_passing(v, k, self.config.kernel):
-            (q, q_past), (k, k_past), (v, v_past) = (with_first(array, point) for array in (q, k, v))
+            (q, q_past), (k, k_past), (v, v_past) = (_with_first(array, point) for array in (q, k, v))
             attended = self._attend(q_past, k_past, v_past, before)
             y, _ = self._ssd(q, k, v, dt, None, segment_ids, point)
             return jnp.concatenate([attended, self._gate(x[:, rest], y)], axis=1)
-        k_past, v_past = tokens(k, past), tokens(v, past)
-        attended = self._attend(tokens(q, past), k_past, v_past, before)
+        k_past, v_past = _slice_tokens(k, past), _slice_tokens(v, past)
+        attended = self._attend(_slice_tokens(q, past), k_past, v_past, before)
         state = parallel.convert(
             k_past,
             v_past,
@@ -273,7 +273,7 @@ class Mixer(nn.Module):
         )
         if before is not None and after is not None:
             state = jnp.where(_same_document(before, after)[:, None, None, None], state, 0)
-        q, k, v = (tokens(array, rest) for array in (q, k, v))
+        q, k, v = (_slice_tokens(array, rest) for array in (q, k, v))
         scanned = self._scan(x[:, rest], q, k, v, dt[:, rest], state, after)
         return jnp.concatenate([attended, scanned], axis=1)
 
@@ -365,3 +365,37 @@ def _same_document(before: SegmentIds, after: SegmentIds) -> Array:
     first = jnp.argmax(after != 0, axis=1)
     row = jnp.arange(before.shape[0])
     return (last >= 0) & (before[row, last] == after[row, first])
+
+
+def _slice_tokens(array: Float[Array, "B T H P"], which: slice) -> Float[Array, "B _ H P"]:
+    """Slice tokens with their heads side by side, as projections leave them and kernels read them.
+
+    A TPU keeps [H, P] in tiles of 128 lanes, so that slices of the four axes are a copy there and another one back.
+    """
+    flat = array.reshape(*array.shape[:2], -1)[:, which]
+    return flat.reshape(*flat.shape[:2], *array.shape[2:])
+
+
+def _with_first(array: Float[Array, "B T H P"], count: int) -> tuple[Array, Array]:
+    """Return the array and its first tokens; on the way back, theirs is added where they lie in the gradient."""
+    whole, first = _and_first(array.reshape(*array.shape[:2], -1), count)
+    return whole.reshape(array.shape), first.reshape(*first.shape[:2], *array.shape[2:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _and_first(array: Array, count: int) -> tuple[Array, Array]:
+    return array, array[:, :count]
+
+
+def _and_first_forward(array: Array, count: int) -> tuple[tuple[Array, Array], None]:
+    return _and_first(array, count), None
+
+
+def _and_first_backward(count: int, _: None, gradients: tuple[Array, Array]) -> tuple[Array]:
+    whole, first = gradients
+    # Apart from one another, the sum is written into the array that it was read from; together, into a copy of it.
+    whole, both = jax.lax.optimization_barrier((whole, whole[:, :count] + first))
+    return (jax.lax.dynamic_update_slice(whole, both, (0, 0, 0)),)
+
+
+_and_first.defvjp(_and_first_forward, _and_first_backward)

@@ -4,7 +4,7 @@ import pytest
 
 from tests.forks import Server, write_text
 from tests.training.support import little_config
-from transmamba_jax import config_file
+from transmamba_jax import config_io
 
 MODULE = "tests.faults.drive"
 
@@ -23,7 +23,7 @@ class Faults(Server):
             eval={"every": 6, "windows": 8},
             workdir=str(folder / "run"),
         )
-        self.config.write_text(config_file.to_yaml(config), encoding="utf-8")
+        self.config.write_text(config_io.to_yaml(config), encoding="utf-8")
 
     def arguments(self, workdir, *options):
         """Return the command line of a run in `workdir`."""

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transmamba_jax import checkpoint, config_file
+from transmamba_jax import checkpoint, config_io
+from transmamba_jax.checkpoint import __main__ as checkpoint_command
 from transmamba_jax.config import CheckpointConfig, Config
 
 LARGE = "params/large"
@@ -50,7 +51,7 @@ def make_state(step):
 def save(folder, *states):
     writer = checkpoint.Checkpointer(folder, CheckpointConfig())
     for step, state in states:
-        writer.save(step, state, {"position": step}, config_file.to_yaml(Config()), "{}")
+        writer.save(step, state, {"position": step}, config_io.to_yaml(Config()), "{}")
     writer.close()
 
 
@@ -139,7 +140,7 @@ def main(folder):
         lines = [line for line in said.getvalue().splitlines() if line.startswith("checkpoint ")]
         by_hand = io.StringIO()
         with contextlib.redirect_stdout(by_hand):
-            code = checkpoint.main(["verify", str(hurt)])
+            code = checkpoint_command.main(["verify", str(hurt)])
         report[name] = {
             "step": restored.step,
             "same": all(jax.tree.leaves(same)) and restored.data_state == {"position": restored.step},

@@ -19,8 +19,11 @@ from tests.faults import damage
 from tests.forks import serve
 from tests.training.runs import before_call, strike
 from tests.training.support import Little
-from transmamba_jax import checkpoint, checkpoint_manifest, checkpoint_steps, data, evaluate, run_lock
-from transmamba_jax.training import loop
+from transmamba_jax import checkpoint, data
+from transmamba_jax.checkpoint import manifest as checkpoint_manifest
+from transmamba_jax.checkpoint import steps as checkpoint_steps
+from transmamba_jax.evaluate import evaluator
+from transmamba_jax.training import loop, run_lock
 
 POISON = 255  # a byte that the text does not have
 KILL_POINTS = {
@@ -54,7 +57,7 @@ def run_training(arguments, accident="none", at=0):
     elif accident == "terminate-in-step":
         strike(data.BatchIterator, "__next__", signal.SIGTERM, at)
     elif accident == "terminate-in-evaluation":
-        strike(evaluate, "_target_weights", signal.SIGTERM, at)
+        strike(evaluator, "_target_weights", signal.SIGTERM, at)
     elif accident == "terminate-in-compilation":
         threading.Thread(target=terminate_while_compiling, daemon=True).start()
     elif accident == "poison-row":

@@ -1,11 +1,13 @@
-"""How `benchmarks/gpu_suite.py` judges races, and what it makes of a contender's process."""
+"""How `benchmarks/gpu/suite.py` judges races, and what it makes of a contender's process."""
 
 import subprocess
 from typing import Any
 
 import pytest
 
-from benchmarks import gpu_checks, gpu_goals, gpu_suite
+from benchmarks.gpu import checks as gpu_checks
+from benchmarks.gpu import goals as gpu_goals
+from benchmarks.gpu import suite as gpu_suite
 
 
 def _race(kind: str, head_dim: int, times: dict[str, float], floor: float | None = None) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as PS
 
-from pallas_kernels.ssd import block_sizes, pallas_gpu, ssd, ssd_state
+from pallas_kernels.ssd import pallas_gpu, ssd, ssd_state
+from pallas_kernels.ssd.pallas_gpu import block_sizes
 
 from . import checks, suite
 from .test_pallas_tpu import QUICK_COMPILATION
@@ -63,7 +64,7 @@ def _loss(arguments: dict[str, jax.Array]) -> jax.Array:
 if SERVED:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from pallas_kernels.ssd import pallas_gpu_backward
+    from pallas_kernels.ssd.pallas_gpu import backward as pallas_gpu_backward
 
     @contextlib.contextmanager
     def interpreting(**parameters: Any) -> Iterator[None]:

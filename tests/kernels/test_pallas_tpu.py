@@ -14,7 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as PS
 
 from pallas_kernels import target
-from pallas_kernels.ssd import api, block_sizes, pallas_tpu, pallas_tpu_backward, ssd, ssd_state
+from pallas_kernels.ssd import api, pallas_tpu, ssd, ssd_state
+from pallas_kernels.ssd.pallas_tpu import backward as pallas_tpu_backward
+from pallas_kernels.ssd.pallas_tpu import block_sizes
 
 from . import checks, suite
 

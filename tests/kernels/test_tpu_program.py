@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import kernel_cycles, paper_compile, tpu_program
+from benchmarks.tpu import kernel_cycles, paper_compile
+from benchmarks.tpu import program as tpu_program
 
 PROGRAM = """HloModule jit_f, is_scheduled=true
 

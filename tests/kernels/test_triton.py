@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels.ssd import ssd, triton_blocks
+from pallas_kernels.ssd import ssd
 from pallas_kernels.ssd import triton as implementation
+from pallas_kernels.ssd.triton import block_sizes as triton_blocks
 
 from . import checks, suite
 

@@ -19,8 +19,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pallas_kernels.ssd import ssd, ssd_state, triton_backward_kernels, triton_blocks, triton_kernels
+from pallas_kernels.ssd import ssd, ssd_state
 from pallas_kernels.ssd import triton as implementation
+from pallas_kernels.ssd.triton import backward_kernels as triton_backward_kernels
+from pallas_kernels.ssd.triton import block_sizes as triton_blocks
+from pallas_kernels.ssd.triton import forward_kernels as triton_kernels
 
 _POINTERS = {"float32": "*fp32", "bfloat16": "*bf16"}
 

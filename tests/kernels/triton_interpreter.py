@@ -26,7 +26,7 @@ from triton.runtime import interpreter
 
 import pallas_kernels.ssd
 
-_MODULES = ("triton_kernels", "triton_backward_kernels")
+_MODULES = ("forward_kernels", "backward_kernels")
 _GUARD = 4096
 """Numbers before and after every array."""
 
@@ -53,8 +53,8 @@ def _interpreting() -> Iterator[None]:
 
 
 def _load(name: str) -> ModuleType:
-    folder = Path(pallas_kernels.ssd.__file__).parent
-    spec = importlib.util.spec_from_file_location(f"pallas_kernels.ssd.{name}", folder / f"{name}.py")
+    folder = Path(pallas_kernels.ssd.__file__).parent / "triton"
+    spec = importlib.util.spec_from_file_location(f"pallas_kernels.ssd.triton.{name}", folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -5,7 +5,8 @@ import sys
 
 import train
 from tests.training.runs import strike
-from transmamba_jax import data, evaluate
+from transmamba_jax import data
+from transmamba_jax.evaluate import evaluator
 from transmamba_jax.training import loop
 
 
@@ -16,7 +17,7 @@ def main():
     elif accident == "terminate-at-batch":
         strike(data.BatchIterator, "__next__", signal.SIGTERM, int(count))
     elif accident == "interrupt-in-evaluation":
-        strike(evaluate, "_target_weights", signal.SIGINT, int(count))
+        strike(evaluator, "_target_weights", signal.SIGINT, int(count))
     elif accident == "terminate-in-compilation":
         strike(loop, "make_train_step", signal.SIGTERM, int(count))
     else:

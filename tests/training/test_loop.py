@@ -8,10 +8,11 @@ import pytest
 
 import train as command
 from tests.training.support import Little, little_config
-from transmamba_jax import checkpoint, config_file
+from transmamba_jax import checkpoint, config_io
+from transmamba_jax.compile_only import compiler
 from transmamba_jax.config import Config
 from transmamba_jax.data import train_tokenizer
-from transmamba_jax.training import compile_only, loop
+from transmamba_jax.training import loop
 
 
 @pytest.fixture(name="make")
@@ -48,7 +49,7 @@ def test_a_run_leaves_its_files_and_a_second_start_only_reports_them(make, capsy
     settings = make(train={"log_every": 3})
     assert loop.train(settings) == 0
     folder = Path(settings.workdir)
-    assert config_file.read_config_file(folder / "config.yaml") == settings
+    assert config_io.read_config_file(folder / "config.yaml") == settings
     assert _steps(settings) == [8, 10]
     training = [line for line in _lines(settings) if "loss" in line]
     assert [line["step"] for line in training] == [3, 6, 9, 10]
@@ -99,7 +100,7 @@ def test_the_end_of_a_document_is_looked_for_in_the_tokenizer(make, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(train_tokenizer.train(iter([b"text"]), 300), encoding="utf-8")
     config = make(data={"tokenizer": str(path), "end_of_document": "</text>"})
-    for start in (loop.train, compile_only._token_bytes):
+    for start in (loop.train, compiler._token_bytes):
         with pytest.raises(ValueError, match=r"data\.end_of_document='</text>' is none of the added tokens of"):
             start(config)
 
@@ -114,7 +115,7 @@ def test_a_longer_run_continues_and_names_what_changed(make, capsys):
     assert "optimizer.beta2: 0.95 -> 0.99" in output
     assert "continuing from step 6" in output
     assert [line["step"] for line in _lines(settings) if "loss" in line] == list(range(1, 10))
-    assert config_file.read_config_file(Path(settings.workdir) / "config.yaml") == settings
+    assert config_io.read_config_file(Path(settings.workdir) / "config.yaml") == settings
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_kept(make, monkeypatch):
@@ -131,7 +132,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(make, monkeypatch):
     monkeypatch.setattr("transmamba_jax.data.tokenizers.ByteTokenizer.to_json", lambda _: "another")
     with pytest.raises(ValueError, match=r"data\.tokenizer differs"):
         loop.train(earlier)
-    assert config_file.read_config_file(Path(earlier.workdir) / "config.yaml") == earlier
+    assert config_io.read_config_file(Path(earlier.workdir) / "config.yaml") == earlier
     assert _steps(earlier) == [2]
 
 
@@ -161,7 +162,7 @@ def test_a_diverged_run_stops_and_keeps_the_good_checkpoint(make, monkeypatch, c
     assert np.all(np.isfinite(checkpoint.restore(Path(settings.workdir) / "checkpoints").params["embedding"]))
     output = capsys.readouterr().out
     assert output.count("skipped: loss") == 3
-    monkeypatch.setattr(command.config_file, "read_config_file", lambda _: settings)
+    monkeypatch.setattr(command.config_io, "read_config_file", lambda _: settings)
     assert command.main(["--config", "here"]) == 1
     assert "train.py: 3 steps in a row up to step 4" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from transmamba_jax.config import require
-from transmamba_jax.config_file import load_config
+from transmamba_jax.config_io import load_config
 from transmamba_jax.data.sources import open_documents, take
 from transmamba_jax.data.tokenizers import END_OF_DOCUMENT, JsonTokenizer
 

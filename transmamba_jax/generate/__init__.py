@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from transmamba_jax import decode
-from transmamba_jax.decode import Decoder, DecodeState
+from transmamba_jax.generate import decode
+from transmamba_jax.generate.decode import Decoder, DecodeState
+from transmamba_jax.generate.sampling import Sampling, keep_likely, row_keys
 from transmamba_jax.model import TransMamba
-from transmamba_jax.sampling import Sampling, keep_likely, row_keys
 
 __all__ = ["Sampling", "generate", "keep_likely", "stream"]
 

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import jax
 
-from transmamba_jax import data, decode, serving_options
-from transmamba_jax.decode import Decoder, DecodeState
-from transmamba_jax.generate import stream
+from transmamba_jax import data
+from transmamba_jax.checkpoint import command_options as serving_options
+from transmamba_jax.generate import decode, stream
+from transmamba_jax.generate.decode import Decoder, DecodeState
+from transmamba_jax.generate.sampling import Sampling
 from transmamba_jax.model import TransMamba
-from transmamba_jax.sampling import Sampling
 
 _CHARACTER_BYTES = 4  # of UTF-8, at most: tokens that a character can wait for
 _TURNS = 4  # of a session that :back can forget: each is kept with its keys and values

@@ -4,7 +4,7 @@ import sys
 
 from tqdm import tqdm
 
-from transmamba_jax import hosts
+from transmamba_jax.runtime import hosts
 from transmamba_jax.training.metrics import Record
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from transmamba_jax import config_file, data, hosts, run_lock, sharding
+from transmamba_jax import config_io, data, sharding
 from transmamba_jax.checkpoint import Checkpointer, SaveError
 from transmamba_jax.config import Config
 from transmamba_jax.evaluate import EvaluationStopped, Evaluator
 from transmamba_jax.model import TransMamba
 from transmamba_jax.report import read_metrics, write_report
-from transmamba_jax.training import resume
+from transmamba_jax.runtime import hosts
+from transmamba_jax.training import resume, run_lock
 from transmamba_jax.training.console import Console
 from transmamba_jax.training.metrics import MetricsWriter, Record, Throughput, peak_memory_bytes
 from transmamba_jax.training.optimizer import make_optimizer
@@ -78,7 +79,7 @@ def train(config: Config) -> int:
         writer = None
         with hosts.together(OSError):
             if hosts.is_first():
-                (workdir / "config.yaml").write_text(config_file.to_yaml(config), encoding="utf-8")
+                (workdir / "config.yaml").write_text(config_io.to_yaml(config), encoding="utf-8")
                 writer = cleanup.enter_context(MetricsWriter(workdir, start))
         run = _Run(
             config=config,
@@ -269,7 +270,7 @@ class _Run:
     def _save(self, state: TrainState, step: int, eval_loss: float | None) -> None:
         """Start to save; what breaks is an alarm, and the next step that is due tries again."""
         self._settle(step)
-        texts = config_file.to_yaml(self.config), self.tokenizer.to_json()
+        texts = config_io.to_yaml(self.config), self.tokenizer.to_json()
         try:
             self.checkpointer.save(step, state, self.batches.get_state(), *texts, eval_loss)
         except SaveError as error:

@@ -5,10 +5,11 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from transmamba_jax import config_file, data, hosts, sharding
+from transmamba_jax import config_io, data, sharding
 from transmamba_jax.checkpoint import Checkpointer, Restored, complete_steps
 from transmamba_jax.config import Config
 from transmamba_jax.model import TransMamba
+from transmamba_jax.runtime import hosts
 from transmamba_jax.training.step import TrainState, abstract_state, create_state, init_state
 
 
@@ -17,9 +18,9 @@ def compare_with_earlier_run(config: Config, model: TransMamba, workdir: Path) -
     saved = workdir / "config.yaml"
     if not saved.exists():
         return
-    earlier = config_file.read_config_file(saved)
+    earlier = config_io.read_config_file(saved)
     # Where the processes find one another may be new at every start.
-    differences = [line for line in config_file.differences(earlier, config) if not line.startswith("hosts.")]
+    differences = [line for line in config_io.differences(earlier, config) if not line.startswith("hosts.")]
     if not differences:
         return
     hosts.say(f"{saved} differs from this run:", *differences)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transmamba_jax import data, hosts, serving_mesh
+from transmamba_jax import data
 from transmamba_jax.config import Config
 from transmamba_jax.generate import generate
 from transmamba_jax.model import TransMamba
+from transmamba_jax.runtime import hosts, serving_mesh
 from transmamba_jax.training.step import TrainState
 
 PROMPTS = 3

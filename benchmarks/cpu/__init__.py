@@ -1,0 +1,1 @@
+"""Benchmarks for the CPU: ratios against peers and against our own parts."""

@@ -1,0 +1,1 @@
+"""Benchmarks for TPUs, which the TPU's own compiler counts on any machine."""

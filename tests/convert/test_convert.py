@@ -1,0 +1,322 @@
+"""Mamba-2 weights in and out, against torch's logits of transformers' models (tests/golden/make_mamba2.py)."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tokenizers
+from safetensors.numpy import load_file, save_file
+
+import transmamba_jax as tm
+from tests.oracle import relative_error
+from transmamba_jax import checkpoint, convert, export
+from transmamba_jax.convert import __main__ as convert_command
+from transmamba_jax.convert import mamba2_config
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "mamba2"
+CASES = ("tied", "limited", "bfloat16")
+
+
+@cache
+def golden(case: str) -> tuple[tm.ModelConfig, Any, np.ndarray, np.ndarray]:
+    """Config with float32 compute, parameters, tokens, and torch's float32 logits."""
+    config, params = convert.from_mamba2(GOLDEN / case)
+    expected = load_file(GOLDEN / f"{case}.safetensors")
+    return dataclasses.replace(config, dtype="float32"), params, expected["tokens"], expected["logits"]
+
+
+def tensors(folder: Path) -> dict[str, tuple[str, bytes]]:
+    """Every tensor's dtype and shape, and its bytes."""
+    found: dict[str, Any] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return {name: (f"{array.dtype} {array.shape}", array.tobytes()) for name, array in found.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(case: str) -> None:
+    config, params, tokens, expected = golden(case)
+    logits = jax.jit(tm.TransMamba(config).apply)({"params": params}, tokens)
+    assert relative_error(logits, expected) < 2e-6
+    assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_the_config_says_what_the_file_says() -> None:
+    tied, limited, narrow = (convert.from_mamba2(GOLDEN / case)[0] for case in CASES)
+    assert (tied.num_heads, tied.num_groups, tied.tie_embeddings, tied.dt_limit) == (6, 2, True, (0.0, np.inf))
+    assert (limited.dt_limit, limited.conv_bias, limited.conv_width, limited.norm_eps) == ((0.05, 0.4), False, 3, 1e-3)
+    assert (limited.tie_embeddings, limited.residual_in_fp32, limited.dtype) == (False, True, "float32")
+    assert (narrow.dtype, narrow.param_dtype, narrow.residual_in_fp32) == ("bfloat16", "bfloat16", False)
+    assert {config.mlp_dim for config in (tied, limited, narrow)} == {0}
+    assert {config.transpoints for config in (tied, limited, narrow)} == {(0,)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_round_trip_keeps_every_bit(case: str, tmp_path: Path) -> None:
+    config, params = tm.convert.from_mamba2(GOLDEN / case)
+    tm.convert.to_mamba2(config, params, tmp_path / "transformers")
+    assert tensors(tmp_path / "transformers") == tensors(GOLDEN / case)
+    written, original = (
+        json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "transformers", GOLDEN / case)
+    )
+    ids = {name for name in written if name.endswith("_token_id")}
+    assert {name: original[name] for name in written.keys() - ids} == {
+        name: written[name] for name in written.keys() - ids
+    }
+    assert {written[name] for name in ids} == {None}
+    if config.norm_eps == 1e-5:
+        convert.to_mamba2(config, params, tmp_path / "state-spaces", "state-spaces")
+        renamed = {
+            name.replace("backbone.embeddings.", "backbone.embedding."): value
+            for name, value in tensors(GOLDEN / case).items()
+        }
+        assert tensors(tmp_path / "state-spaces") == renamed
+        again, back = convert.from_mamba2(tmp_path / "state-spaces")
+        assert again == config
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, back, params)))
+
+
+def test_narrower_weights_become_float32_without_loss(tmp_path: Path) -> None:
+    config, params, *_ = golden("tied")
+    convert.to_mamba2(config, params, tmp_path, dtype="float16")
+    assert {kind.split()[0] for kind, _ in tensors(tmp_path).values()} == {"float16"}
+    again, back = convert.from_mamba2(tmp_path)
+    assert again == config
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16).astype(np.float32), params)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, back, rounded)))
+
+
+def test_decoding_holds_to_the_options_of_mamba2() -> None:
+    """Limits, no convolution bias, an untied head, no MLP: one token at a time gives torch's logits as well."""
+    config, params, tokens, expected = golden("limited")
+    decoder = tm.Decoder(tm.TransMamba(config), params)
+    state = decoder.prefill(tokens[:, :16].tolist())
+    assert relative_error(state.logits, expected[:, 15]) < 2e-6
+    state = decoder.extend(state, tokens[:, 16:].tolist())
+    assert relative_error(state.logits, expected[:, -1]) < 2e-6
+
+
+def test_attention_by_a_schedule_and_a_step_of_training() -> None:
+    config, params, tokens, _ = golden("limited")
+    model, points = tm.TransMamba(config), jnp.array([9, 20])
+
+    def loss(params: Any) -> jax.Array:
+        logits = model.apply({"params": params}, tokens, transpoints=points)
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
+
+    @jax.jit
+    def step(params: Any) -> tuple[jax.Array, Any, Any]:
+        value, gradient = jax.value_and_grad(loss)(params)
+        return value, gradient, jax.tree.map(lambda leaf, slope: leaf - 1e-2 * slope, params, gradient)
+
+    before, gradient, params = step(params)
+    assert all(np.isfinite(leaf).all() and np.any(leaf) for leaf in jax.tree.leaves(gradient))
+    after, *_ = step(params)
+    assert np.isfinite(after)
+    assert after < before
+
+
+def test_a_float32_residual_stream_keeps_what_bfloat16_drops() -> None:
+    """Updates below half a step of bfloat16, 64 of them: lost one by one, or not."""
+    config = tm.ModelConfig(
+        vocab_size=4, num_layers=64, d_model=8, num_heads=2, num_groups=1, head_dim=4, state_dim=2, mlp_dim=0,
+        transpoints=(0,), dtype="bfloat16",
+    )  # fmt: skip
+    tokens, rng = np.array([[0, 1, 2, 3]]), np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), export.abstract_params(config))
+    params["embedding"] = np.sign(params["embedding"])  # the normalised y is at most √8: |y W_o| < 2^-9, half a step
+    out = params["layers"]["mixer"]["out"]["kernel"]
+    params["layers"]["mixer"]["out"]["kernel"] = 2.0**-11 * out / np.abs(out).sum(1).max()
+    params["layers"]["mixer"]["norm"]["scale"] = np.ones_like(params["layers"]["mixer"]["norm"]["scale"])
+    params["final_norm"]["scale"] = np.ones(8)
+    hidden = {}
+    for wide in (False, True):
+        model = tm.TransMamba(dataclasses.replace(config, residual_in_fp32=wide))
+        hidden[wide] = np.asarray(
+            jax.jit(partial(model.apply, method="hidden"))({"params": params}, tokens), np.float32
+        )
+    assert np.array_equal(hidden[False][0], params["embedding"])
+    assert 2**-8 <= np.abs(hidden[True][0] - params["embedding"]).max() < 0.1
+
+
+def copied(tmp_path: Path, case: str = "tied") -> Path:
+    return Path(shutil.copytree(GOLDEN / case, tmp_path / case))
+
+
+def edit_tensors(change: Callable[[dict[str, np.ndarray]], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        found = load_file(folder / "model.safetensors")
+        change(found)
+        save_file(found, folder / "model.safetensors")
+
+    return edit
+
+
+def edit_json(name: str = "config.json", **values: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tree = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**tree, **values}))
+
+    return edit
+
+
+def pickles_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def hold_twice(folder: Path) -> None:
+    first, second = (folder / f"model-0000{part}-of-00003.safetensors" for part in (1, 2))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor}, second)
+
+
+REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "missing": (
+        "tied",
+        edit_tensors(lambda found: found.update(extra=found.pop("backbone.layers.1.mixer.D"))),
+        r"needed and not there: backbone.layers.1.mixer.D \[6\]\n.*there and not known: extra \[6\]",
+    ),
+    "shape": (
+        "tied",
+        edit_tensors(lambda found: found.update({"backbone.norm_f.weight": np.ones(5, np.float32)})),
+        r"backbone.norm_f.weight: needed \[12\], found \[5\]",
+    ),
+    "head": (
+        "tied",
+        edit_tensors(lambda found: found.update({"lm_head.weight": 1 + found["backbone.embeddings.weight"]})),
+        "lm_head.weight must equal backbone.embeddings.weight",
+    ),
+    "dtype": (
+        "tied",
+        edit_tensors(lambda found: found.update({"backbone.norm_f.weight": np.ones(12, np.int32)})),
+        "must hold F32, BF16, F16, found I32",
+    ),
+    "no config": ("tied", lambda at: (at / "config.json").unlink(), "must hold config.json, found model.safetensors"),
+    "pickle": ("tied", pickles_only, r"must hold model.safetensors .*other formats are not read.*pytorch_model.bin"),
+    "no safetensors": ("tied", lambda at: (at / "model.safetensors").write_bytes(b"PK"), "cannot be read as safe"),
+    "no file": ("limited", lambda at: (at / "model-00002-of-00003.safetensors").unlink(), "00002.*cannot be read"),
+    "outside": (
+        "limited",
+        edit_json("model.safetensors.index.json", weight_map={"a": "../tied/model.safetensors"}),
+        "must name files of the same folder",
+    ),
+    "astray": (
+        "limited",
+        edit_json("model.safetensors.index.json", weight_map={"a": "model-00001-of-00003.safetensors"}),
+        "names what is not there: a in model-00001",
+    ),
+    "twice": ("limited", hold_twice, "each tensor in one file, found .* in model-00001.* and model-00002"),
+    "other model": ("tied", edit_json(model_type="mamba"), "model_type 'mamba2'.*found model_type 'mamba'"),
+    "bias": ("tied", edit_json(use_bias=True), "use_bias must be False, found True: there is no counterpart"),
+    "activation": ("tied", edit_json(hidden_act="gelu"), "hidden_act must be 'silu' or 'swish', found 'gelu'"),
+    "limit": ("tied", edit_json(time_step_limit=[1.0]), r"time_step_limit must be two numbers, found \[1.0\]"),
+    "empty limit": ("tied", edit_json(time_step_limit=[0.2, 0.1]), "model.dt_limit must be two numbers"),
+    "not a number": ("tied", edit_json(num_heads="6"), "num_heads must be an integer, found '6'"),
+    "groups": ("tied", edit_json(n_groups=4), "num_groups must divide"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
+    case, change, message = REFUSED[name]
+    folder = copied(tmp_path, case)
+    change(folder)
+    with pytest.raises(ValueError, match=f"(?s){message}") as error:
+        convert.from_mamba2(folder)
+    assert str(folder) in str(error.value)
+
+
+STATE_SPACES = {"d_model": 16, "n_layer": 2, "vocab_size": 50277, "ssm_cfg": {"layer": "Mamba2", "headdim": 8}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ssm_cfg": {"layer": "Mamba1"}}, "layer must be 'Mamba2', found 'Mamba1'"),
+        ({"ssm_cfg": {**STATE_SPACES["ssm_cfg"], "norm_before_gate": True}}, "norm_before_gate must be False"),
+        ({"ssm_cfg": {**STATE_SPACES["ssm_cfg"], "new": 1}}, "unknown options in ssm_cfg: new"),
+        ({"attn_layer_idx": [1]}, r"attn_layer_idx must be \[\], found \[1\]"),
+        ({"d_intermediate": 32}, "d_intermediate must be 0, found 32"),
+    ],
+)
+def test_what_state_spaces_has_and_this_package_has_not_is_refused(changed: dict, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**STATE_SPACES, **changed}))
+    with pytest.raises(ValueError, match=message):
+        mamba2_config.read(tmp_path)
+
+
+def test_a_published_config_of_state_spaces_is_read(tmp_path: Path) -> None:
+    tree = {
+        **STATE_SPACES, "d_model": 768, "n_layer": 24, "ssm_cfg": {"layer": "Mamba2"}, "pad_vocab_size_multiple": 16,
+        "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True,
+        "fused_add_norm": True, "tie_embeddings": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    config, naming = mamba2_config.read(tmp_path)
+    assert naming == "state-spaces"
+    assert (config.vocab_size, config.num_heads, config.head_dim, config.num_groups) == (50288, 24, 64, 1)
+    assert (config.state_dim, config.residual_in_fp32, config.tie_embeddings) == (128, True, True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"transpoints": (0, 4)}, r"transpoints must be \(0, 0\) .* found \(0, 4\): Mamba-2 has no attention"),
+        ({"mlp_dim": 8}, "mlp_dim must be 0"),
+        ({"skip": False}, "skip must be True"),
+        ({"rotary": "both"}, "rotary must be 'attention'"),
+        ({"head_dim": 5}, "= 30 must be a multiple of model.d_model = 12"),
+        ({"conv_bias": False}, r"(?s)there and not known: layers/mixer/conv_v/bias \[2, 24\]|conv_q/bias"),
+    ],
+)
+def test_what_mamba2_has_not_is_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config, params, *_ = golden("tied")
+    with pytest.raises(ValueError, match=message):
+        convert.to_mamba2(dataclasses.replace(config, **changed), params, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_goes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, middle, back = tmp_path / "limited", tmp_path / "middle", tmp_path / "back"
+    shutil.copytree(GOLDEN / "limited", source)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.add_special_tokens(["</s>"])
+    words.save(str(source / "tokenizer.json"))
+    assert convert_command.main(["from-mamba2", str(source), str(middle)]) == 0
+    assert convert_command.main(["to-mamba2", str(middle), str(back)]) == 0
+    assert tensors(back) == tensors(source)
+    config, params, tokenizer = export.load(middle)
+    assert config.model == convert.from_mamba2(source)[0]
+    assert tokenizer is not None
+    assert tokenizer.encode("b") == [1]
+    assert tokenizers.Tokenizer.from_file(str(back / "tokenizer.json")).to_str() == tokenizer.to_json()
+
+    start = ["start-run", str(middle), str(tmp_path / "run")]
+    assert convert_command.main(start) == 0
+    saved = checkpoint.restore(tmp_path / "run" / "checkpoints")
+    assert (saved.step, saved.config.model, saved.tokenizer_json) == (0, config.model, tokenizer.to_json())
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, saved.params, params)))
+
+    capsys.readouterr()
+    assert convert_command.main(["to-mamba2", str(middle), str(back)]) == 2
+    assert "already holds model.safetensors, config.json, tokenizer.json" in capsys.readouterr().err
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        assert convert_command.main(["to-mamba2", str(middle), str(tmp_path / name)]) == 2
+        assert f"already holds {name}; name a new folder" in capsys.readouterr().err
+        assert [path.read_text() for path in (tmp_path / name).iterdir()] == ["mine"]
+    for command in ("to-mamba2", "start-run"):
+        assert convert_command.main([command, str(middle), "/proc"]) == 2
+        assert capsys.readouterr().err.startswith("cannot ")
+    assert convert_command.main(start) == 2
+    assert "already holds step 0" in capsys.readouterr().err

@@ -1,0 +1,43 @@
+"""Memory that was freed is there for the next step, in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import ctypes, json, resource, sys
+from transmamba_jax.runtime import host_memory
+
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would make one fault of 512
+
+arranged = host_memory.keep_freed() if sys.argv[1] == "keep" else None
+import jax, jax.numpy as jnp
+
+# The products keep their operands apart: temporaries of some 64 MB.
+step = jax.jit(lambda x: jnp.sum(jnp.sin(x @ x.T) @ x))
+x = jnp.ones((4096, 64))
+faults = []
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    jax.block_until_ready(step(x))
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(json.dumps([arranged, faults]))
+"""
+
+
+def run(how: str) -> tuple[bool | None, list[int]]:
+    result = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
+    arranged, faults = json.loads(result.stdout.splitlines()[-1])
+    return arranged, faults
+
+
+@pytest.mark.hardware
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_freed_memory_is_kept() -> None:
+    arranged, kept = run("keep")
+    _, given_back = run("not")
+    assert arranged
+    assert min(given_back[2:]) > 8000  # pages of 4096 bytes, at every step
+    assert min(kept[2:]) < 1000

@@ -1,0 +1,73 @@
+"""What every command that runs a checkpoint can be told: which one, and a named schedule in place of its own."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transmamba_jax import schedule
+from transmamba_jax.config import Config, ModelConfig
+from transmamba_jax.runtime import tensor_files
+
+if TYPE_CHECKING:
+    from transmamba_jax.checkpoint import Checkpoint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--checkpoint`, `--step`, `--schedule` and `--seq-len`."""
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="<workdir>/checkpoints")
+    parser.add_argument("--step", type=int, help="step of the checkpoint; without it: the newest")
+    names = ", ".join(schedule.NAMED)
+    parser.add_argument("--schedule", metavar="NAME", help=f"run under {names}; without it: the config's TransPoints")
+    parser.add_argument(
+        "--seq-len", type=int, metavar="T", help="tokens --schedule is scaled to; without it: data.seq_len"
+    )
+
+
+def restore(directory: Path, step: int | None) -> "Checkpoint":
+    """Restore the parameters of a checkpoint.
+
+    Raises:
+        ValueError: there is none, or the directory is one of exported or Mamba-2 weights; the message says what to do.
+    """
+    from transmamba_jax import checkpoint  # orbax takes seconds to import
+
+    if any((directory / name).exists() for name in (tensor_files.FILE, tensor_files.INDEX)):
+        first = f"convert from-mamba2 {directory} FOLDER, then " if (directory / "config.json").exists() else ""
+        folder = "FOLDER" if first else directory
+        raise ValueError(
+            f"{directory} holds weights ({tensor_files.FILE}) and no checkpoints; python -m transmamba_jax.{first}"
+            f"convert start-run {folder} WORKDIR makes WORKDIR/checkpoints of it, which is what --checkpoint takes"
+        )
+    return checkpoint.restore(directory, step, params_only=True)
+
+
+def apply(config: Config, options: argparse.Namespace) -> ModelConfig:
+    """Return the model's config under the schedule that the command line names, or as it is where it names none.
+
+    Raises:
+        ValueError: `--seq-len` without `--schedule`, or as for `run_under`.
+    """
+    if options.schedule is None and options.seq_len is not None:
+        raise ValueError(f"--seq-len={options.seq_len} scales --schedule, and there is none")
+    seq_len = config.data.seq_len if options.seq_len is None else options.seq_len
+    return run_under(config.model, options.schedule, seq_len)
+
+
+def run_under(model: ModelConfig, name: str | None, seq_len: int, option: str = "--schedule ") -> ModelConfig:
+    """Return the config with the TransPoints of the schedule called `name`, None: its own.
+
+    Raises:
+        ValueError: no schedule has that name, or it has more TransPoints than the model has layers; the message spells
+            it as `option` and says which would fit.
+    """
+    if name is None:
+        return model
+    points = schedule.named(name, seq_len)
+    if len(points) > model.num_layers:
+        fitting = [other for other in schedule.NAMED if len(schedule.named(other, seq_len)) <= model.num_layers]
+        raise ValueError(
+            f"{option}{name} has {len(points)} TransPoints, one a layer in turn, and the model has {model.num_layers} "
+            f"layers; those that fit are {', '.join(fitting)}"
+        )
+    return dataclasses.replace(model, transpoints=points)

@@ -1,0 +1,89 @@
+"""Measure a checkpoint on held-out text."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transmamba_jax import config_io, data, schedule
+from transmamba_jax.checkpoint import command_options
+from transmamba_jax.config import Config
+from transmamba_jax.evaluate.evaluator import EvalResult, Evaluator
+from transmamba_jax.model import TransMamba
+from transmamba_jax.runtime import serving_mesh
+
+
+def _configured(saved: Config, options: argparse.Namespace) -> Config:
+    """Return the checkpoint's config with what the command line replaces; the architecture stays the checkpoint's."""
+    config = saved
+    if options.config is not None:
+        given = config_io.load_config(options.config)
+        config = dataclasses.replace(saved, data=given.data, eval=given.eval)
+        if options.schedule is None:
+            model = dataclasses.replace(saved.model, transpoints=given.model.transpoints)
+            config = dataclasses.replace(config, model=model)
+    windows = config.eval.windows if options.windows is None else options.windows
+    return dataclasses.replace(
+        config,
+        model=command_options.apply(config, options),
+        eval=dataclasses.replace(config.eval, windows=windows),
+    )
+
+
+def _table(result: EvalResult, transpoints: Sequence[int]) -> list[str]:
+    """Write the loss by position, with the number of layers that attend at the first and last position of a span."""
+    lines = [f"{'positions':>17}  {'nats/token':>10}  attention layers"]
+    for span in result.by_position:
+        first, last = (sum(point > position for point in transpoints) for position in (span.start, span.stop - 1))
+        layers = str(first) if first == last else f"{first} to {last}"
+        lines.append(f"{span.start:>8,} - {span.stop:>6,}  {span.loss:>10.4f}  {layers} of {len(transpoints)}")
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m transmamba_jax.evaluate",
+        description="Measure a checkpoint on held-out text.",
+        allow_abbrev=False,
+    )
+    command_options.add_arguments(parser)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="take the data, eval and TransPoints from this file (default: the config in the checkpoint)",
+    )
+    parser.add_argument(
+        "--windows", type=int, default=None, help="rows to read, 0: all of the split (default: the config's)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate a checkpoint and print loss, bits per byte, baselines and the loss by position."""
+    options = _parser().parse_args(arguments)
+    try:
+        saved = command_options.restore(options.checkpoint, options.step)
+        config = _configured(saved.config, options)
+        tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
+        params, mesh = serving_mesh.place(saved.params)  # on several devices each reads some of the windows
+        with serving_mesh.use(mesh):
+            result = Evaluator(TransMamba(config.model), config, tokenizer, mesh)(params)
+        peers = data.baselines(data.training_text(config.data), data.held_out_text(config.data))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    points = schedule.expand(config.model.transpoints, config.model.num_layers)
+    print(f"step {saved.step} of {options.checkpoint}, {config.data.source} {config.data.eval_split}")
+    print(f"TransPoints {', '.join(map(str, points))} of {config.data.seq_len} tokens")
+    print(f"{result.tokens:,} tokens: loss {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits per byte")
+    for name, value in peers.items():
+        print(f"{name.replace('_', ' ')}: {value:.4f}")
+    print("\n".join(_table(result, points)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Held-out loss, bits per byte and loss by position; also `python -m transmamba_jax.evaluate`.
+
+    loss           = sum_i nll_i / tokens                  nll_i = logsumexp(z_i) - z_i[target_i], nats per token
+    bits per byte  = sum_i nll_i / (ln 2 · sum_i bytes(target_i))
+
+Loss by position is the mean over the rows at the same distances from the start of the row, in the spans
+[0, 1), [1, 2), [2, 4), [4, 8) ... T. Logits exist for `train.loss_chunk` tokens at a time, in float32.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from transmamba_jax import data, sharding
+from transmamba_jax.config import Config
+from transmamba_jax.evaluate.scoring import token_scores
+from transmamba_jax.model import TransMamba
+from transmamba_jax.shapes import Array, Float32, Int
+
+
+class EvaluationStopped(Exception):
+    """An evaluation was asked to stop before it had read every window."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionLoss:
+    """Mean loss of the predictions made at positions start <= t < stop of a row."""
+
+    start: int
+    stop: int
+    loss: float
+    """Nats per token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalResult:
+    """What one pass over the held-out windows gives."""
+
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float
+    tokens: int
+    """Predictions that the figures average over."""
+    by_position: tuple[PositionLoss, ...]
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the values of an evaluation line of metrics.jsonl; positions as [start, stop, loss]."""
+        return {
+            "eval/loss": self.loss,
+            "eval/bits_per_byte": self.bits_per_byte,
+            "eval/tokens": self.tokens,
+            "eval/by_position": [[span.start, span.stop, span.loss] for span in self.by_position],
+        }
+
+
+class Evaluator:
+    """Measures parameters on the held-out windows that the config names; reads them once and compiles once."""
+
+    def __init__(self, model: TransMamba, config: Config, tokenizer: data.Tokenizer, mesh: Mesh | None = None) -> None:
+        """Read the windows; rows of weight 0 fill a batch up to what divides over the devices.
+
+        Raises:
+            ValueError: the held-out split cannot be read or is too short for one window.
+        """
+        self._seq_len = config.data.seq_len
+        self._mesh = mesh
+        batches = data.eval_batches(config.data, tokenizer, config.eval.windows, config.eval.batch_size)
+        missing = -config.eval.batch_size % (1 if mesh is None else sharding.row_shards(mesh))
+        self._batches = [
+            {name: np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) for name, rows in batch.items()}
+            for batch in batches
+        ]
+        self._token_bytes = np.asarray(tokenizer.token_bytes, np.float64)
+        self._nll = jax.jit(
+            functools.partial(_nll_by_position, model, config.train.loss_chunk),
+            out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
+        )
+
+    def __call__(self, params: Any, should_stop: Callable[[], bool] = lambda: False) -> EvalResult:
+        """Evaluate `params`; with a mesh, each batch's rows are split over its devices.
+
+        Raises:
+            EvaluationStopped: `should_stop()` turned true between two batches.
+        """
+        nll, counts = np.zeros((2, self._seq_len), np.float64)  # [T]
+        byte_count = 0.0
+        for index, batch in enumerate(self._batches):
+            if should_stop():
+                raise EvaluationStopped(f"evaluation stopped after {index} of {len(self._batches)} batches")
+            weights = _target_weights(batch)
+            inputs = {name: self._place(rows) for name, rows in batch.items() if name != "weights"}
+            nll += np.asarray(self._nll(params, inputs, self._place(weights)), np.float64)
+            counts += weights.sum(axis=0, dtype=np.float64)
+            byte_count += float(np.sum(self._token_bytes[batch["tokens"][:, 1:]] * weights))
+        return EvalResult(
+            loss=float(nll.sum() / counts.sum()),
+            bits_per_byte=float(nll.sum() / (math.log(2) * byte_count)),
+            tokens=round(counts.sum()),
+            by_position=tuple(
+                PositionLoss(start, stop, float(nll[start:stop].sum() / counts[start:stop].sum()))
+                for start, stop in spans(nll.size)
+                if counts[start:stop].any()
+            ),
+        )
+
+    def _place(self, rows: np.ndarray) -> Any:
+        # Every process reads the same windows, so each hands over the same global array.
+        return rows if self._mesh is None else jax.device_put(rows, sharding.batch_sharding(self._mesh))
+
+
+def _target_weights(batch: dict[str, np.ndarray]) -> np.ndarray:
+    """Weigh the targets of a batch, float32 [B, T]: 0 in rows that fill up, or where another document begins."""
+    tokens = batch["tokens"]
+    weights = np.broadcast_to(batch["weights"][:, None], (len(tokens), tokens.shape[1] - 1))
+    if "segment_ids" not in batch:
+        return weights
+    ids = batch["segment_ids"]
+    return weights * (ids[:, 1:] == ids[:, :-1])
+
+
+def spans(seq_len: int) -> list[tuple[int, int]]:
+    """Cut positions 0 .. T-1 into [0, 1), [1, 2), [2, 4), [4, 8) ... T."""
+    edges = [0]
+    while edges[-1] < seq_len:
+        edges.append(min(max(2 * edges[-1], 1), seq_len))
+    return list(itertools.pairwise(edges))
+
+
+def _nll_by_position(
+    model: TransMamba,
+    chunk: int,
+    params: Any,
+    batch: dict[str, Int[Array, "B T+1"]],
+    weights: Float32[Array, "B T"],
+) -> Float32[Array, "T"]:
+    """Sum the weighted negative log-likelihoods of the rows at each position, in float32."""
+    return -jnp.sum(token_scores(model, chunk, params, **batch)[0] * weights, axis=0)

@@ -1,0 +1,56 @@
+"""Write a checkpoint as a folder of safetensors, config, tokenizer and programs."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transmamba_jax import data
+from transmamba_jax.checkpoint import command_options
+from transmamba_jax.export import folder
+from transmamba_jax.runtime import tensor_files
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m transmamba_jax.export",
+        description="Write a checkpoint as a folder of safetensors, config, tokenizer and programs (StableHLO).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    command_options.add_arguments(parser)
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write; it may hold none of this yet")
+    add(
+        "--platforms",
+        nargs="*",
+        default=list(folder.PLATFORMS),
+        metavar="NAME",
+        help="what programs run on; none: no programs",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export a checkpoint; returns 2 where that cannot be done."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.platforms:
+            folder.check_platforms(options.platforms)
+        programs_too = [f"{name}.jax" for name in folder.PROGRAMS] if options.platforms else []
+        tensor_files.claim(options.output, [folder.CONFIG, folder.TOKENIZER, *programs_too])
+        saved = command_options.restore(options.checkpoint, options.step)
+        config = dataclasses.replace(saved.config, model=command_options.apply(saved.config, options))
+        folder.save(options.output, config, saved.params, data.tokenizer_from_json(saved.tokenizer_json))
+        if options.platforms:
+            folder.save_programs(options.output, config.model, saved.params, options.platforms)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"wrote step {saved.step} to {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

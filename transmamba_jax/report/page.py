@@ -1,0 +1,320 @@
+"""One HTML page about a run, with nothing from anywhere else: no scripts, pictures or fonts; light or dark by CSS.
+
+Its content security policy lets a browser load nothing, so what the page shows is in the page.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transmamba_jax import cache, schedule
+from transmamba_jax.config import Config
+from transmamba_jax.model import TransMamba
+from transmamba_jax.report import charts
+from transmamba_jax.report.charts import Line
+
+Record = dict[str, Any]
+
+SECTIONS = ("loss", "positions", "speed", "samples", "evaluations", "configuration")
+"""Ids of the page's sections, in order."""
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #fbfaf7; --panel: #fff; --ink: #22272e; --soft: #667079; --rule: #e4e2dc;
+  --training: #8fa9c2; --held: #b8402f; --other: #8a929a; --attention: #3a74b5; --ssm: #e2a04a; --accent: #b8402f;
+  --own: #f6ecd9; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #15181c; --panel: #1c2026; --ink: #e4e7ea; --soft: #9aa4ad; --rule: #2e343b;
+    --training: #5f7f9e; --held: #ff8a73; --other: #7d8790; --attention: #5b98dc; --ssm: #d59a4c; --accent: #ff8a73;
+    --own: #37301f; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.55;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", sans-serif; }
+main { max-width: 980px; margin: 0 auto; padding: 40px 20px 80px; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 3rem 0 .3rem; }
+p { margin: .3rem 0 1rem; max-width: 44rem; } .lead, .note { color: var(--soft); }
+.note { font-size: .9rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(136px, 1fr)); gap: 12px; margin: 1.6rem 0 0; }
+.card { background: var(--panel); border: 1px solid var(--rule); border-radius: 10px; padding: 12px 16px; }
+.card b { display: block; white-space: nowrap; font-size: 1.4rem; line-height: 1.25;
+  font-variant-numeric: tabular-nums; }
+.card span { color: var(--soft); font-size: .85rem; } .card.main b { color: var(--accent); }
+figure { margin: 0 0 1rem; background: var(--panel); border: 1px solid var(--rule); border-radius: 10px;
+  padding: 12px; overflow-x: auto; }
+figure svg { display: block; width: 100%; min-width: 640px; height: auto; }
+figure svg + svg { margin-top: 4px; }
+.alarm { border-left: 4px solid var(--accent); padding: .4rem 1rem; background: var(--panel); }
+svg text { fill: var(--ink); font-size: 12px; font-variant-numeric: tabular-nums; }
+svg .tick, svg .title { fill: var(--soft); } svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
+svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--soft); }
+svg .cut { stroke: var(--soft); stroke-dasharray: 4 3; }
+svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; } svg .line.training { stroke-width: 1.3; }
+svg .training { stroke: var(--training); } svg .held { stroke: var(--held); } svg .other { stroke: var(--other); }
+svg .mark { stroke: var(--panel); } svg .mark.training { fill: var(--training); }
+svg .mark.held, svg .bar.held { fill: var(--held); }
+svg .bar { stroke: none; } svg .bar.other { fill: var(--other); }
+svg .attention { fill: var(--attention); } svg .ssm { fill: var(--ssm); }
+svg .name { stroke: none; font-weight: 600; } svg .name.training { fill: var(--training); }
+svg .name.held { fill: var(--held); } svg .name.other { fill: var(--other); }
+svg .value { font-weight: 600; }
+.key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .35em 0 .8em; }
+.key.attention { background: var(--attention); margin-left: 0; } .key.ssm { background: var(--ssm); }
+table { border-collapse: collapse; margin: 0 0 1.2rem; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 4px 18px 4px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
+th { font-weight: 500; color: var(--soft); } td.number, th.number { text-align: right; }
+pre { white-space: break-spaces; overflow-wrap: anywhere; background: var(--panel); border: 1px solid var(--rule);
+  border-radius: 10px; padding: 14px 16px; margin: 0 0 1rem; tab-size: 4;
+  font: 13.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
+pre .prompt { color: var(--soft); } pre .own { background: var(--own); }
+.columns { columns: 2 380px; column-gap: 28px; }
+.columns section { break-inside: avoid; margin-bottom: 1.2rem; } .columns table { width: 100%; }
+.columns td { overflow-wrap: anywhere; } h3 { margin: 0 0 .3rem; font-size: 1rem; }
+.set td, .set th { font-weight: 700; color: var(--ink); }
+"""
+
+
+def page(name: str, config: Config, records: Sequence[Record], samples: str | None) -> str:
+    """Write the page.
+
+    Args:
+        name: heading.
+        config: the run's.
+        records: lines of its metrics, in the order of their steps.
+        samples: sample.txt, as the training loop writes it.
+    """
+    bodies = {
+        "loss": ("Loss", _loss(records)),
+        "positions": ("Loss by position, and who is at work there", _positions(config, records)),
+        "speed": ("Speed and memory", _speed(config, records)),
+        "samples": ("Samples", _samples(samples)),
+        "evaluations": ("Evaluations", _evaluations(records)),
+        "configuration": ("Configuration", _configuration(config)),
+    }
+    sections = "".join(f'<section id="{key}"><h2>{bodies[key][0]}</h2>{bodies[key][1]}</section>' for key in SECTIONS)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(name)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><main><header>{_header(name, config, records)}</header>{sections}</main></body></html>\n"
+    )
+
+
+def _numbers(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
+    """Return (step, value) where there is a finite one; null is one that was not."""
+    pairs = [(record["step"], record[name]) for record in records if name in record]
+    return [(step, value) for step, value in pairs if value is not None and np.isfinite(value)]
+
+
+def _header(name: str, config: Config, records: Sequence[Record]) -> str:
+    model, train, rows = config.model, config.train, config.data
+    mamba = TransMamba(dataclasses.replace(model, transpoints=schedule.mamba2()))  # the schedule quickest to trace
+    shapes = jax.eval_shape(mamba.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    step = max(record["step"] for record in records)
+    lead = (
+        f"{_millions(parameters)} parameters in {model.num_layers} layers of width {model.d_model}, "
+        f"trained on {rows.source} in rows of {rows.seq_len:,} tokens: step {step:,} of {train.steps:,}."
+    )
+    cards = []
+    for key, text, css in (
+        ("eval/bits_per_byte", "held-out bits per byte", "card main"),
+        ("eval/loss", "held-out loss, nats per token", "card"),
+        ("loss", "last training loss", "card"),
+    ):
+        if found := _numbers(records, key):
+            cards.append((f"{found[-1][1]:.3f}", text, css))
+    cards.append((_millions(step * rows.batch_size * rows.seq_len), "tokens read in training", "card"))
+    if speeds := _numbers(records, "tokens_per_second"):
+        cards.append((f"{statistics.median(value for _, value in speeds):,.0f}", "tokens a second, median", "card"))
+    if peaks := _numbers(records, "peak_memory_bytes"):
+        cards.append((charts.byte_count(max(value for _, value in peaks)), "peak memory", "card"))
+    drawn = "".join(f'<div class="{css}"><b>{value}</b><span>{text}</span></div>' for value, text, css in cards)
+    return (
+        f'<h1>{escape(name)}</h1><p class="lead">{escape(lead)}</p>{_alarms(records)}<div class="cards">{drawn}</div>'
+    )
+
+
+def _alarms(records: Sequence[Record]) -> str:
+    """Say what went wrong, where something did."""
+    skipped = _numbers(records, "skipped_steps")
+    failed = _numbers(records, "checkpoint/failed_saves")
+    lines = []
+    if skipped and skipped[-1][1] > 0:
+        lines.append(f"{skipped[-1][1]:,.0f} steps were skipped because their loss or gradient was not finite.")
+    if failed and failed[-1][1] > 0:
+        lines.append(f"{failed[-1][1]:,.0f} saves of a checkpoint failed.")
+    return "".join(f'<p class="alarm">{line}</p>' for line in lines)
+
+
+def _loss(records: Sequence[Record]) -> str:
+    training, held_out = _numbers(records, "loss"), _numbers(records, "eval/loss")
+    x = charts.linear([0, *(step for step, _ in [*training, *held_out])], "step", tight=True)
+    y = charts.linear([value for _, value in [*training, *held_out]] or [0, 1], "nats per token")
+    lines = [Line("training batch", "training", training), Line("held out", "held", held_out, marks=True)]
+    parts = [f"<figure>{charts.line_chart('Training and held-out loss', x, y, lines)}</figure>"]
+    last: Record = {}
+    for record in records:
+        last.update(record)
+    bars = [("this run, held out", last["eval/bits_per_byte"], "held")] if last.get("eval/bits_per_byte") else []
+    peers = [(key.removeprefix("baseline/"), value) for key, value in last.items() if key.startswith("baseline/")]
+    if bars and peers:
+        bars += [(_words(key.removesuffix("_bits_per_byte")), value, "other") for key, value in peers]
+        parts.append("<p>Bits per byte on the held-out text, beside models that need no training:</p>")
+        parts.append(f"<figure>{charts.bar_chart('Bits per byte beside baselines', bars)}</figure>")
+    return "".join(parts)
+
+
+def _positions(config: Config, records: Sequence[Record]) -> str:
+    points = schedule.expand(config.model.transpoints, config.model.num_layers)
+    length = config.data.seq_len
+    evaluations = [record for record in records if record.get("eval/by_position")]
+    figure, note = "", "The run has no evaluation, so there is no loss by position. "
+    if evaluations:
+        spans = evaluations[-1]["eval/by_position"]
+        length = spans[-1][1]
+        middles = [(((start + 0.5) * (stop + 0.5)) ** 0.5, loss) for start, stop, loss in spans]
+        y = charts.linear([loss for _, loss in middles], "held-out nats per token")
+        cuts = sorted({point for point in points if 0 < point < length})
+        x = dataclasses.replace(charts.position_axis(length), title="")
+        names = [_span(start, stop - 1) for start, stop, _ in spans]
+        line = Line("held out", "held", middles, marks=True, places=names)
+        figure = charts.line_chart("Held-out loss by position", x, y, [line], cuts=cuts)
+        note = f"Held-out loss at step {evaluations[-1]['step']:,}, each dot the mean over a span of positions. "
+    note += (
+        "Below, the schedule: a layer is attention up to its TransPoint P and a state space model from there on; "
+        "where the colours meet, the Memory Converter hands the prefix over."
+    )
+    legend = '<span class="key attention"></span>attention<span class="key ssm"></span>SSM'
+    drawn = charts.schedule_chart("Layers by position: attention or SSM", points, length)
+    return f'<p>{note}</p><figure>{figure}{drawn}</figure><p class="note">{legend}</p>'
+
+
+def _span(first: int, last: int) -> str:
+    return f"position {first:,}" if first == last else f"positions {first:,} to {last:,}"
+
+
+def _speed(config: Config, records: Sequence[Record]) -> str:
+    parts, rows = [], []
+    speeds = _numbers(records, "tokens_per_second")
+    if len(speeds) > 1:
+        x = charts.linear([0, *(step for step, _ in speeds)], "step", tight=True)
+        y = charts.linear([0, *(value for _, value in speeds)], "tokens a second")
+        lines = [Line("training", "training", speeds)]
+        parts.append(f"<figure>{charts.line_chart('Training speed', x, y, lines, height=220)}</figure>")
+    for key, text, write in (
+        ("tokens_per_second", "tokens a second, median", lambda values: f"{statistics.median(values):,.0f}"),
+        ("model_flops_per_second", "model FLOP/s, median", lambda values: f"{statistics.median(values):.3g}"),
+        ("utilisation", "of the devices' peak FLOP/s, median", lambda values: f"{statistics.median(values):.1%}"),
+        ("compile_seconds", "compilation of the step, seconds", lambda values: f"{values[-1]:.1f}"),
+        ("peak_memory_bytes", "peak memory", lambda values: charts.byte_count(max(values))),
+    ):
+        if values := [value for _, value in _numbers(records, key)]:
+            rows.append((text, write(values)))
+    parts.append(_table(rows))
+    return f"{''.join(parts)}{_decode_memory(config)}"
+
+
+def _decode_memory(config: Config) -> str:
+    """Draw the bytes that one sequence needs while it is generated, by the cache's own formula."""
+    model = config.model
+    points = schedule.expand(model.transpoints, model.num_layers)
+    end = 4 * config.data.seq_len
+    places = {int(2 ** (power / 8)) for power in range(int(8 * np.log2(end)) + 1)}
+    around = {place for point in points for place in (point - 1, point) if 0 < place <= end}
+    tokens = sorted({*places, *around, end})
+    total = lambda count, schedule_: sum(cache.cache_bytes(model, 1, count, point) for point in schedule_)
+    own = [(float(count), float(total(count, points))) for count in tokens]
+    peer = [(float(count), float(total(count, [end + 1] * model.num_layers))) for count in tokens]
+    x = charts.doubling(1, end, "tokens of the sequence", charts.token_count)
+    values = [value for _, value in [*own, *peer]]
+    y = charts.doubling(min(values), max(values), "bytes", charts.byte_count, base=4)
+    lines = [Line("Transformer", "other", peer), Line("this schedule", "held", own)]
+    drawn = charts.line_chart("Memory while generating", x, y, lines, height=280)
+    most, last = charts.byte_count(max(value for _, value in own)), charts.byte_count(own[-1][1])
+    ends = f"and {last} beyond the last TransPoint"
+    if max(points) > end:
+        ends = f"{last} after {end:,} tokens, and more with every token: the last TransPoint is further on"
+    return (
+        "<p>Memory of one sequence while it is generated: keys and values up to each layer's TransPoint, then a state "
+        f"of fixed size. At most {most} under this schedule, {ends}.</p>"
+        f"<figure>{drawn}</figure>"
+    )
+
+
+def _samples(text: str | None) -> str:
+    """Show each prompt and what the model made of it; the file's format is the training loop's."""
+    if text is None:
+        return '<p class="note">The run has written no sample.</p>'
+    heading, *samples = text.removesuffix("\n").split("\n--- prompt\n")
+    parts = [sample.split("\n--- model\n") for sample in samples]
+    if not parts or any(len(part) != 2 for part in parts):
+        return f"<pre>{escape(text)}</pre>"
+    shown = "".join(
+        f'<pre><span class="prompt">{escape(prompt)}</span><span class="own">{escape(own)}</span></pre>'
+        for prompt, own in parts
+    )
+    return f"<p>{escape(heading[:1].upper() + heading[1:])}, shaded.</p>{shown}"
+
+
+def _evaluations(records: Sequence[Record]) -> str:
+    rows = [record for record in records if "eval/loss" in record]
+    if not rows:
+        return '<p class="note">The run has no evaluation.</p>'
+    cells = [
+        (f"{record['step']:,}", *(_figure(record[key]) for key in ("eval/loss", "eval/bits_per_byte")))
+        for record in rows
+    ]
+    return _table(cells, ("step", "nats per token", "bits per byte"))
+
+
+def _configuration(config: Config) -> str:
+    """List every field; what differs from the default is in bold."""
+    sections = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not dataclasses.is_dataclass(value):
+            continue
+        rows = []
+        for each in dataclasses.fields(value):
+            now = getattr(value, each.name)
+            css = "" if now == each.default else ' class="set"'
+            rows.append(f"<tr{css}><th>{each.name}</th><td>{escape(_plain(now))}</td></tr>")
+        sections.append(f"<section><h3>{field.name}</h3><table>{''.join(rows)}</table></section>")
+    note = '<p class="note">Bold: other than the default.</p>'
+    return f'{note}<div class="columns">{"".join(sections)}</div>'
+
+
+def _table(rows: Sequence[Sequence[str]], heading: Sequence[str] = ()) -> str:
+    """Write a table of figures, whose first column is text where there is no heading."""
+    head = "".join(f'<th class="number">{escape(cell)}</th>' for cell in heading)
+    body = ""
+    for first, *rest in rows:
+        start = f'<td class="number">{escape(first)}</td>' if heading else f"<td>{escape(first)}</td>"
+        body += f"<tr>{start}" + "".join(f'<td class="number">{escape(cell)}</td>' for cell in rest) + "</tr>"
+    return f"<table>{f'<tr>{head}</tr>' if head else ''}{body}</table>"
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None or not np.isfinite(value) else f"{value:.4f}"
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else "-" if value is None else str(value)
+
+
+def _words(name: str) -> str:
+    return name.replace("order2", "byte model of order 2").replace("_", " ")
+
+
+def _millions(value: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:,.0f}"
