@@ -1,4 +1,4 @@
-"""Write the golden folders of convert/test_convert.py: small Mamba-2 models of transformers, and torch's logits of them.
+"""Write the golden folders of convert/test_convert.py: small Mamba-2 models of transformers, their logits.
 
     python tests/golden/make_mamba2.py      in an environment with torch 2.13, transformers 5.23 and safetensors 0.8
 
