@@ -3,7 +3,7 @@
     u_t = bias + Σ_s kernel_{K-1-s} · x_{t-s}          y_t = u_t, or SiLU(u_t)
     dx_t = Σ_s kernel_{K-1-s} · du_{t+s}               dkernel_{K-1-s} = Σ_t du_t · x_{t-s}       dbias = Σ_t du_t
 
-The compiler's own program for this takes several times what memory does (`docs/log.md`), the kernel about as long.
+The compiler's own program for this takes several times what memory does (`docs/log/`), the kernel about as long.
 Backwards u is computed again: nothing is kept but x.
 
 The grid is (batch, blocks of channels, blocks of tokens), tokens in order, backwards from the end. A cell walks strips
