@@ -23,6 +23,9 @@ from transmamba_jax.model import TransMamba
 if TYPE_CHECKING:
     from transmamba_jax import convert, export
     from transmamba_jax.checkpoint import restore
+    from transmamba_jax.training.loop import train
+    from transmamba_jax.training.optimizer import make_optimizer
+    from transmamba_jax.training.step import TrainState, make_train_step
 
 __all__ = [
     "CheckpointConfig",
@@ -34,24 +37,35 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "TrainConfig",
+    "TrainState",
     "TransMamba",
     "convert",
     "export",
     "generate",
     "load_config",
+    "make_optimizer",
+    "make_train_step",
     "memory_converter",
     "restore",
     "schedule",
+    "train",
 ]
+
+
+_LAZY = {
+    "restore": "checkpoint",
+    "train": "training.loop",
+    "make_optimizer": "training.optimizer",
+    "TrainState": "training.step",
+    "make_train_step": "training.step",
+}
+"""Name -> its module, which takes seconds to import (orbax, Grain, optax) and which the model does not need."""
 
 
 def __getattr__(name: str) -> Any:
     # Both are commands too, which Python runs without a warning only where the package has not imported them.
     if name in ("convert", "export"):
         return importlib.import_module(f"{__name__}.{name}")
-    # orbax takes seconds to import and the model does not need it.
-    if name == "restore":
-        from transmamba_jax.checkpoint import restore
-
-        return restore
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

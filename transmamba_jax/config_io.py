@@ -11,12 +11,14 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 import yaml
 
 from transmamba_jax.config import Config, require, suggestion
+
+Options = TypeVar("Options")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -32,10 +34,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _override(_read(Path(path)), list(overrides))
 
 
-def parse_command_line(config: Config, arguments: Sequence[str], prog: str, description: str | None = None) -> Config:
-    """Apply command-line arguments to `config` as a program does: print help or errors and exit."""
-    options = (tyro.conf.FlagConversionOff,)
-    return tyro.cli(Config, default=config, args=list(arguments), prog=prog, description=description, config=options)
+def parse_command_line(
+    default: Options, arguments: Sequence[str], prog: str, description: str | None = None
+) -> Options:
+    """Apply command-line arguments to a dataclass such as `Config`, as a program does: print help or errors, exit."""
+    return tyro.cli(type(default), default=default, args=list(arguments), prog=prog, description=description)
 
 
 def read_config_file(path: str | Path) -> Config:
@@ -65,7 +68,8 @@ def _override(config: Config, arguments: list[str]) -> Config:
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            return parse_command_line(config, arguments, prog="overrides")
+            options = (tyro.conf.FlagConversionOff,)
+            return tyro.cli(Config, default=config, args=arguments, prog="overrides", config=options)
     except SystemExit:
         message = re.sub(r"[╭╮╰╯│─]+|-{3,}", " ", output.getvalue())
         raise ValueError(f"bad overrides {arguments}: {' '.join(message.split())}") from None

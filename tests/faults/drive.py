@@ -47,7 +47,6 @@ class Poisoned(Little):
 
 def run_training(arguments, accident="none", at=0):
     """Run train.py on a model that compiles in a second, with one accident."""
-    loop.TransMamba = Poisoned
     if accident.startswith("kill-in-"):
         strike(*KILL_POINTS[accident.removeprefix("kill-in-")], signal.SIGKILL, at)
     elif accident == "kill-after-save":
@@ -82,7 +81,7 @@ def run_training(arguments, accident="none", at=0):
         wait_in_step(Path(at))
     else:
         assert accident == "none"
-    return command.main(arguments)
+    return command.main(arguments, model=Poisoned)
 
 
 def run_damage(folder):

@@ -115,10 +115,10 @@ def test_a_kernel_lowered_for_another_platform_is_named(wrap: Any) -> None:
 def test_training_says_which_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(api, "_log_choice", api._log_choice.__wrapped__)  # it says each thing once a process
 
-    def run(_: Any) -> int:
+    def run(*_: Any) -> int:
         ssd(**_arguments())
         return 0
 
     monkeypatch.setattr(loop, "train", run)
     assert train.main(["--config", "configs/tiny.yaml"]) == 0
-    assert "SSD runs as 'sequential', chosen for 'cpu'" in capsys.readouterr().err
+    assert "SSD runs as 'sequential', chosen for 'cpu'" in capsys.readouterr().out

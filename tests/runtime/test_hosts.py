@@ -26,7 +26,6 @@ from tests.training.support import Little, little_config
 from transmamba_jax import checkpoint, config_io, data, sharding
 from transmamba_jax.config import HostsConfig, MeshConfig
 from transmamba_jax.runtime import hosts
-from transmamba_jax.training import loop
 from transmamba_jax.training.preemption import EXIT_PREEMPTED
 
 DEVICES = 8
@@ -82,12 +81,10 @@ ACCIDENTS = {
 
 
 def run_process(arguments, accidents, little):
-    if little:
-        loop.TransMamba = Little
     for accident, step in accidents.items():
         _at_batch(step, ACCIDENTS[accident])
     try:
-        return train.main(arguments)
+        return train.main(arguments, model=Little if little else None)
     except Exception:
         traceback.print_exc()
         return 1

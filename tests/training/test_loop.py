@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 
 import train as command
+import transmamba_jax as tm
 from tests.training.support import Little, little_config
 from transmamba_jax import checkpoint, config_io
 from transmamba_jax.compile_only import compiler
 from transmamba_jax.config import Config
 from transmamba_jax.data import train_tokenizer
+from transmamba_jax.runtime import logs
 from transmamba_jax.training import loop
 
 
 @pytest.fixture(name="make")
-def _make(tmp_path, monkeypatch):
-    """Return a maker of configs that train `Little` on a small text."""
-    monkeypatch.setattr(loop, "TransMamba", Little)
+def _make(tmp_path):
+    """Return a maker of configs for `Little` on a small text."""
     for index in range(40):
         (tmp_path / f"{index:02}.txt").write_text(f"document {index} of a small text\n" * 4, encoding="utf-8")
 
@@ -37,6 +38,12 @@ def _make(tmp_path, monkeypatch):
     return make
 
 
+def train(settings: Config) -> int:
+    """Train `Little`, and show the lines of the library."""
+    with logs.shown():
+        return tm.train(settings, model=Little(settings.model))
+
+
 def _lines(settings: Config):
     return [json.loads(line) for line in (Path(settings.workdir) / "metrics.jsonl").read_text().splitlines()]
 
@@ -47,7 +54,7 @@ def _steps(settings: Config):
 
 def test_a_run_leaves_its_files_and_a_second_start_only_reports_them(make, capsys):
     settings = make(train={"log_every": 3})
-    assert loop.train(settings) == 0
+    assert train(settings) == 0
     folder = Path(settings.workdir)
     assert config_io.read_config_file(folder / "config.yaml") == settings
     assert _steps(settings) == [8, 10]
@@ -79,7 +86,7 @@ def test_a_run_leaves_its_files_and_a_second_start_only_reports_them(make, capsy
     for name in ("checkpoints/10", "report/index.html"):
         assert str(folder / name) in before
     lines = _lines(settings)
-    assert loop.train(settings) == 0
+    assert train(settings) == 0
     output = capsys.readouterr().out
     assert "compiling" not in output
     assert result in output
@@ -90,26 +97,26 @@ def test_a_run_leaves_its_files_and_a_second_start_only_reports_them(make, capsy
 def test_a_held_out_split_that_cannot_be_read_is_refused_before_anything_is_made(make, capsys):
     wrong = {"eval_split": "vaildation"}
     with pytest.raises(ValueError, match=r"no split 'vaildation' .*did you mean 'validation'"):
-        loop.train(make(data=wrong))
+        train(make(data=wrong))
     assert "compiling" not in capsys.readouterr().out
     assert not (Path(make().workdir) / "config.yaml").exists()
-    assert loop.train(make(data=wrong, train={"steps": 1}, eval={"every": 0})) == 0
+    assert train(make(data=wrong, train={"steps": 1}, eval={"every": 0})) == 0
 
 
 def test_the_end_of_a_document_is_looked_for_in_the_tokenizer(make, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(train_tokenizer.train(iter([b"text"]), 300), encoding="utf-8")
     config = make(data={"tokenizer": str(path), "end_of_document": "</text>"})
-    for start in (loop.train, compiler._token_bytes):
+    for start in (train, compiler._token_bytes):
         with pytest.raises(ValueError, match=r"data\.end_of_document='</text>' is none of the added tokens of"):
             start(config)
 
 
 def test_a_longer_run_continues_and_names_what_changed(make, capsys):
-    loop.train(make(train={"steps": 6}))
+    train(make(train={"steps": 6}))
     capsys.readouterr()
     settings = make(train={"steps": 9}, optimizer={"beta2": 0.99})
-    assert loop.train(settings) == 0
+    assert train(settings) == 0
     output = capsys.readouterr().out
     assert "train.steps: 6 -> 9" in output
     assert "optimizer.beta2: 0.95 -> 0.99" in output
@@ -120,7 +127,7 @@ def test_a_longer_run_continues_and_names_what_changed(make, capsys):
 
 def test_a_checkpoint_of_another_run_is_refused_and_kept(make, monkeypatch):
     earlier = make(train={"steps": 2}, eval={"every": 0})
-    loop.train(earlier)
+    train(earlier)
     refused = [
         ({"model": {"d_model": 16}}, r"model.d_model: 8 -> 16; \d+ arrays differ, the first is .*embedding"),
         ({"optimizer": {"name": "muon"}}, "optimizer.name: 'adamw' -> 'muon'"),
@@ -128,15 +135,15 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(make, monkeypatch):
     ]
     for sections, message in refused:
         with pytest.raises(ValueError, match=message):
-            loop.train(make(**{"train": {"steps": 4}, "eval": {"every": 0}, **sections}))
+            train(make(**{"train": {"steps": 4}, "eval": {"every": 0}, **sections}))
     monkeypatch.setattr("transmamba_jax.data.tokenizers.ByteTokenizer.to_json", lambda _: "another")
     with pytest.raises(ValueError, match=r"data\.tokenizer differs"):
-        loop.train(earlier)
+        train(earlier)
     assert config_io.read_config_file(Path(earlier.workdir) / "config.yaml") == earlier
     assert _steps(earlier) == [2]
 
 
-def test_a_diverged_run_stops_and_keeps_the_good_checkpoint(make, monkeypatch, capsys):
+def test_a_diverged_run_stops_and_keeps_the_good_checkpoint(make, monkeypatch, capsys, tmp_path):
     original = loop._Run._save
     saved = []
 
@@ -156,14 +163,15 @@ def test_a_diverged_run_stops_and_keeps_the_good_checkpoint(make, monkeypatch, c
     with pytest.raises(
         loop.NonFiniteError, match=r"3 steps in a row up to step 4 .*first non-finite leaf is the gradient"
     ):
-        loop.train(settings)
+        train(settings)
     assert saved == [1]
     assert _steps(settings) == [1]
     assert np.all(np.isfinite(checkpoint.restore(Path(settings.workdir) / "checkpoints").params["embedding"]))
     output = capsys.readouterr().out
     assert output.count("skipped: loss") == 3
-    monkeypatch.setattr(command.config_io, "read_config_file", lambda _: settings)
-    assert command.main(["--config", "here"]) == 1
+    file = tmp_path / "here.yaml"
+    file.write_text(config_io.to_yaml(settings), encoding="utf-8")
+    assert command.main(["--config", str(file)], model=Little) == 1
     assert "train.py: 3 steps in a row up to step 4" in capsys.readouterr().err
 
 
@@ -189,5 +197,14 @@ def test_help_shows_options_defaults_and_units(capsys):
         command.main(["--help"])
     assert exit_info.value.code == 0
     output = capsys.readouterr().out
-    for name in ("--train.steps", "--checkpoint.every", "--eval.every", "--workdir", "(default: "):
+    for name in (
+        "--config FILE",
+        "--compile-only",
+        "--topology NAME",
+        "--train.steps",
+        "--checkpoint.every",
+        "--eval.every",
+        "--workdir",
+        "(default: ",
+    ):
         assert name in output

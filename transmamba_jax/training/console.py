@@ -1,20 +1,26 @@
-"""What a run prints while it goes."""
+"""Progress of a run: a bar on a terminal, log lines elsewhere."""
 
+import datetime
 import sys
+import time
+from collections.abc import Callable
 
 from tqdm import tqdm
 
 from transmamba_jax.runtime import hosts
+from transmamba_jax.runtime.logs import LOGGER
 from transmamba_jax.training.metrics import Record
 
 
 class Console:
-    """A progress bar on a terminal, plain lines elsewhere, from the first process."""
+    """Report the progress of the first process, on a progress bar or in lines of the library's logger."""
 
-    def __init__(self, start: int, steps: int) -> None:
-        """Show the bar, if there is to be one."""
-        interactive = sys.stderr.isatty() and hosts.is_first()
+    def __init__(self, start: int, steps: int, clock: Callable[[], float] = time.time) -> None:
+        """Show the bar where the standard error is a terminal; `clock` gives seconds since the epoch."""
+        interactive = sys.stderr is not None and sys.stderr.isatty() and hosts.is_first()
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if interactive else None
+        self._start, self._steps, self._clock = start, steps, clock
+        self._begun = clock()
 
     def __enter__(self) -> "Console":
         return self
@@ -23,12 +29,19 @@ class Console:
         if self._bar is not None:
             self._bar.close()
 
+    def begin(self) -> None:
+        """Start the clock of the estimated end: the steps begin now."""
+        self._begun = self._clock()
+
     def say(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
-        if self._bar is None:
-            hosts.say(text)
-        else:
-            self._bar.write(text)
+        """Log a line."""
+        if hosts.is_first():
+            LOGGER.info(text)
+
+    def alarm(self, text: str) -> None:
+        """Log a line about something that needs a person."""
+        if hosts.is_first():
+            LOGGER.error("ALARM: %s", text)
 
     def advance(self, loss: float) -> None:
         """Move the bar by a step."""
@@ -36,11 +49,20 @@ class Console:
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._bar.update()
 
-    def report(self, record: Record, steps: int) -> None:
-        """Print a training line, unless the bar shows it."""
+    def report(self, record: Record) -> None:
+        """Log a training line, unless the bar shows it."""
         if self._bar is None:
             self.say(
-                f"step {record['step']}/{steps}  loss {record['loss']:.4f}  bits per byte {record['bits_per_byte']:.4f}"
-                f"  gradient norm {record['grad_norm']:.3f}  learning rate {record['learning_rate']:.2e}"
-                f"  {record['tokens_per_second']:,.0f} tokens/s"
+                f"step {record['step']}/{self._steps}  loss {record['loss']:.4f}"
+                f"  bits per byte {record['bits_per_byte']:.4f}  gradient norm {record['grad_norm']:.3f}"
+                f"  learning rate {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
+                f"{self._estimated_end(record['step'])}"
             )
+
+    def _estimated_end(self, step: int) -> str:
+        """Estimate when the last step is done, from all that the steps so far took, evaluations and saves included."""
+        if step >= self._steps:
+            return ""
+        now = self._clock()
+        seconds = (now - self._begun) / (step - self._start) * (self._steps - step)
+        return f"  ends about {datetime.datetime.fromtimestamp(now + seconds):%Y-%m-%d %H:%M}"

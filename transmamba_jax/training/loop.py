@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
@@ -44,11 +45,17 @@ class NonFiniteError(ArithmeticError):
     """The loss or the gradient was not finite for `train.max_bad_steps` steps in a row."""
 
 
-def train(config: Config) -> int:
-    """Train to `train.steps`, continuing what is in the work directory, and return the process's exit code.
+def train(config: Config, model: nn.Module | None = None) -> int:
+    """Train to `train.steps`, continuing the run in the work directory, and return the exit code of a command.
 
     0: the run is complete and its report is written. EXIT_PREEMPTED: a signal asked it to stop and it saved; the same
-    command goes on from there. EXIT_NOT_SAVED: it got to one of these ends, but its last state could not be saved.
+    call continues from there. EXIT_NOT_SAVED: it reached one of these ends, but its last state could not be saved.
+
+    Args:
+        config: the experiment.
+        model: a module with the methods of `TransMamba`: `__call__(tokens, segment_ids)`, `hidden` and `logits`, and
+            a parameter `embedding` or `lm_head` that `logits` uses. None: `TransMamba(config.model)`. Samples are
+            written with `train.sample_tokens` > 0, which needs the layers of `TransMamba`.
 
     Raises:
         ValueError: the configuration cannot run here, or is not that of the run in the work directory; or another run
@@ -60,7 +67,7 @@ def train(config: Config) -> int:
         # 1. What can be refused cheaply is refused first, everywhere: other hosts, devices, the earlier run, the data.
         mesh = _agreed_mesh(config)
         cleanup.enter_context(jax.set_mesh(mesh))
-        model = TransMamba(config.model)
+        model = TransMamba(config.model) if model is None else model
         workdir = Path(config.workdir)
         with hosts.together():
             if hosts.is_first():
@@ -131,7 +138,7 @@ class _Run:
 
     config: Config
     workdir: Path
-    model: TransMamba
+    model: nn.Module
     mesh: Mesh
     tokenizer: data.Tokenizer
     batches: data.BatchIterator
@@ -231,7 +238,7 @@ class _Run:
             try:
                 self.writer.write(record)
             except OSError as error:
-                self.console.say(f"ALARM: metrics of step {record['step']} wait for the next line: {error}")
+                self.console.alarm(f"metrics of step {record['step']} wait for the next line: {error}")
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.config.eval.every
@@ -285,7 +292,7 @@ class _Run:
 
     def _alarm(self, step: int, error: SaveError) -> None:
         failed = self.checkpointer.failed_saves
-        self.console.say(f"ALARM: {error}. Failed saves: {failed}. The checkpoints are {self.checkpointer.steps()}")
+        self.console.alarm(f"{error}. Failed saves: {failed}. The checkpoints are {self.checkpointer.steps()}")
         self.write({"step": step, "checkpoint/failed_saves": failed})
 
 
@@ -302,6 +309,7 @@ class _Log:
     def start(self, compile_seconds: float) -> None:
         """Start the clock of the first step."""
         self._compile_seconds = compile_seconds
+        self._run.console.begin()
         self.clock.resume()
 
     def push(self, step: int, metrics: Metrics, state: TrainState) -> None:
@@ -333,7 +341,7 @@ class _Log:
             timing = {"compile_seconds": self._compile_seconds, "peak_memory_bytes": peak_memory_bytes()}
             record = {"step": step, **values, **self.clock.read(), **timing}
             self._run.write(record)
-            self._run.console.report(record, train.steps)
+            self._run.console.report(record)
         self._run.console.advance(values["loss"])
 
 

@@ -1,0 +1,102 @@
+"""Train a model: `python train.py --config configs/tiny.yaml --train.steps 100 --model.d-model 256`.
+
+`--compile-only --topology v5e:16x16` compiles the step for hardware that need not be here and prints what it needs.
+Exit codes: 0 complete, 1 diverged, 2 bad configuration, 3 compiled and does not fit, 74 a file could not be read or
+written (the last checkpoint, the report), 75 asked to stop and saved (run the same command to go on), 130 second
+Ctrl-C.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from transmamba_jax import config_io
+from transmamba_jax.config import Config, ModelConfig
+from transmamba_jax.runtime import host_memory, hosts, logs
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line: these options and every one of `Config`."""
+
+    experiment: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    config: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """YAML file of the experiment. Options on the command line replace its values."""
+    compile_only: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Compile the step for the hardware of --topology, which need not be here; print its memory and time; train
+    nothing."""
+    topology: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
+    """Hardware of --compile-only: v5e:16x16, v5p:8x8x8, cpu:8, ..."""
+
+
+def main(arguments: Sequence[str] | None = None, model: Callable[[ModelConfig], Any] | None = None) -> int:
+    """Parse the command line, validate, train; return the exit code.
+
+    `model` makes a module from the configuration's `model` section, in place of `TransMamba`.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    with logs.safe_output():
+        try:
+            options = parse(arguments)
+        except ValueError as error:
+            return _fail(error, 2)
+        return _run(options, model)
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Read the experiment's file, then the options that replace its values; exit where help is asked for.
+
+    Raises:
+        ValueError: no file, or an option that is wrong.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    file = parser.parse_known_args(arguments)[0].config
+    if file is None and not {"-h", "--help"} & set(arguments):
+        configs = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
+        found = "\n  ".join(["", *configs]) if configs else " none in configs/"
+        raise ValueError(
+            "--config is required: train.py --config FILE [--section.key value ...]\n"
+            f"--help shows every option. Configurations here:{found}"
+        )
+    default = Options(Config() if file is None else config_io.read_config_file(file))
+    options = config_io.parse_command_line(default, arguments, "train.py", __doc__)
+    if options.compile_only != bool(options.topology):
+        raise ValueError("--compile-only and --topology NAME (v5e:16x16, v5p:8x8x8, cpu:8, ...) go together")
+    return options
+
+
+def _run(options: Options, model: Callable[[ModelConfig], Any] | None) -> int:
+    host_memory.keep_freed()
+    # orbax and Grain take seconds to import: mistakes and --help need neither.
+    from transmamba_jax.compile_only import compile_only
+    from transmamba_jax.training.loop import EXIT_NOT_SAVED, NonFiniteError, train
+
+    config = options.experiment
+    try:
+        with logs.shown():
+            if options.compile_only:
+                return compile_only(config, options.topology)
+            hosts.start(config.hosts)
+            return train(config, None if model is None else model(config.model))
+    except ValueError as error:
+        return _fail(error, 2)
+    except OSError as error:
+        return _fail(error, EXIT_NOT_SAVED)
+    except NonFiniteError as error:
+        return _fail(error, 1)
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"train.py: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
