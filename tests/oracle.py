@@ -100,7 +100,7 @@ def mixer(
         attended = grouped_norm(attended, params["norm"]["scale"], cfg.norm_eps)
     dt = jnp.log1p(jnp.exp(x @ params["dt"]["kernel"] + params["dt_bias"]))
     scanned, _ = recurrence(v, dt, -jnp.exp(params["a_log"]), k, q, ids)
-    if cfg.skip:
+    if cfg.use_d_skip:
         scanned = scanned + params["skip"][:, None] * v
     gated = scanned.reshape(*x.shape[:2], -1) * silu(x @ params["z"]["kernel"])
     scanned = grouped_norm(gated, params["norm"]["scale"], cfg.norm_eps)

@@ -33,7 +33,7 @@ def test_file_then_overrides(tmp_path: Path) -> None:
     assert config.optimizer.learning_rate == 3e-4
     assert config.train.steps == 500
     assert tm.load_config(path, ["--model.transpoints", "1", "2", "3"]).model.transpoints == (1, 2, 3)
-    assert tm.load_config(path, ["--model.kernel", "sequential"]).model.kernel == "sequential"
+    assert tm.load_config(path, ["--kernels.ssd", "sequential"]).kernels == tm.KernelsConfig(ssd="sequential")
 
 
 def test_yaml_merges_are_no_second_key(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_yaml_merges_are_no_second_key(tmp_path: Path) -> None:
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    config = tm.load_config(write(tmp_path, "model: {kernel: reference}\ndata: {source: 'text:*.md'}\n"))
+    config = tm.load_config(write(tmp_path, "kernels: {ssd: reference, chunk_size: 16}\ndata: {source: 'text:*.md'}\n"))
     assert tm.load_config(write(tmp_path, config_io.to_yaml(config))) == config
 
 
@@ -72,7 +72,7 @@ def test_differences_name_the_fields() -> None:
         ("model: {d_model: '64'}", "model.d_model must be of type int, found '64' of type str"),
         ("model: {d_model: 64.0}", "model.d_model must be of type int, found 64.0 of type float"),
         ("model: {d_model: true}", "model.d_model must be of type int, found True of type bool"),
-        ("model: {skip: 1}", "model.skip must be of type bool, found 1 of type int"),
+        ("model: {use_d_skip: 1}", "model.use_d_skip must be of type bool, found 1 of type int"),
         ("model: {remat: some}", "model.remat must be one of 'none', 'dots', 'full', found 'some'"),
         ("model: 3", "model must be a mapping of options, found 3"),
         ("model: {num_heads: 4, num_groups: 3}", r"num_groups must divide .* num_groups=3, num_heads=4; .*\[1, 2, 4\]"),
@@ -80,8 +80,12 @@ def test_differences_name_the_fields() -> None:
         ("model: {transpoints: 8}", "model.transpoints must be a list, found 8"),
         ("model: {num_layers: 2}", "8 entries but the model has num_layers=2"),
         ("model: {state_dim: 7}", "model.state_dim must be even"),
-        ("model: {kernel: sequentiel}", "model.kernel must be null .* found 'sequentiel'; did you mean 'sequential'?"),
-        ("model: {kernel: cuda}", "model.kernel .*; the names are reference, associative, sequential, pallas_tpu,"),
+        ("kernels: {ssd: sequentiel}", "kernels.ssd must be null .* found 'sequentiel'; did you mean 'sequential'?"),
+        ("kernels: {ssd: cuda}", "kernels.ssd .*; the names are reference, associative, sequential, pallas_tpu,"),
+        ("kernels: {attention: flash}", "kernels.attention .* found 'flash'; did you mean 'splash'?"),
+        ("kernels: {attention: xla}", "kernels.attention .*; the names are reference, blockwise, cudnn, splash"),
+        ("kernels: {chunk_size: 0}", "kernels.chunk_size must be >= 1, found 0"),
+        ("model: {kernel: reference}", "unknown option 'model.kernel'"),
         (
             "train: {steps: 1}\nmodel: {}\ntrain: {}",
             r"(?s)not plain YAML: 'train' is given here.* line 1, .*and again.* line 3, ",

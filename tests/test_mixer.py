@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tests import oracle, precision
 from transmamba_jax import parallel
-from transmamba_jax.config import ModelConfig
+from transmamba_jax.config import KernelsConfig, ModelConfig
 from transmamba_jax.convolution import causal_conv
 from transmamba_jax.memory_converter import memory_converter
 from transmamba_jax.mixer import Mixer
@@ -27,15 +27,15 @@ CONFIG = ModelConfig(
     num_groups=2,
     head_dim=6,
     state_dim=8,
-    chunk_size=CHUNK,
     transpoints=(0,),
     dtype="float32",
 )
+KERNELS = KernelsConfig(chunk_size=CHUNK)
 VARIANTS = {
     "default": {},
     "rotary_both": {"rotary": "both"},
     "no_attention_norm": {"attention_norm": False},
-    "no_skip": {"skip": False},
+    "no_skip": {"use_d_skip": False},
     "one_group": {"num_groups": 1},
     "group_per_head": {"num_groups": 4},
 }
@@ -47,7 +47,7 @@ def make(config: ModelConfig, seed: int = 0) -> tuple[Any, jax.Array, jax.Array]
     """Parameters away from their symmetric starting values, an input and a cotangent."""
     keys = jax.random.split(jax.random.key(seed), 4)
     x = jax.random.normal(keys[0], (BATCH, SEQ_LEN, config.d_model))
-    params = Mixer(config).init(keys[1], x, 0)["params"]
+    params = Mixer(config, KERNELS).init(keys[1], x, 0)["params"]
     leaves, tree = jax.tree.flatten(params)
     noise = jax.random.split(keys[2], len(leaves))
     leaves = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(noise, leaves, strict=True)]
@@ -65,13 +65,21 @@ def output_and_gradient(apply: Callable[[Any, jax.Array], jax.Array], params: An
     return y, grads
 
 
-def run(config: ModelConfig, params: Any, x: jax.Array, cotangent: Any, point: Any, ids: Any = None) -> Any:
+def run(
+    config: ModelConfig,
+    params: Any,
+    x: jax.Array,
+    cotangent: Any,
+    point: Any,
+    ids: Any = None,
+    kernels: KernelsConfig = KERNELS,
+) -> Any:
     return output_and_gradient(
-        lambda params, x: Mixer(config).apply({"params": params}, x, point, ids), params, x, cotangent
+        lambda params, x: Mixer(config, kernels).apply({"params": params}, x, point, ids), params, x, cotangent
     )
 
 
-run_static = jax.jit(run, static_argnums=(0, 4))
+run_static = jax.jit(run, static_argnums=(0, 4, 6))
 run_traced = jax.jit(run, static_argnums=0)
 
 
@@ -116,12 +124,13 @@ def test_equals_the_oracle(point: int, traced: bool) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_one_pass_of_the_tpu_kernels_equals_the_oracle(point: int, packed: bool) -> None:
     """They convert on the way: no token is sliced for them, and gradients of both sides meet in one array."""
-    config = dataclasses.replace(CONFIG, head_dim=8, kernel="pallas_tpu")
+    config = dataclasses.replace(CONFIG, head_dim=8)
+    kernels = KernelsConfig(ssd="pallas_tpu", chunk_size=CHUNK)
     params, x, cotangent = make(config)
     ids = np.array([[1] * 11 + [2] * 20 + [0] * 6, [3] * 19 + [4] * 18], np.int32) if packed else None
     cotangent = cotangent if ids is None else cotangent * (ids != 0)[..., None]
     with pltpu.force_tpu_interpret_mode():
-        y, grads = jax.jit(run, static_argnums=(0, 4))(config, params, x, cotangent, point, ids)
+        y, grads = jax.jit(run, static_argnums=(0, 4, 6))(config, params, x, cotangent, point, ids, kernels)
     expected_y, expected_grads = run_oracle(config, params, x, cotangent, point, ids)
     real = np.ones(x.shape[:2], bool) if ids is None else ids != 0
     assert oracle.relative_error(np.asarray(y)[real], expected_y[real]) < 2e-6
@@ -173,7 +182,7 @@ def test_causal_across_the_transpoint(traced: bool) -> None:
     params, x, _ = make(CONFIG)
 
     def output(x: jax.Array, t: int, point: Any) -> jax.Array:
-        return Mixer(CONFIG).apply({"params": params}, x, point)[:, t, 0].sum()
+        return Mixer(CONFIG, KERNELS).apply({"params": params}, x, point)[:, t, 0].sum()
 
     gradient = jax.jit(jax.grad(output), static_argnums=() if traced else 2)
     for point in (0, 5, 20, SEQ_LEN):
@@ -199,11 +208,12 @@ def test_bfloat16_is_close_to_float32() -> None:
 def test_bfloat16_keeps_exponentials_and_sums_in_float32(kernel: str, traced: bool) -> None:
     """Δ, A, decays, softmax and norms, forwards and backwards."""
     params, x, cotangent = make(CONFIG)
-    half = dataclasses.replace(CONFIG, dtype="bfloat16", kernel=kernel)
+    half = dataclasses.replace(CONFIG, dtype="bfloat16")
+    kernels = KernelsConfig(ssd=kernel, chunk_size=CHUNK)
     if traced:
-        found = precision.narrow(partial(run, half), params, x, cotangent, jnp.int32(19))
+        found = precision.narrow(partial(run, half, kernels=kernels), params, x, cotangent, jnp.int32(19))
     else:
-        found = precision.narrow(lambda *arguments: run(half, *arguments, 19), params, x, cotangent)
+        found = precision.narrow(lambda *arguments: run(half, *arguments, 19, kernels=kernels), params, x, cotangent)
     assert found == set()
 
 
@@ -218,7 +228,7 @@ def test_bfloat16_hands_on_steps_decays_and_states_that_were_never_rounded(monke
 
     for name in ("convert", "scan"):
         monkeypatch.setattr(parallel, name, partial(spy, name, getattr(parallel, name)))
-    kept = Mixer(half).apply({"params": params}, x, 19, capture_intermediates=True, mutable="intermediates")[1]
+    kept = Mixer(half, KERNELS).apply({"params": params}, x, 19, capture_intermediates=True, mutable="intermediates")[1]
     (projected,) = kept["intermediates"]["dt"]["__call__"]
     assert projected.dtype == jnp.bfloat16
     double = lambda leaf: np.asarray(leaf, np.float64)
@@ -280,7 +290,7 @@ def test_convolution_on_each_side_of_the_transpoint_is_caught(monkeypatch: pytes
         return jnp.concatenate(halves, axis=1)
 
     monkeypatch.setattr(parallel, "causal_conv", split_conv)
-    y = Mixer(CONFIG).apply({"params": params}, x, 19)
+    y = Mixer(CONFIG, KERNELS).apply({"params": params}, x, 19)
     error = np.abs(np.asarray(y) - expected).max(axis=(0, 2))
     assert error[:19].max() < 1e-4
     assert error[19:22].min() > 1e-2

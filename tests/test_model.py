@@ -26,10 +26,10 @@ CONFIG = ModelConfig(
     head_dim=6,
     state_dim=4,
     mlp_dim=20,
-    chunk_size=8,
     transpoints=(0, 6, 24),
     dtype="float32",
 )
+KERNELS = tm.KernelsConfig(chunk_size=8)
 SCHEDULES = {
     "transmamba": (0, 6, 24),
     "transformer": tm.schedule.transformer(SEQ_LEN),
@@ -45,14 +45,14 @@ def tokens_of(length: int = SEQ_LEN, batch: int = 2) -> jax.Array:
 
 @cache
 def make(config: ModelConfig = CONFIG) -> tuple[tm.TransMamba, Any]:
-    model = tm.TransMamba(config)
+    model = tm.TransMamba(config, KERNELS)
     params = jax.jit(model.init)(jax.random.key(0), tokens_of())["params"]
     # Larger embeddings than at the start of training, so that layers matter as much as they do later.
     return model, {**params, "embedding": 20 * params["embedding"]}
 
 
 def apply(config: ModelConfig, params: Any, tokens: Any, points: Any = None, ids: Any = None) -> jax.Array:
-    return tm.TransMamba(config).apply({"params": params}, tokens, points, ids)
+    return tm.TransMamba(config, KERNELS).apply({"params": params}, tokens, points, ids)
 
 
 # Compiled once for a config, a static schedule and shapes, whichever test asks.
@@ -136,7 +136,7 @@ def test_rematerialisation_saves_memory_and_changes_no_gradient(traced: bool) ->
 
     def gradient(remat: str) -> tuple[Any, int]:
         config = dataclasses.replace(CONFIG, remat=remat)
-        loss = lambda p: jnp.sum(jnp.sin(tm.TransMamba(config).apply({"params": p}, tokens, points)))
+        loss = lambda p: jnp.sum(jnp.sin(tm.TransMamba(config, KERNELS).apply({"params": p}, tokens, points)))
         compiled = jax.jit(jax.grad(loss)).lower(params).compile()
         return compiled(params), compiled.memory_analysis().temp_size_in_bytes
 
@@ -152,7 +152,8 @@ def test_what_is_kept_is_not_computed_again(kernel: str) -> None:
 
     def loops(remat: str) -> int:
         model = tm.TransMamba(
-            dataclasses.replace(CONFIG, num_layers=2, remat=remat, kernel=kernel, transpoints=(0, SEQ_LEN))
+            dataclasses.replace(CONFIG, num_layers=2, remat=remat, transpoints=(0, SEQ_LEN)),
+            tm.KernelsConfig(ssd=kernel, chunk_size=8),
         )
         params = jax.eval_shape(model.init, jax.random.key(0), tokens_of())
         gradient = jax.grad(lambda params: jnp.sum(model.apply(params, tokens_of())))

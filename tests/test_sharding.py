@@ -88,16 +88,16 @@ import sys
 import jax
 import numpy as np
 from transmamba_jax import sharding
-from transmamba_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from transmamba_jax.config import Config, DataConfig, KernelsConfig, MeshConfig, ModelConfig, TrainConfig
 from transmamba_jax.model import TransMamba
 from transmamba_jax.training.step import create_state, loss_and_gradient
 
 ROWS, TIME = 16, 32
 model_config = ModelConfig(vocab_size=64, num_layers=2, d_model=16, num_heads=8, num_groups=4, head_dim=4, state_dim=4,
-                           mlp_dim=32, chunk_size=8, transpoints=tuple(json.loads(sys.argv[2])), dtype="float32")
+                           mlp_dim=32, transpoints=tuple(json.loads(sys.argv[2])), dtype="float32")
 config = Config(model=model_config, data=DataConfig(seq_len=TIME, batch_size=ROWS),
                 train=TrainConfig(accumulation=int(sys.argv[3]), loss_chunk=64))
-model = TransMamba(model_config)
+model = TransMamba(model_config, KernelsConfig(chunk_size=8))
 rng = np.random.default_rng(0)
 # Documents of all lengths, with padding before, between (over a whole part of the sequence) and after them.
 ids = 1 + np.cumsum(rng.random((ROWS, TIME + 1)) < 0.1, axis=1).astype(np.int32)
@@ -182,15 +182,15 @@ import json
 import jax
 import numpy as np
 from transmamba_jax import sharding
-from transmamba_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from transmamba_jax.config import Config, DataConfig, KernelsConfig, MeshConfig, ModelConfig, TrainConfig
 from transmamba_jax.model import TransMamba
 from transmamba_jax.training.optimizer import make_optimizer
 from transmamba_jax.training.step import abstract_batch, abstract_state, make_train_step
 
 sizes = {"d_model": 128, "num_heads": 4, "num_groups": 4, "head_dim": 16, "state_dim": 16, "mlp_dim": 256}
-model_config = ModelConfig(vocab_size=128, num_layers=64, chunk_size=8, transpoints=(0,), remat="full", **sizes)
+model_config = ModelConfig(vocab_size=128, num_layers=64, transpoints=(0,), remat="full", **sizes)
 config = Config(model=model_config, data=DataConfig(seq_len=16, batch_size=8), train=TrainConfig(loss_chunk=64))
-model, report = TransMamba(model_config), {}
+model, report = TransMamba(model_config, KernelsConfig(chunk_size=8)), {}
 for parts in (1, 2, 8):
     mesh = sharding.make_mesh(MeshConfig(1, parts, 1, 1), jax.devices()[:parts])
     with jax.set_mesh(mesh):

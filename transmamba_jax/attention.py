@@ -1,14 +1,15 @@
-"""Causal softmax attention inside documents: one function, three implementations.
+"""Causal softmax attention inside documents: one function, four implementations.
 
 `blockwise` is plain JAX for every device; `cudnn` and `splash` are the libraries' fused kernels for NVIDIA GPUs and
-TPUs. Scores are computed once per query/key group: a group whose H/G heads share them is one attention head whose value
-is the H/G values side by side.
+TPUs; `reference` is the formula, with all scores at once and every derivative that JAX has. Scores are computed once
+per query/key group: a group whose H/G heads share them is one attention head whose value is the H/G values side by
+side.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxtyping import Array
 from pallas_kernels import target
 from transmamba_jax.shapes import QueryKey, SegmentIds, Value, known
 
-Implementation = Literal["blockwise", "cudnn", "splash"]
+Implementation = Literal["reference", "blockwise", "cudnn", "splash"]
 
 NAME = "attention"
 """What a forward pass leaves for the backward one has this name, for the policies of `jax.checkpoint` that keep it."""
@@ -35,13 +36,18 @@ _AUTOMATIC: dict[str, tuple[Implementation, ...]] = {
 }
 
 
+def implementations() -> tuple[str, ...]:
+    """Return the names that `implementation` takes."""
+    return get_args(Implementation)
+
+
 def causal_attention(
     q: QueryKey,
     k: QueryKey,
     v: Value,
     segment_ids: SegmentIds | None = None,
     scale: float | None = None,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> Value:
     """Attend to the tokens of the same document up to and including the current one.
 
@@ -49,7 +55,8 @@ def causal_attention(
 
     Paper arXiv 2503.24067, equation 1; online softmax and recomputation as in arXiv 2205.14135 and 2307.08691. Head h
     reads the queries and keys of group h // (H / G). Scores, softmax statistics and accumulation are float32 (float64
-    for float64 inputs). No array of size T x T is formed; memory is linear in T, in the backward pass too.
+    for float64 inputs). No array of size T x T is formed, except by "reference"; memory is linear in T, in the backward
+    pass too.
 
     Args:
         segment_ids: equal ids attend to each other; id 0 (padding) is one more id, so that padding sees padding alone
@@ -59,7 +66,8 @@ def causal_attention(
             then "blockwise", elsewhere "blockwise". A named one is taken whatever the default backend is.
 
     Returns:
-        [B, T, H, P] in the dtype of `v`. Differentiable once, in reverse mode, in q, k and v.
+        [B, T, H, P] in the dtype of `v`. Differentiable once, in reverse mode, in q, k and v; "reference" any number
+        of times, in both modes.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or `implementation` is unknown or cannot serve the call.
@@ -67,6 +75,8 @@ def causal_attention(
     _check(q, k, v, segment_ids)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     name = _choose(q, v, segment_ids, implementation)
+    if name == "reference":
+        return _reference(q, k, v, segment_ids, scale)
     if name == "cudnn":
         return _cudnn(q, k, v, scale)
     if name == "splash":
@@ -96,8 +106,9 @@ def _check(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
 # --- the choice of an implementation ------------------------------------------------------------------------------
 
 
-def _choose(q: Array, v: Array, segment_ids: Array | None, implementation: Implementation | None) -> Implementation:
-    refusals: dict[Implementation, Callable[[], str | None]] = {
+def _choose(q: Array, v: Array, segment_ids: Array | None, implementation: str | None) -> Implementation:
+    refusals: dict[str, Callable[[], str | None]] = {
+        "reference": lambda: None,
         "blockwise": lambda: None,
         "cudnn": lambda: _refuse_cudnn(q, v, segment_ids),
         "splash": lambda: _refuse_splash(q),
@@ -109,7 +120,7 @@ def _choose(q: Array, v: Array, segment_ids: Array | None, implementation: Imple
     reason = refusals[implementation]()
     if reason is not None:
         raise ValueError(f"implementation={implementation!r} cannot serve this call: {reason}")
-    return implementation
+    return cast(Implementation, implementation)
 
 
 def _refuse_cudnn(q: Array, v: Array, segment_ids: Array | None) -> str | None:
@@ -128,6 +139,21 @@ def _refuse_splash(q: Array) -> str | None:
     if not known(*q.shape):
         return f"it needs shapes that are numbers, found {q.shape}"
     return None if q.dtype in (jnp.bfloat16, jnp.float32) else f"it needs bfloat16 or float32, found {q.dtype}"
+
+
+# --- reference: the formula ---------------------------------------------------------------------------------------
+
+
+def _reference(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: float) -> Array:
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    value = v.reshape(*q.shape[:3], -1)
+    score = jnp.einsum("btgn,bsgn->bgts", q, k, precision="highest", preferred_element_type=wide) * scale
+    seen = jnp.tril(jnp.ones((1, 1, q.shape[1], q.shape[1]), bool))
+    if segment_ids is not None:
+        seen = seen & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    weight = jax.nn.softmax(jnp.where(seen, score, -jnp.inf), axis=-1)
+    out = jnp.einsum("bgts,bsgp->btgp", weight, value.astype(wide), precision="highest")
+    return out.astype(v.dtype).reshape(v.shape)
 
 
 # --- blockwise: plain JAX -----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pallas_kernels.ssd import implementations
-from transmamba_jax import schedule
+from transmamba_jax import attention, schedule
 
 DTypeName = Literal["float32", "bfloat16"]
 
@@ -56,8 +56,6 @@ class ModelConfig:
     """Hidden width of the gated MLP; 0: no MLP."""
     conv_width: int = 4
     """Taps of the causal depthwise convolution, the current token included."""
-    chunk_size: int = 64
-    """Tokens of one chunk of the SSD operator."""
     transpoints: tuple[int, ...] = (0, 8, 16, 32, 64, 128, 256, 512)
     """TransPoint of each layer in tokens from the start of the row, repeated over the layers."""
     rope_theta: float = 10_000.0
@@ -66,7 +64,7 @@ class ModelConfig:
     """Rotate q and k for attention only, or also C and B of the SSM and of the Memory Converter."""
     attention_norm: bool = True
     """RMSNorm on the attention branch, with the weight of the SSM branch's gated norm."""
-    skip: bool = True
+    use_d_skip: bool = True
     """The D skip connection of the SSM branch."""
     conv_bias: bool = True
     """Biases in the short convolutions."""
@@ -84,13 +82,11 @@ class ModelConfig:
     """Epsilon of every RMSNorm."""
     remat: Literal["none", "dots", "full"] = "dots"
     """Recompute in the backward pass: nothing, all but matrix products, attention and the SSM, or whole layers."""
-    kernel: str | None = None
-    """Name of an SSD implementation; None chooses by device."""
 
     def __post_init__(self) -> None:
         """Check the ranges and the rules between fields."""
         _at_least("model", self, 1, "vocab_size", "num_layers", "d_model", "num_heads", "num_groups")
-        _at_least("model", self, 1, "head_dim", "state_dim", "conv_width", "chunk_size")
+        _at_least("model", self, 1, "head_dim", "state_dim", "conv_width")
         _at_least("model", self, 0, "mlp_dim")
         require(
             self.num_heads % self.num_groups == 0,
@@ -108,11 +104,6 @@ class ModelConfig:
             len(limit) == 2 and 0 <= limit[0] < limit[1],
             f"model.dt_limit must be two numbers, 0 <= smallest < largest, found {list(limit)}",
         )
-        require(
-            self.kernel is None or self.kernel in implementations(),
-            f"model.kernel must be null (by device) or the name of an implementation, found {self.kernel!r}"
-            f"{suggestion(str(self.kernel), implementations())}",
-        )
         try:
             schedule.expand(self.transpoints, self.num_layers)
         except ValueError as error:
@@ -127,6 +118,29 @@ class ModelConfig:
     def d_key(self) -> int:
         """Width of the mixer's query and key paths, G·N."""
         return self.num_groups * self.state_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementations run: a matter of speed, not of the result, and no part of a checkpoint."""
+
+    ssd: str | None = None
+    """SSD operator: reference, associative, sequential, pallas_tpu, pallas_gpu or triton; None: by device and shape."""
+    attention: str | None = None
+    """Causal attention: reference, blockwise, cudnn or splash; None: by device and shape."""
+    chunk_size: int = 64
+    """Tokens of one chunk of the SSD operator."""
+
+    def __post_init__(self) -> None:
+        """Check the names and the range."""
+        _at_least("kernels", self, 1, "chunk_size")
+        for field, names in (("ssd", implementations()), ("attention", attention.implementations())):
+            name = getattr(self, field)
+            require(
+                name is None or name in names,
+                f"kernels.{field} must be null (by device) or the name of an implementation, found {name!r}"
+                f"{suggestion(str(name), names)}",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,14 +261,14 @@ class TrainConfig:
     """Tokens of a device whose logits exist at one time in the loss."""
     log_every: int = 10
     """Steps between training lines in metrics.jsonl."""
-    max_bad_steps: int = 10
+    max_nonfinite_steps: int = 10
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
     sample_tokens: int = 256
     """Tokens of each sample written at the end; 0: none."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _at_least("train", self, 1, "steps", "accumulation", "loss_chunk", "log_every", "max_bad_steps")
+        _at_least("train", self, 1, "steps", "accumulation", "loss_chunk", "log_every", "max_nonfinite_steps")
         _at_least("train", self, 0, "seed", "sample_tokens")
 
 
@@ -352,6 +366,7 @@ class Config:
     """One experiment."""
 
     model: ModelConfig = ModelConfig()
+    kernels: KernelsConfig = KernelsConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()

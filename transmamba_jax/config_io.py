@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 import yaml
 
-from transmamba_jax.config import Config, require, suggestion
+from transmamba_jax.config import Config, KernelsConfig, require, suggestion
 
 Options = TypeVar("Options")
 
@@ -54,6 +54,11 @@ def from_yaml(text: str) -> Config:
 def to_yaml(config: Config) -> str:
     """Write a resolved config as YAML that `load_config` reads back to an equal config."""
     return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def checkpoint_yaml(config: Config) -> str:
+    """Write what belongs to a checkpoint: without `kernels`, so that another device chooses its own."""
+    return to_yaml(dataclasses.replace(config, kernels=KernelsConfig()))
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -18,7 +18,7 @@ from pallas_kernels.ssd import starts_in_passing
 from transmamba_jax import cache as memory
 from transmamba_jax import parallel
 from transmamba_jax.cache import LayerCache
-from transmamba_jax.config import ModelConfig
+from transmamba_jax.config import KernelsConfig, ModelConfig
 from transmamba_jax.convolution import causal_conv
 from transmamba_jax.norm import RMSNorm
 from transmamba_jax.rotary import rotate
@@ -105,6 +105,7 @@ class Mixer(nn.Module):
     """Own the shared weights and split the sequence at the TransPoint."""
 
     config: ModelConfig
+    kernels: KernelsConfig = KernelsConfig()
 
     def setup(self) -> None:
         """Declare the parameters, which are the same under every schedule."""
@@ -120,7 +121,7 @@ class Mixer(nn.Module):
         )
         self.a_log = self.param("a_log", init_a_log, (cfg.num_heads,), cfg.param_dtype)
         self.dt_bias = self.param("dt_bias", init_dt_bias, (cfg.num_heads,), cfg.param_dtype)
-        if cfg.skip:
+        if cfg.use_d_skip:
             self.skip = self.param("skip", nn.initializers.ones, (cfg.num_heads,), cfg.param_dtype)
         # One weight for both branches; statistics over each group's d_inner / G channels.
         self.norm = RMSNorm(cfg.norm_eps, cfg.dtype, cfg.param_dtype, groups=cfg.num_groups)
@@ -229,14 +230,14 @@ class Mixer(nn.Module):
                 self._decay(),
                 None,
                 state,
-                chunk_size=self.config.chunk_size,
-                implementation=self.config.kernel,
+                chunk_size=self.kernels.chunk_size,
+                implementation=self.kernels.ssd,
             )
         if self.config.rotary == "attention":
             q, k = self._rotate(q, k, positions)
         cache = memory.write(dataclasses.replace(cache, state=state), k, v, dt, positions[0])
         if fresh:
-            y = parallel.attend(q, k, v, None)
+            y = parallel.attend(q, k, v, None, implementation=self.kernels.attention)
         elif cache.keys is None or cache.values is None:
             raise ValueError("cache must hold the keys and values of the tokens before; it was made without room")
         else:
@@ -255,7 +256,7 @@ class Mixer(nn.Module):
         before = None if segment_ids is None else segment_ids[:, :point]
         after = None if segment_ids is None else segment_ids[:, point:]
         past, rest = slice(None, point), slice(point, None)
-        if starts_in_passing(v, k, self.config.kernel):
+        if starts_in_passing(v, k, self.kernels.ssd):
             (q, q_past), (k, k_past), (v, v_past) = (_with_first(array, point) for array in (q, k, v))
             attended = self._attend(q_past, k_past, v_past, before)
             y, _ = self._ssd(q, k, v, dt, None, segment_ids, point)
@@ -268,8 +269,8 @@ class Mixer(nn.Module):
             dt[:, past],
             self._decay(),
             before,
-            chunk_size=self.config.chunk_size,
-            implementation=self.config.kernel,
+            chunk_size=self.kernels.chunk_size,
+            implementation=self.kernels.ssd,
         )
         if before is not None and after is not None:
             state = jnp.where(_same_document(before, after)[:, None, None, None], state, 0)
@@ -299,7 +300,7 @@ class Mixer(nn.Module):
     def _attend(self, q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None) -> Float[Array, "B T HP"]:
         if self.config.rotary == "attention":
             q, k = self._rotate(q, k)
-        y = parallel.attend(q, k, v, segment_ids)
+        y = parallel.attend(q, k, v, segment_ids, implementation=self.kernels.attention)
         y = y.reshape(*y.shape[:2], -1)
         return self.norm(y) if self.config.attention_norm else y
 
@@ -347,13 +348,13 @@ class Mixer(nn.Module):
             self._skip(),
             state,
             segment_ids,
-            chunk_size=self.config.chunk_size,
-            implementation=self.config.kernel,
+            chunk_size=self.kernels.chunk_size,
+            implementation=self.kernels.ssd,
             start=start,
         )
 
     def _skip(self) -> Float[Array, "H"] | None:
-        return self.skip.astype(jnp.float32) if self.config.skip else None
+        return self.skip.astype(jnp.float32) if self.config.use_d_skip else None
 
     def _gate(self, x: Hidden, y: Value) -> Float[Array, "B T HP"]:
         return self.norm(y.reshape(*y.shape[:2], -1) * nn.silu(over_tokens(self.z, x)), flat=True)

@@ -18,7 +18,7 @@ from pallas_kernels import target
 from pallas_kernels.ssd import kernel_vjp
 from transmamba_jax import attention, schedule, sharding
 from transmamba_jax.cache import LayerCache
-from transmamba_jax.config import ModelConfig
+from transmamba_jax.config import KernelsConfig, ModelConfig
 from transmamba_jax.mixer import Mixer, fan_in_uniform, over_tokens, residual_uniform
 from transmamba_jax.norm import RMSNorm
 from transmamba_jax.shapes import Array, Float, Hidden, Int, Logits, SegmentIds, Tokens, TransPoint, known
@@ -77,12 +77,13 @@ class Block(nn.Module):
     """One layer: x + Mixer(RMSNorm(x)), then x + MLP(RMSNorm(x))."""
 
     config: ModelConfig
+    kernels: KernelsConfig = KernelsConfig()
 
     def setup(self) -> None:
         """Declare the parts."""
         cfg = self.config
         norm = partial(RMSNorm, cfg.norm_eps, cfg.dtype, cfg.param_dtype)
-        self.mixer_norm, self.mixer = norm(), Mixer(cfg)
+        self.mixer_norm, self.mixer = norm(), Mixer(cfg, self.kernels)
         if cfg.mlp_dim:
             self.mlp_norm, self.mlp = norm(), GatedMLP(cfg)
 
@@ -104,9 +105,14 @@ class TransMamba(nn.Module):
 
     The schedule decides what it is: a Transformer (every TransPoint >= T), Mamba-2 (every TransPoint 0), a layer
     hybrid (0 or T per layer) or TransMamba. The parameters are the same for all of them.
+
+    Attributes:
+        config: the architecture.
+        kernels: the implementations that run; any of them reads the same parameters.
     """
 
     config: ModelConfig
+    kernels: KernelsConfig = KernelsConfig()
 
     def setup(self) -> None:
         """Declare the parameters."""
@@ -219,7 +225,7 @@ class TransMamba(nn.Module):
 
     def _block(self) -> Block:
         # Detached from this module: its parameters are slices of the stack, handed over explicitly.
-        return Block(self.config, parent=None)
+        return Block(self.config, self.kernels, parent=None)
 
     def _layer(self, segment_ids: SegmentIds | None) -> Callable[[Any, Hidden, TransPoint], Hidden]:
         def apply(params: Any, x: Hidden, transpoint: TransPoint) -> Hidden:

@@ -67,8 +67,11 @@ def convolve(
     return per_shard(shard, layouts, channels, x, kernel, bias, segment_ids)
 
 
-def attend(q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None) -> Value:
+def attend(
+    q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None, *, implementation: str | None = None
+) -> Value:
     """Apply `causal_attention` to whole rows, which are spread over heads."""
+    run = partial(causal_attention, implementation=implementation)
     heads, groups = v.shape[2], q.shape[2]
     if parts("spread_heads", heads) > parts("spread_heads", groups):
         # A group's queries and keys serve several heads; here those live on different devices, and all get all groups:
@@ -76,7 +79,7 @@ def attend(q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None) -
         q, k = (constrain(array, (*_WHOLE, None, None)) for array in (q, k))
         q, k = (jnp.repeat(array, heads // groups, axis=2) for array in (q, k))
     spread = (*_WHOLE, "spread_heads", None)
-    y = per_shard(causal_attention, (spread, spread, spread, _WHOLE), spread, q, k, v, segment_ids)
+    y = per_shard(run, (spread, spread, spread, _WHOLE), spread, q, k, v, segment_ids)
     # What follows is over tokens: its statistics over groups would otherwise be cut as the heads are.
     return constrain(y, (*_TOKENS, "heads", None)) if splits_time(y.shape[1]) else y
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import transmamba_jax as tm
 from benchmarks import timing
 from transmamba_jax import schedule
-from transmamba_jax.config import ModelConfig
+from transmamba_jax.config import KernelsConfig, ModelConfig
 from transmamba_jax.mixer import Mixer, over_tokens
 from transmamba_jax.runtime import host_memory
 
@@ -61,7 +61,7 @@ def parts(params: Any, x: jax.Array, point: int) -> dict[str, tuple[Any, ...]]:
     state = tm.memory_converter(k[:, :point], v[:, :point], dt[:, :point], -jnp.exp(params["a_log"]))
     inner = jnp.ones((*x.shape[:2], CONFIG.d_inner))
     convert = lambda params, k, v, dt: tm.memory_converter(
-        k, v, dt, -jnp.exp(params["a_log"]), chunk_size=CONFIG.chunk_size
+        k, v, dt, -jnp.exp(params["a_log"]), chunk_size=KernelsConfig().chunk_size
     )
     return {
         "projections": (apply(lambda m, x: (m._project(x, None), m._step(x))), params, x),

@@ -69,9 +69,9 @@ def test_a_round_trip_keeps_every_bit(case: str, tmp_path: Path) -> None:
         json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "transformers", GOLDEN / case)
     )
     ids = {name for name in written if name.endswith("_token_id")}
-    assert {name: original[name] for name in written.keys() - ids} == {
-        name: written[name] for name in written.keys() - ids
-    }
+    # The chunk is a matter of speed, and no part of a config here: a file gets transformers' default.
+    expected = {name: original[name] for name in written.keys() - ids} | {"chunk_size": 256}
+    assert {name: written[name] for name in expected} == expected
     assert {written[name] for name in ids} == {None}
     if config.norm_eps == 1e-5:
         convert.to_mamba2(config, params, tmp_path / "state-spaces", "state-spaces")
@@ -272,7 +272,7 @@ def test_a_published_config_of_state_spaces_is_read(tmp_path: Path) -> None:
     [
         ({"transpoints": (0, 4)}, r"transpoints must be \(0, 0\) .* found \(0, 4\): Mamba-2 has no attention"),
         ({"mlp_dim": 8}, "mlp_dim must be 0"),
-        ({"skip": False}, "skip must be True"),
+        ({"use_d_skip": False}, "use_d_skip must be True"),
         ({"rotary": "both"}, "rotary must be 'attention'"),
         ({"head_dim": 5}, "= 30 must be a multiple of model.d_model = 12"),
         ({"conv_bias": False}, r"(?s)there and not known: layers/mixer/conv_v/bias \[2, 24\]|conv_q/bias"),

@@ -35,7 +35,6 @@ MODEL = tm.ModelConfig(
     head_dim=4,
     state_dim=4,
     mlp_dim=12,
-    chunk_size=8,
     transpoints=(0, 9),
     dtype="float32",
 )

@@ -24,7 +24,7 @@ from transmamba_jax.runtime import tensor_files
 
 CONFIG = tm.ModelConfig(
     vocab_size=256, num_layers=3, d_model=16, num_heads=4, num_groups=2, head_dim=8, state_dim=8, mlp_dim=12,
-    chunk_size=8, transpoints=(0, 11, 600), dtype="float32", tie_embeddings=False, dt_limit=(0.0, 0.05),
+    transpoints=(0, 11, 600), dtype="float32", tie_embeddings=False, dt_limit=(0.0, 0.05),
 )  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 256, (3, 530), np.int32)  # two blocks of attention
 SHORT = 29

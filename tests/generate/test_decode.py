@@ -34,11 +34,10 @@ CONFIG = ModelConfig(
     head_dim=6,
     state_dim=4,
     mlp_dim=20,
-    chunk_size=8,
     transpoints=POINTS,
     dtype="float32",
-    kernel="reference",
 )
+KERNELS = tm.KernelsConfig(ssd="reference", chunk_size=8)
 # One layer whose TransPoint is inside the continuation.
 SMALL = dataclasses.replace(CONFIG, num_layers=1, mlp_dim=0, tie_embeddings=False, transpoints=(16,))
 TWO = dataclasses.replace(SMALL, num_layers=2, transpoints=(4, 99))
@@ -65,12 +64,12 @@ def random_params(config: ModelConfig) -> Any:
 
 @cache
 def make(config: ModelConfig = CONFIG) -> tuple[tm.TransMamba, Any]:
-    return tm.TransMamba(config), random_params(config)
+    return tm.TransMamba(config, KERNELS), random_params(config)
 
 
 @partial(jax.jit, static_argnums=0)
 def forward(config: ModelConfig, params: Any, tokens: Any, points: Any) -> jax.Array:
-    return tm.TransMamba(config).apply({"params": params}, tokens, points)
+    return tm.TransMamba(config, KERNELS).apply({"params": params}, tokens, points)
 
 
 def logits_of(config: ModelConfig, tokens: np.ndarray, points: tuple[int, ...]) -> np.ndarray:
@@ -175,7 +174,7 @@ def test_a_piece_after_others_continues_them() -> None:
     [
         {"transpoints": (0, 99), "num_layers": 2},
         {"dtype": "bfloat16"},
-        {"rotary": "both", "attention_norm": False, "skip": False},
+        {"rotary": "both", "attention_norm": False, "use_d_skip": False},
     ],
     ids=["hybrid", "bfloat16", "options"],
 )
@@ -392,4 +391,4 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="batch must be >= 1 and room >= 0"):
         memory.init_cache(CONFIG, 0, 4)
     with pytest.raises(ValueError, match="keys, values and steps"):
-        decode_step.convert(CONFIG, decoder._weights.layers[0], memory.init_layer(CONFIG, 1, 0, True))
+        decode_step.convert(CONFIG, KERNELS, decoder._weights.layers[0], memory.init_layer(CONFIG, 1, 0, True))

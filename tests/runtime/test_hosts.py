@@ -182,12 +182,12 @@ def test_two_processes_are_one_run_through_a_failing_save_a_signal_and_another_n
 
 def test_the_model_itself_is_cut_across_processes_and_the_first_one_samples(server):
     sizes = {"d_model": 16, "num_heads": 8, "num_groups": 4, "head_dim": 4, "state_dim": 4, "mlp_dim": 16}
-    sizes |= {"chunk_size": 4, "dtype": "float32"}
+    sizes |= {"dtype": "float32"}
     model = [part for name, size in sizes.items() for part in (f"--model.{name.replace('_', '-')}", size)]
     # Both halves of a row, and with them the states between them and the prefix, are on another process.
     mesh = "--mesh.fsdp", 1, "--mesh.context", 2, "--mesh.tensor", 4
     length = "--model.num-layers", 1, "--model.transpoints", 8, "--train.steps", 3
-    options = *model, *mesh, *length, "--eval.every", 0, "--train.sample-tokens", 8
+    options = *model, *mesh, *length, "--kernels.chunk-size", 4, "--eval.every", 0, "--train.sample-tokens", 8
     for name, processes in (("model-one", ({},)), ("model-two", ({}, {}))):
         first, *_ = server.run(name, *processes, options=options, expect=[0] * len(processes), little=False)
         assert "complete: step 3 of 3" in first

@@ -27,8 +27,8 @@ from transmamba_jax.config import MeshConfig, ModelConfig
 from transmamba_jax.generate import Sampling
 
 config = ModelConfig(vocab_size=256, num_layers=1, d_model=16, num_heads=4, num_groups=2, head_dim=4, state_dim=4,
-                     mlp_dim=16, chunk_size=8, transpoints=(8,), dtype="float32", kernel="reference")
-model = tm.TransMamba(config)
+                     mlp_dim=16, transpoints=(8,), dtype="float32")
+model = tm.TransMamba(config, tm.KernelsConfig(ssd="reference"))
 params = random_params(config)
 prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [9], [2, 6, 5, 3, 5, 8], [1, 2]]
 placed = lambda mesh: jax.device_put(params, sharding.parameter_shardings(params, mesh))

@@ -12,6 +12,7 @@ from transmamba_jax.config import (
     Config,
     DataConfig,
     EvalConfig,
+    KernelsConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -27,6 +28,7 @@ class Little(nn.Module):
     """
 
     config: ModelConfig
+    kernels: KernelsConfig = KernelsConfig()
 
     def setup(self) -> None:
         cfg = self.config
@@ -68,12 +70,14 @@ def little_config(**sections: Any) -> Config:
         },
         "data": {"seq_len": LENGTH, "batch_size": 8},
         "optimizer": {"warmup_steps": 2, "learning_rate": 1e-2, "final_learning_rate": 1e-3},
+        "kernels": {},
         "train": {"steps": 10, "loss_chunk": 24, "log_every": 1},
         "checkpoint": {},
         "eval": {"every": 0},
     }
     classes = {
         "model": ModelConfig,
+        "kernels": KernelsConfig,
         "data": DataConfig,
         "optimizer": OptimizerConfig,
         "train": TrainConfig,

@@ -11,7 +11,7 @@ import transmamba_jax as tm
 from tests.training.support import Little, little_config
 from transmamba_jax import checkpoint, config_io
 from transmamba_jax.compile_only import compiler
-from transmamba_jax.config import Config
+from transmamba_jax.config import Config, KernelsConfig
 from transmamba_jax.data import train_tokenizer
 from transmamba_jax.runtime import logs
 from transmamba_jax.training import loop
@@ -115,12 +115,14 @@ def test_the_end_of_a_document_is_looked_for_in_the_tokenizer(make, tmp_path):
 def test_a_longer_run_continues_and_names_what_changed(make, capsys):
     train(make(train={"steps": 6}))
     capsys.readouterr()
-    settings = make(train={"steps": 9}, optimizer={"beta2": 0.99})
+    settings = make(train={"steps": 9}, optimizer={"beta2": 0.99}, kernels={"chunk_size": 7})
     assert train(settings) == 0
     output = capsys.readouterr().out
     assert "train.steps: 6 -> 9" in output
     assert "optimizer.beta2: 0.95 -> 0.99" in output
     assert "continuing from step 6" in output
+    assert "kernels" not in output
+    assert checkpoint.restore(f"{settings.workdir}/checkpoints", params_only=True).config.kernels == KernelsConfig()
     assert [line["step"] for line in _lines(settings) if "loss" in line] == list(range(1, 10))
     assert config_io.read_config_file(Path(settings.workdir) / "config.yaml") == settings
 
@@ -156,7 +158,7 @@ def test_a_diverged_run_stops_and_keeps_the_good_checkpoint(make, monkeypatch, c
     rates = {"learning_rate": 1e25, "warmup_steps": 0, "weight_decay": 0.0}
     settings = make(
         optimizer=rates,
-        train={"steps": 50, "max_bad_steps": 3},
+        train={"steps": 50, "max_nonfinite_steps": 3},
         checkpoint={"every": 1, "keep_latest": 9},
         eval={"every": 0},
     )

@@ -13,7 +13,7 @@ from transmamba_jax.config import ModelConfig
 from transmamba_jax.training.metrics import MetricsWriter, flops_per_token
 
 MODEL = {"vocab_size": 50, "num_layers": 1, "d_model": 12, "num_heads": 4, "num_groups": 2, "head_dim": 6}
-MODEL |= {"state_dim": 8, "mlp_dim": 20, "chunk_size": 16}
+MODEL |= {"state_dim": 8, "mlp_dim": 20}
 
 
 def _lines(workdir):
@@ -105,7 +105,7 @@ def test_tensorboard_reads_the_events_and_hides_what_an_earlier_run_wrote_beyond
     assert (events[2].step, values) == (3, {"train/loss": 0.5, "eval/loss": 1.5})
 
 
-def _by_counting(config, length):
+def _by_counting(config, length, chunk):
     """Sum the multiply-adds of the forward pass over tokens, heads and layers one by one."""
     cfg, total = config, 0
     widths = [cfg.num_groups * cfg.state_dim] * 2 + [cfg.num_heads * cfg.head_dim] * 2 + [cfg.num_heads]
@@ -120,7 +120,7 @@ def _by_counting(config, length):
                 if point < length:
                     total += cfg.num_heads * cfg.state_dim * cfg.head_dim
             else:
-                total += cfg.chunk_size * (cfg.num_groups * cfg.state_dim + cfg.num_heads * cfg.head_dim)
+                total += chunk * (cfg.num_groups * cfg.state_dim + cfg.num_heads * cfg.head_dim)
                 total += 2 * cfg.num_heads * cfg.state_dim * cfg.head_dim
     return 3 * 2 * (total / length + cfg.d_model * cfg.vocab_size)
 
@@ -128,4 +128,4 @@ def _by_counting(config, length):
 @pytest.mark.parametrize("points", [(0,), (64,), (100,), (20,), (0, 16, 64)])
 def test_model_flops_equal_a_count_token_by_token(points):
     config = ModelConfig(**{**MODEL, "num_layers": 3}, transpoints=points)
-    assert flops_per_token(config, 64) == pytest.approx(_by_counting(config, 64))
+    assert flops_per_token(config, 64, 16) == pytest.approx(_by_counting(config, 64, 16))

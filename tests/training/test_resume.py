@@ -14,8 +14,9 @@ from transmamba_jax import checkpoint
 from transmamba_jax.training.preemption import EXIT_PREEMPTED
 
 CONFIG = """
-model: {num_layers: 2, d_model: 16, num_heads: 2, num_groups: 2, head_dim: 8, state_dim: 8, mlp_dim: 16, chunk_size: 16,
+model: {num_layers: 2, d_model: 16, num_heads: 2, num_groups: 2, head_dim: 8, state_dim: 8, mlp_dim: 16,
         transpoints: [16]}
+kernels: {chunk_size: 16}
 data: {source: "text:TEXT", seq_len: 32, batch_size: 4, packing: first_fit}
 optimizer: {warmup_steps: 5, learning_rate: 1e-2}
 train: {steps: 40, accumulation: 2, loss_chunk: 32, log_every: 4, sample_tokens: 8}

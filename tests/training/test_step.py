@@ -162,11 +162,11 @@ def test_a_loss_that_is_not_finite_changes_nothing(initial, step):
 
 
 def test_a_bfloat16_step_has_loss_gradient_parameters_and_moments_in_float32(mesh):
-    small = {"head_dim": 4, "state_dim": 4, "mlp_dim": 12, "chunk_size": 8}
+    small = {"head_dim": 4, "state_dim": 4, "mlp_dim": 12}
     found = {}
     for dtype in ("float32", "bfloat16"):
         config = little_config(model={"dtype": dtype, **small}, train={"accumulation": 2})
-        model = tm.TransMamba(config.model)
+        model = tm.TransMamba(config.model, tm.KernelsConfig(chunk_size=8))
         state = create_state(config, model, mesh)
         step = make_train_step(config, model, make_optimizer(config), mesh)
         gradient = partial(loss_and_gradient, model=model, batch=packed_batch(0), accumulation=2, chunk=24)

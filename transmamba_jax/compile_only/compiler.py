@@ -125,7 +125,7 @@ def compile_step(config: Config, topology: str) -> tuple[Any, Mesh]:
     mesh = sharding.make_mesh(config.mesh, topology_devices(topology))
     sharding.check_divides(config, mesh)
     token_bytes = _token_bytes(config)
-    model = TransMamba(config.model)
+    model = TransMamba(config.model, config.kernels)
     with jax.set_mesh(mesh):
         state = abstract_state(config, model, mesh)
         train_step = make_train_step(config, model, make_optimizer(config), mesh, token_bytes)
@@ -173,7 +173,7 @@ def estimate(config: Config, compiled: Any, mesh: Mesh) -> Estimate:
     together = kept + memory.temp_size_in_bytes
     needed = together if chip is None else memory.peak_memory_in_bytes
     tokens = config.data.batch_size * config.data.seq_len
-    model_flops = flops_per_token(config.model, config.data.seq_len) * tokens / mesh.size
+    model_flops = flops_per_token(config.model, config.data.seq_len, config.kernels.chunk_size) * tokens / mesh.size
     program = read_program(compiled.as_text())
     bounds, predicted = {}, math.nan
     if chip is not None and peak is not None:

@@ -145,7 +145,7 @@ def start_run(folder: str | Path, workdir: str | Path) -> None:
     tensor_files.make(directory)
     writer = checkpoint.Checkpointer(directory, loaded.config.checkpoint)
     tokenizer = data.ByteTokenizer() if loaded.tokenizer is None else loaded.tokenizer
-    config = config_io.to_yaml(dataclasses.replace(loaded.config, workdir=str(workdir)))
+    config = config_io.checkpoint_yaml(dataclasses.replace(loaded.config, workdir=str(workdir)))
     nothing_read: dict[str, Any] = {"streams": []}
     state = _Start(loaded.params, jnp.zeros((), jnp.int32))
     with tensor_files.explained(directory):

@@ -15,6 +15,9 @@ Naming = Literal["transformers", "state-spaces"]
 
 FILE = "config.json"
 
+_CHUNK_SIZE = 256
+"""The default of both: a matter of speed there, and no part of a model here."""
+
 # The defaults of transformers' Mamba2Config and of mamba_ssm's MambaConfig and Mamba2: files may leave them out.
 _TRANSFORMERS: dict[str, Any] = {
     "num_heads": 128,
@@ -31,7 +34,7 @@ _TRANSFORMERS: dict[str, Any] = {
     "hidden_act": "silu",
     "residual_in_fp32": True,
     "time_step_limit": [0.0, math.inf],
-    "chunk_size": 256,
+    "chunk_size": _CHUNK_SIZE,
     "tie_word_embeddings": False,
 }
 _STATE_SPACES: dict[str, Any] = {
@@ -56,7 +59,7 @@ _STATE_SPACES_LAYER: dict[str, Any] = {
     "dt_limit": [0.0, math.inf],
     "bias": False,
     "conv_bias": True,
-    "chunk_size": 256,
+    "chunk_size": _CHUNK_SIZE,
 }
 # Of no consequence once the weights are there.
 _STATE_SPACES_INITIAL = {
@@ -101,7 +104,7 @@ def write(config: ModelConfig, naming: Naming, dtype: str) -> dict[str, Any]:
     for name, needed, hint in (
         ("transpoints", tuple(0 for _ in config.transpoints), "Mamba-2 has no attention"),
         ("mlp_dim", 0, "Mamba-2 has no MLP"),
-        ("skip", True, "Mamba-2 has D"),
+        ("use_d_skip", True, "Mamba-2 has D"),
         ("rotary", "attention", "Mamba-2 rotates nothing"),
     ):
         found = getattr(config, name)
@@ -130,7 +133,6 @@ def _from_transformers(found: Mapping[str, Any]) -> ModelConfig:
         head_dim=_integer(tree, "head_dim"),
         state_dim=_integer(tree, "state_size"),
         conv_width=_integer(tree, "conv_kernel"),
-        chunk_size=_integer(tree, "chunk_size"),
         tie_embeddings=_flag(tree, "tie_word_embeddings"),
         norm_eps=float(tree["layer_norm_epsilon"]),
         conv_bias=_flag(tree, "use_conv_bias"),
@@ -168,7 +170,6 @@ def _from_state_spaces(found: Mapping[str, Any]) -> ModelConfig:
         head_dim=head_dim,
         state_dim=_integer(layer, "d_state"),
         conv_width=_integer(layer, "d_conv"),
-        chunk_size=_integer(layer, "chunk_size"),
         tie_embeddings=_flag(tree, "tie_embeddings"),
         norm_eps=_STATE_SPACES_EPS,
         conv_bias=_flag(layer, "conv_bias"),
@@ -195,7 +196,7 @@ def _to_transformers(config: ModelConfig, expand: int, limit: dict[str, Any], dt
         "n_groups": config.num_groups,
         "state_size": config.state_dim,
         "conv_kernel": config.conv_width,
-        "chunk_size": config.chunk_size,
+        "chunk_size": _CHUNK_SIZE,
         "use_bias": False,
         "use_conv_bias": config.conv_bias,
         "hidden_act": "silu",
@@ -228,7 +229,7 @@ def _to_state_spaces(config: ModelConfig, expand: int, limit: dict[str, Any]) ->
             "headdim": config.head_dim,
             "ngroups": config.num_groups,
             "conv_bias": config.conv_bias,
-            "chunk_size": config.chunk_size,
+            "chunk_size": _CHUNK_SIZE,
             **{f"dt_{name}": value for name, value in limit.items()},
         },
         "attn_layer_idx": [],

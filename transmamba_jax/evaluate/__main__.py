@@ -19,7 +19,7 @@ def _configured(saved: Config, options: argparse.Namespace) -> Config:
     config = saved
     if options.config is not None:
         given = config_io.load_config(options.config)
-        config = dataclasses.replace(saved, data=given.data, eval=given.eval)
+        config = dataclasses.replace(saved, data=given.data, eval=given.eval, kernels=given.kernels)
         if options.schedule is None:
             model = dataclasses.replace(saved.model, transpoints=given.model.transpoints)
             config = dataclasses.replace(config, model=model)
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
         params, mesh = serving_mesh.place(saved.params)  # on several devices each reads some of the windows
         with serving_mesh.use(mesh):
-            result = Evaluator(TransMamba(config.model), config, tokenizer, mesh)(params)
+            result = Evaluator(TransMamba(config.model, config.kernels), config, tokenizer, mesh)(params)
         peers = data.baselines(data.training_text(config.data), data.held_out_text(config.data))
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -26,7 +26,7 @@ from jax import export as jax_export
 from transmamba_jax import cache as memory
 from transmamba_jax import config_io, data, schedule
 from transmamba_jax.cache import LayerCache
-from transmamba_jax.config import Config, ModelConfig
+from transmamba_jax.config import Config, KernelsConfig, ModelConfig
 from transmamba_jax.generate import decode_step
 from transmamba_jax.generate.decode_step import Kind, LayerWeights, MLPWeights
 from transmamba_jax.model import TransMamba, embed
@@ -37,8 +37,8 @@ CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"
 PROGRAMS = ("forward", "prepare", "decode")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
-# The implementation of the SSD operator that runs anywhere, and at any length.
-_PORTABLE = "associative"
+# The implementations that run anywhere, and at any length.
+_PORTABLE = KernelsConfig(ssd="associative", attention="blockwise")
 
 
 class Loaded(NamedTuple):
@@ -58,7 +58,7 @@ def save(folder: str | Path, config: Config, params: Mapping[str, Any], tokenize
     folder = Path(folder)
     tensor_files.claim(folder, [CONFIG, TOKENIZER])
     with tensor_files.explained(folder):
-        (folder / CONFIG).write_text(config_io.to_yaml(config), encoding="utf-8")
+        (folder / CONFIG).write_text(config_io.checkpoint_yaml(config), encoding="utf-8")
         if tokenizer is not None:
             (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
     leaves = {path: np.asarray(jax.device_get(leaf)) for path, leaf in tensor_files.flatten(params).items()}
@@ -138,8 +138,8 @@ def programs(
         ValueError: a platform that is unknown.
     """
     check_platforms(platforms)
-    config = dataclasses.replace(config, kernel=_PORTABLE, remat="none")
-    model = TransMamba(config)
+    config = dataclasses.replace(config, remat="none")
+    model = TransMamba(config, _PORTABLE)
     batch, time, room = jax_export.symbolic_shape("b, t, s")
     tokens = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(params))

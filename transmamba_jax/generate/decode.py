@@ -238,7 +238,7 @@ class Decoder:
                 layer = memory.init_layer(self.config, len(state.lengths), min(point, room) * attends, lazy)
                 layer = memory.spread(layer)
             elif layer.state is None and end > point:
-                converted = _convert(self.config, self._weights.layers[index], layer)
+                converted = _convert(self.config, self._model.kernels, self._weights.layers[index], layer)
                 layer = dataclasses.replace(layer, state=converted, steps=None)
             if not attends:
                 layer = dataclasses.replace(layer, keys=None, values=None)
@@ -315,7 +315,7 @@ def _kind(point: int, lengths: np.ndarray) -> Kind:
 
 
 _lay_out = jax.jit(decode_step.lay_out, static_argnums=0)
-_convert = jax.jit(decode_step.convert, static_argnums=0)
+_convert = jax.jit(decode_step.convert, static_argnums=(0, 1))
 
 
 @partial(jax.jit, static_argnums=(5, 6, 7), donate_argnums=1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from transmamba_jax import cache as memory
 from transmamba_jax import parallel, sharding
 from transmamba_jax.cache import LayerCache
-from transmamba_jax.config import ModelConfig
+from transmamba_jax.config import KernelsConfig, ModelConfig
 from transmamba_jax.mixer import step_size
 from transmamba_jax.norm import rms_norm
 from transmamba_jax.rotary import rotate
@@ -107,7 +107,7 @@ def _lay_out_layer(config: ModelConfig, params: Any) -> LayerWeights:
         bias=sharding.constrain(bias, (None,)),
         dt_bias=wide(mixer["dt_bias"]),
         a=-jnp.exp(wide(mixer["a_log"])),
-        skip=wide(mixer["skip"]) if config.skip else None,
+        skip=wide(mixer["skip"]) if config.use_d_skip else None,
         gate=matrix(mixer["z"]),
         out_norm=mixer["norm"]["scale"],
         out=rows(mixer["out"]),
@@ -152,7 +152,7 @@ def next_logits(
     return sharding.constrain(logits, _ROWS)
 
 
-def convert(config: ModelConfig, weights: LayerWeights, cache: LayerCache) -> State:
+def convert(config: ModelConfig, kernels: KernelsConfig, weights: LayerWeights, cache: LayerCache) -> State:
     """Return the SSM state after the cached tokens: the Memory Converter, from what attention kept.
 
     Raises:
@@ -165,7 +165,7 @@ def convert(config: ModelConfig, weights: LayerWeights, cache: LayerCache) -> St
         # The SSM's keys are not rotated: turn them back, in float32 so that nothing is rounded again.
         keys = rotate(keys.astype(jnp.float32), -jnp.arange(keys.shape[1]), config.rope_theta)
     values = cache.values.swapaxes(1, 2).astype(keys.dtype)
-    options: dict[str, Any] = {"chunk_size": config.chunk_size, "implementation": config.kernel}
+    options: dict[str, Any] = {"chunk_size": kernels.chunk_size, "implementation": kernels.ssd}
     return parallel.convert(keys, values, cache.steps, weights.a, None, **options)
 
 

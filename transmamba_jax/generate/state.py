@@ -20,7 +20,7 @@ from transmamba_jax.runtime import tensor_files
 from transmamba_jax.shapes import Array, Float32
 
 _FORMAT = "transmamba_jax decode state 1"
-_OTHER_FIELDS = {"transpoints", "param_dtype", "remat", "kernel", "chunk_size"}
+_OTHER_FIELDS = {"transpoints", "param_dtype", "remat"}
 """Of a config: what a state does not depend on, and the TransPoints, which stand apart."""
 
 

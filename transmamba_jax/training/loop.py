@@ -42,7 +42,7 @@ EXIT_NOT_SAVED = 74
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or the gradient was not finite for `train.max_bad_steps` steps in a row."""
+    """The loss or the gradient was not finite for `train.max_nonfinite_steps` steps in a row."""
 
 
 def train(config: Config, model: nn.Module | None = None) -> int:
@@ -54,8 +54,8 @@ def train(config: Config, model: nn.Module | None = None) -> int:
     Args:
         config: the experiment.
         model: a module with the methods of `TransMamba`: `__call__(tokens, segment_ids)`, `hidden` and `logits`, and
-            a parameter `embedding` or `lm_head` that `logits` uses. None: `TransMamba(config.model)`. Samples are
-            written with `train.sample_tokens` > 0, which needs the layers of `TransMamba`.
+            a parameter `embedding` or `lm_head` that `logits` uses. None: `TransMamba(config.model, config.kernels)`.
+            Samples are written with `train.sample_tokens` > 0, which needs the layers of `TransMamba`.
 
     Raises:
         ValueError: the configuration cannot run here, or is not that of the run in the work directory; or another run
@@ -67,7 +67,7 @@ def train(config: Config, model: nn.Module | None = None) -> int:
         # 1. What can be refused cheaply is refused first, everywhere: other hosts, devices, the earlier run, the data.
         mesh = _agreed_mesh(config)
         cleanup.enter_context(jax.set_mesh(mesh))
-        model = TransMamba(config.model) if model is None else model
+        model = TransMamba(config.model, config.kernels) if model is None else model
         workdir = Path(config.workdir)
         with hosts.together():
             if hosts.is_first():
@@ -277,7 +277,7 @@ class _Run:
     def _save(self, state: TrainState, step: int, eval_loss: float | None) -> None:
         """Start to save; what breaks is an alarm, and the next step that is due tries again."""
         self._settle(step)
-        texts = config_io.to_yaml(self.config), self.tokenizer.to_json()
+        texts = config_io.checkpoint_yaml(self.config), self.tokenizer.to_json()
         try:
             self.checkpointer.save(step, state, self.batches.get_state(), *texts, eval_loss)
         except SaveError as error:
@@ -335,7 +335,7 @@ class _Log:
         bad_leaf, self._bad_steps = values.pop("bad_leaf"), values["bad_steps"]
         if self._bad_steps > 0:
             self._run.console.say(f"step {step} skipped: loss {values['loss']}, gradient norm {values['grad_norm']}")
-        if self._bad_steps >= train.max_bad_steps:
+        if self._bad_steps >= train.max_nonfinite_steps:
             raise NonFiniteError(_diagnosis(step, self._bad_steps, bad_leaf, values, state))
         if step % train.log_every == 0 or step == train.steps:
             timing = {"compile_seconds": self._compile_seconds, "peak_memory_bytes": peak_memory_bytes()}

@@ -43,7 +43,7 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def flops_per_token(config: ModelConfig, seq_len: int, chunk_size: int) -> float:
     """Count the floating point operations that one trained token needs, forward and backward.
 
     Three times the forward pass, whose terms are, per token of a row of T (a multiply-add is 2):
@@ -62,7 +62,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     weights = cfg.d_model * (projections + cfg.d_inner + 3 * cfg.mlp_dim)
     conv = cfg.conv_width * (2 * cfg.d_key + cfg.d_inner)
     state = cfg.num_heads * cfg.state_dim * cfg.head_dim
-    chunk = min(cfg.chunk_size, seq_len)
+    chunk = min(chunk_size, seq_len)
     ssd = 2 * chunk * (cfg.d_key + cfg.d_inner) + 4 * state
     total = 2.0 * (cfg.d_model * cfg.vocab_size + cfg.num_layers * (weights + conv))
     for transpoint in schedule.expand(cfg.transpoints, cfg.num_layers):
@@ -96,7 +96,7 @@ class Throughput:
     def __init__(self, config: Config, devices: list[jax.Device]) -> None:
         """Make a clock that stands still until `resume`."""
         self._tokens = config.data.batch_size * config.data.seq_len
-        self._flops = flops_per_token(config.model, config.data.seq_len)
+        self._flops = flops_per_token(config.model, config.data.seq_len, config.kernels.chunk_size)
         self._peak = peak_flops(devices)
         self._steps, self._seconds = 0, 0.0
         self._since: float | None = None

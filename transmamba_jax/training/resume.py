@@ -19,8 +19,9 @@ def compare_with_earlier_run(config: Config, model: TransMamba, workdir: Path) -
     if not saved.exists():
         return
     earlier = config_io.read_config_file(saved)
-    # Where the processes find one another may be new at every start.
-    differences = [line for line in config_io.differences(earlier, config) if not line.startswith("hosts.")]
+    # Where the processes find one another, and which kernels run, may be new at every start.
+    free = ("hosts.", "kernels.")
+    differences = [line for line in config_io.differences(earlier, config) if not line.startswith(free)]
     if not differences:
         return
     hosts.say(f"{saved} differs from this run:", *differences)
