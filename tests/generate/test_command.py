@@ -217,11 +217,11 @@ def test_command_reports_closed_input_and_a_full_disk(
 def test_command_does_not_wait_for_the_interpreters_end_after_ctrl_c() -> None:
     program = """if True:
         import atexit, runpy, sys
-        from transmamba_jax import serving_options
+        from transmamba_jax.checkpoint import command_options
         def interrupted(*arguments):
             print("text", end="")
             raise KeyboardInterrupt
-        serving_options.restore = interrupted
+        command_options.restore = interrupted
         atexit.register(print, "the interpreter is taken down")
         sys.argv = ["generate", "--checkpoint", "anywhere", "--prompt", "a"]
         runpy.run_module("transmamba_jax.generate", run_name="__main__", alter_sys=True)
