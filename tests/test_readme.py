@@ -1,4 +1,4 @@
-"""Run every block of the README, and the Python of the guides, in order and as they stand, on a smaller configuration."""
+"""Run every block of the README, and the Python of the guides, in order, as they stand, on a small configuration."""
 
 import os
 import re
