@@ -1,0 +1,28 @@
+"""Paths as people type them, and names of files as messages show them."""
+
+import os
+from pathlib import Path
+
+
+def expand_path(path: str | os.PathLike[str]) -> Path:
+    """Return the path that an option means: a leading `~` or `~user` is that home folder.
+
+    The one rule for every path that is read from YAML, from the command line or from Python.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        name = Path(expanded).parts[0]
+        raise ValueError(
+            f"path {show_path(path)}: there is no home folder {name!r}; for a folder that is called so, write "
+            f"./{show_path(path)}"
+        )
+    return Path(expanded)
+
+
+def show_path(path: str | os.PathLike[str]) -> str:
+    r"""Return a file's name for a message: bytes that are not UTF-8 and control characters as `\xff`, `\n`."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
