@@ -75,7 +75,8 @@ class ModelConfig:
     dtype: DTypeName = "bfloat16"
     """Compute dtype. A, Δ, decay sums, states, softmax and loss are float32 whatever it is."""
     param_dtype: DTypeName = "float32"
-    """Dtype that parameters are stored in."""
+    """Dtype of the parameters that `model.init` makes and that converted weights have. Training keeps float32
+    parameters and moments whatever it is, and checkpoints have those."""
     tie_embeddings: bool = True
     """Logits reuse the embedding matrix."""
     norm_eps: float = 1e-5
@@ -208,10 +209,16 @@ class OptimizerConfig:
     """Learning rate at the last step."""
     muon_learning_rate: float = 0.02
     """Peak learning rate of the matrices that muon treats; follows the same schedule."""
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    """After the warm-up: cosine decay, or stable and then linear decay over decay_fraction of the steps."""
+    learning_rate_scale: float = 1.0
+    """Factor of every learning rate: peak and final, of AdamW and of muon."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine decay; wsd (warm-up, stable, decay): stable, then linear decay over decay_fraction of
+    the steps; or constant at the peak."""
     warmup_steps: int = 100
     """Steps of linear warm-up from 0."""
+    restart_step: int = 0
+    """Step after which the schedule starts again: warm-up, then decay over the steps that are left. To extend a
+    finished run of N steps, set it to N and raise train.steps. 0: never."""
     decay_fraction: float = 0.2
     """Share of the steps that the wsd schedule decays over."""
     beta1: float = 0.9
@@ -227,7 +234,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("learning_rate", "muon_learning_rate", "eps"):
+        for name in ("learning_rate", "muon_learning_rate", "learning_rate_scale", "eps"):
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, f"optimizer.{name} must be positive, found {value}")
         for name in ("final_learning_rate", "weight_decay", "clip_norm"):
@@ -239,11 +246,12 @@ class OptimizerConfig:
         require(
             0 < self.decay_fraction <= 1, f"optimizer.decay_fraction must be in (0, 1], found {self.decay_fraction}"
         )
-        _at_least("optimizer", self, 0, "warmup_steps")
+        _at_least("optimizer", self, 0, "warmup_steps", "restart_step")
         require(
-            self.final_learning_rate <= self.learning_rate,
+            self.schedule == "constant" or self.final_learning_rate <= self.learning_rate,
             f"optimizer.final_learning_rate={self.final_learning_rate} must not exceed "
-            f"optimizer.learning_rate={self.learning_rate}",
+            f"optimizer.learning_rate={self.learning_rate}; lower it with --optimizer.final-learning-rate, or scale "
+            "all rates with --optimizer.learning-rate-scale",
         )
 
 
@@ -383,6 +391,10 @@ class Config:
             self.data.batch_size % self.train.accumulation == 0,
             f"train.accumulation={self.train.accumulation} must divide data.batch_size={self.data.batch_size}; "
             f"use one of {_divisors(self.data.batch_size)}",
+        )
+        require(
+            self.optimizer.restart_step == 0 or self.optimizer.restart_step < self.train.steps,
+            f"optimizer.restart_step={self.optimizer.restart_step} must be below train.steps={self.train.steps}, or 0",
         )
 
     def warnings(self) -> list[str]:

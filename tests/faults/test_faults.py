@@ -346,11 +346,11 @@ def test_a_partial_restore_loads_what_matches_and_lists_the_rest(server, straigh
     shutil.copytree(straight, workdir)
     options = "--checkpoint.partial", "True", "--optimizer.name", "muon", "--data.seq-len", 10, "--train.steps", 13
     text = server.train(workdir, *options)
-    assert "not taken from checkpoint 12:\n" in text
+    assert "not loaded from checkpoint 12:\n" in text
     assert "state/opt_state/" in text
     assert "asked nothing, found float32" in text
-    assert "seq_len: saved 12, now 10: the data start anew" in text
-    assert "params/" not in text.partition("not taken")[2]
+    assert "seq_len: saved 12, now 10: the data start from the beginning" in text
+    assert "params/" not in text.partition("not loaded")[2]
     assert good(workdir) == [12, 13]
     first = [line for line in metrics_of(workdir) if "loss" in line][-1]
     assert first["step"] == 13

@@ -1,17 +1,22 @@
 """The loop around a model that compiles in a second: divergence, resuming with another config, the command line."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import train as command
 import transmamba_jax as tm
 from tests.training.support import Little, little_config
-from transmamba_jax import checkpoint, config_io
+from transmamba_jax import checkpoint, config_io, export
 from transmamba_jax.compile_only import compiler
 from transmamba_jax.config import Config, KernelsConfig
+from transmamba_jax.convert.mamba2 import start_run
 from transmamba_jax.data import train_tokenizer
 from transmamba_jax.runtime import logs
 from transmamba_jax.training import loop
@@ -131,9 +136,14 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(make, monkeypatch):
     earlier = make(train={"steps": 2}, eval={"every": 0})
     train(earlier)
     refused = [
-        ({"model": {"d_model": 16}}, r"model.d_model: 8 -> 16; \d+ arrays differ, the first is .*embedding"),
-        ({"optimizer": {"name": "muon"}}, "optimizer.name: 'adamw' -> 'muon'"),
+        (
+            {"model": {"d_model": 16}},
+            r"model\.d_model: 8 -> 16; \d+ arrays differ, the first is params/embedding: float32 \[256, 8\] there, "
+            r"float32 \[256, 16\] here",
+        ),
+        ({"optimizer": {"name": "muon"}}, r"name: 'adamw' -> 'muon'; .* state/opt_state/.* --checkpoint.partial True"),
         ({"data": {"seq_len": 10}}, "seq_len: saved 12, now 10"),
+        ({"data": {"batch_size": 4}}, r"rows: saved 8, now 4.* --checkpoint\.partial True"),
     ]
     for sections, message in refused:
         with pytest.raises(ValueError, match=message):
@@ -143,6 +153,74 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(make, monkeypatch):
         train(earlier)
     assert config_io.read_config_file(Path(earlier.workdir) / "config.yaml") == earlier
     assert _steps(earlier) == [2]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_extending_a_finished_run_says_how_the_rate_changes_and_a_restart_or_constant_rate_does_not(
+    make, capsys, schedule, name
+):
+    optimizer = {"schedule": schedule, "name": name, "warmup_steps": 2, "muon_learning_rate": 0.05}
+    run = lambda steps, **more: train(
+        make(train={"steps": steps}, eval={"every": 0}, checkpoint={"every": 0}, optimizer={**optimizer, **more})
+    )
+    run(6)
+    capsys.readouterr()
+    assert run(12, restart_step=6) == 0  # the warm-up has two steps: half of it is above the final rate
+    said = [line for line in capsys.readouterr().out.splitlines() if " rate of step 7 changes from " in line]
+    assert [re.search("the (.*) of step", line).group(1) for line in said] == [
+        "learning rate",
+        *(["muon learning rate"] if name == "muon" else []),
+    ]
+    after = _rates(make())
+    np.testing.assert_allclose(after[6:8], [0.0055, 0.01], rtol=1e-5)
+    assert after[-1] == pytest.approx(1e-3)
+    assert run(14, schedule="constant", learning_rate=1e-3) == 0
+    assert "learning rate of step 13" not in capsys.readouterr().out.replace("muon learning rate", "")
+    assert _rates(make())[12:] == pytest.approx([1e-3, 1e-3])
+    assert run(15, schedule="constant", learning_rate=1e-3, learning_rate_scale=2.0) == 0
+    assert "the learning rate of step 15 changes from 0.001 to 0.002: train.steps or" in capsys.readouterr().out
+
+
+def _rates(settings: Config):
+    return [line["learning_rate"] for line in _lines(settings) if "loss" in line]
+
+
+def test_bfloat16_weights_train_in_float32_from_the_start_and_from_a_converted_checkpoint(tmp_path, make):
+    small = {"head_dim": 4, "state_dim": 4, "mlp_dim": 12, "param_dtype": "bfloat16"}
+    rates = {"learning_rate": 3e-4, "warmup_steps": 0, "schedule": "constant"}
+    settings = make(
+        model={**small, "num_layers": 1, "transpoints": (6,)},
+        optimizer=rates,
+        train={"steps": 20},
+        eval={"every": 0},
+        checkpoint={"partial": True, "every": 0},
+    )
+    model = tm.TransMamba(settings.model)
+    params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    assert params["final_norm"]["scale"].dtype == jnp.bfloat16
+    export.save(tmp_path / "weights", settings, params, None)
+    for workdir, begin in (("new", None), ("converted", tmp_path / "weights")):
+        config = dataclasses.replace(settings, workdir=str(tmp_path / workdir))
+        if begin is not None:
+            start_run(begin, config.workdir)
+        tm.train(config, model=model)
+        saved = checkpoint.restore(tmp_path / workdir / "checkpoints")
+        assert saved.step == 20
+        scales = [
+            leaf for path, leaf in jax.tree.leaves_with_path(saved.params) if "scale" in jax.tree_util.keystr(path)
+        ]
+        assert len(scales) == 4
+        for scale in scales:
+            assert scale.dtype == jnp.float32
+            assert np.all(np.asarray(scale) != 1.0)
+        floats = [leaf for leaf in jax.tree.leaves(saved.state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
+        # The checkpoint is a run's own from here on: nothing differs when it is continued.
+        longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=21))
+        tm.train(
+            dataclasses.replace(longer, checkpoint=dataclasses.replace(config.checkpoint, partial=False)), model=model
+        )
 
 
 def test_a_diverged_run_stops_and_keeps_the_good_checkpoint(make, monkeypatch, capsys, tmp_path):

@@ -15,10 +15,10 @@ from transmamba_jax.training.optimizer import MATRICES, decay_mask, learning_rat
 PEAK, FINAL = 1e-2, 1e-3
 
 
-def _rates(name, steps, warmup, peak=PEAK, fraction=0.25):
+def _rates(name, steps, warmup, peak=PEAK, fraction=0.25, **more):
     optimizer = {"schedule": name, "warmup_steps": warmup, "decay_fraction": fraction, "final_learning_rate": FINAL}
-    config = little_config(train={"steps": steps}, optimizer=optimizer)
-    return np.array([float(learning_rate_schedule(config, peak)(count)) for count in range(steps)])
+    config = little_config(train={"steps": steps}, optimizer={**optimizer, **more})
+    return np.array(jax.jit(lambda: [learning_rate_schedule(config, peak)(count) for count in range(steps)])())
 
 
 def test_cosine_schedule():
@@ -31,6 +31,40 @@ def test_wsd_schedule():
     n = np.arange(1, 41)
     expected = np.where(n <= 8, PEAK * n / 8, np.where(n <= 30, PEAK, PEAK - (PEAK - FINAL) * (n - 30) / 10))
     np.testing.assert_allclose(_rates("wsd", 40, 8), expected, rtol=1e-5)
+
+
+def test_constant_schedule():
+    n = np.arange(1, 41)
+    np.testing.assert_allclose(_rates("constant", 40, 8), np.where(n <= 8, PEAK * n / 8, PEAK), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+def test_a_restart_is_the_finished_run_and_then_a_warm_up_from_its_rate_and_the_rest(name):
+    found = _rates(name, 60, 8, restart_step=40)
+    np.testing.assert_array_equal(found[:40], _rates(name, 40, 8))
+    last = PEAK if name == "constant" else FINAL
+    n = np.arange(1, 9)
+    np.testing.assert_allclose(found[40:48], last + (PEAK - last) * n / 8, rtol=1e-5)
+    np.testing.assert_allclose(found[48:], _rates(name, 20, 8)[8:], rtol=1e-6)
+    assert found[-1] == pytest.approx(last)
+
+
+@pytest.mark.parametrize("restart", [0, 20])
+@pytest.mark.parametrize("peak", [PEAK, 0.5])
+def test_one_factor_scales_every_rate(restart, peak):
+    plain = _rates("wsd", 40, 8, peak=peak, restart_step=restart)
+    scaled = _rates("wsd", 40, 8, peak=peak, restart_step=restart, learning_rate_scale=0.25)
+    np.testing.assert_allclose(scaled, 0.25 * plain, rtol=1e-6)
+
+
+def test_schedules_that_cannot_be_are_refused_with_the_option_to_use():
+    with pytest.raises(
+        ValueError, match=r"--optimizer\.final-learning-rate, or scale .* --optimizer\.learning-rate-scale"
+    ):
+        _rates("cosine", 4, 0, learning_rate=FINAL / 2)
+    assert _rates("constant", 4, 0, peak=FINAL / 2, learning_rate=FINAL / 2)[-1] == pytest.approx(FINAL / 2)
+    with pytest.raises(ValueError, match=r"restart_step=4 must be below train\.steps=4, or 0"):
+        _rates("cosine", 4, 0, restart_step=4)
 
 
 @pytest.mark.parametrize("name", ["cosine", "wsd"])

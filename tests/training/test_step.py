@@ -141,12 +141,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(initial,
         bad, metrics = step(bad, packed_batch(count))
         assert math.isfinite(metrics["loss"])
         assert not math.isfinite(metrics["grad_norm"])
-        assert leaf_name(bad.params, int(metrics["bad_leaf"])) == "layers/mixer/a_log"
-        assert (int(bad.step), int(bad.skipped_steps), int(bad.bad_steps)) == (1 + count, count, count)
+        assert leaf_name(bad.params, int(metrics["nonfinite_leaf"])) == "layers/mixer/a_log"
+        assert (int(bad.step), int(bad.skipped_steps), int(bad.nonfinite_steps)) == (1 + count, count, count)
         jax.tree.map(np.testing.assert_array_equal, jax.device_get((bad.params, bad.opt_state)), before)
     good, metrics = step(_with_a_log(bad, 1.0), packed_batch(3))
-    assert (int(good.step), int(good.skipped_steps), int(good.bad_steps)) == (4, 2, 0)
-    assert int(metrics["bad_leaf"]) == len(jax.tree.leaves(good.params))
+    assert (int(good.step), int(good.skipped_steps), int(good.nonfinite_steps)) == (4, 2, 0)
+    assert int(metrics["nonfinite_leaf"]) == len(jax.tree.leaves(good.params))
     # Two updates were made before this one or at it: the second step of a warm-up of two has the peak rate.
     assert float(metrics["learning_rate"]) == pytest.approx(1e-2)
     assert relative(good.params["embedding"], before[0]["embedding"]) > 1e-4

@@ -74,7 +74,7 @@ def train(config: Config, model: nn.Module | None = None) -> int:
                 cleanup.enter_context(run_lock.hold(workdir))
         hosts.require_same({f"workdir {workdir}, which all processes share": run_lock.shown(workdir)})
         with hosts.together():
-            resume.compare_with_earlier_run(config, model, workdir)
+            resume.compare_with_earlier_run(config, model, mesh, workdir)
             tokenizer, batches = _open_data(config, mesh)
             cleanup.callback(batches.close)
             evaluator = Evaluator(model, config, tokenizer, mesh) if config.eval.every > 0 else None
@@ -177,11 +177,11 @@ class _Run:
 
             # c. Evaluation, then the checkpoint: it knows its held-out loss, and every line up to its step is on disk.
             if self._evaluation_due(step) or self._checkpoint_due(step):
-                bad_steps = log.flush(state)
+                nonfinite_steps = log.flush(state)
                 log.clock.pause()
                 loss = self._evaluate(state, step) if self._evaluation_due(step) else None
                 # A periodic checkpoint in the middle of bad steps would push out one from before them.
-                if step == steps or (self._checkpoint_due(step) and bad_steps == 0):
+                if step == steps or (self._checkpoint_due(step) and nonfinite_steps == 0):
                     self._save(state, step, loss)
                 log.clock.resume()
 
@@ -304,7 +304,7 @@ class _Log:
         self._pending: tuple[int, Metrics] | None = None
         self.clock = Throughput(run.config, jax.devices())
         self._compile_seconds = 0.0
-        self._bad_steps = 0
+        self._nonfinite_steps = 0
 
     def start(self, compile_seconds: float) -> None:
         """Start the clock of the first step."""
@@ -327,16 +327,16 @@ class _Log:
             step, metrics = self._pending
             self._pending = None
             self._finish(step, {name: value.item() for name, value in jax.device_get(metrics).items()}, state)
-        return self._bad_steps
+        return self._nonfinite_steps
 
     def _finish(self, step: int, values: Record, state: TrainState) -> None:
         self.clock.step_done()
         train = self._run.config.train
-        bad_leaf, self._bad_steps = values.pop("bad_leaf"), values["bad_steps"]
-        if self._bad_steps > 0:
+        nonfinite_leaf, self._nonfinite_steps = values.pop("nonfinite_leaf"), values["nonfinite_steps"]
+        if self._nonfinite_steps > 0:
             self._run.console.say(f"step {step} skipped: loss {values['loss']}, gradient norm {values['grad_norm']}")
-        if self._bad_steps >= train.max_nonfinite_steps:
-            raise NonFiniteError(_diagnosis(step, self._bad_steps, bad_leaf, values, state))
+        if self._nonfinite_steps >= train.max_nonfinite_steps:
+            raise NonFiniteError(_diagnosis(step, self._nonfinite_steps, nonfinite_leaf, values, state))
         if step % train.log_every == 0 or step == train.steps:
             timing = {"compile_seconds": self._compile_seconds, "peak_memory_bytes": peak_memory_bytes()}
             record = {"step": step, **values, **self.clock.read(), **timing}
@@ -345,16 +345,16 @@ class _Log:
         self._run.console.advance(values["loss"])
 
 
-def _diagnosis(step: int, bad_steps: int, bad_leaf: int, values: Record, state: TrainState) -> str:
+def _diagnosis(step: int, nonfinite_steps: int, nonfinite_leaf: int, values: Record, state: TrainState) -> str:
     parameter = first_nonfinite(state.params)
     if parameter is not None:
         where = f"parameter {parameter}"
-    elif bad_leaf < len(jax.tree.leaves(state.params)):
-        where = f"the gradient of {leaf_name(state.params, bad_leaf)}"
+    elif nonfinite_leaf < len(jax.tree.leaves(state.params)):
+        where = f"the gradient of {leaf_name(state.params, nonfinite_leaf)}"
     else:
         where = "the loss itself, with a finite gradient"
     return (
-        f"{bad_steps} steps in a row up to step {step} had a non-finite loss or gradient (loss {values['loss']}, "
+        f"{nonfinite_steps} steps in a row up to step {step} had a non-finite loss or gradient (loss {values['loss']}, "
         f"gradient norm {values['grad_norm']}); the first non-finite leaf is {where}. The parameters are still those "
-        f"of step {step - bad_steps} and nothing was saved over the last checkpoint"
+        f"of step {step - nonfinite_steps} and nothing was saved over the last checkpoint"
     )

@@ -12,7 +12,7 @@ import jax
 import optax
 from optax import contrib
 
-from transmamba_jax.config import Config
+from transmamba_jax.config import Config, OptimizerConfig
 from transmamba_jax.sharding import path_name
 
 NO_DECAY = re.compile(r"(.*/)?(a_log|skip|dt_bias|bias|[a-z_]*norm/scale)")
@@ -21,25 +21,45 @@ MATRICES = re.compile(r"layers/(mixer|mlp)/(q|k|v|z|dt|out|gate|up|down)/kernel"
 
 
 def learning_rate_schedule(config: Config, peak: float) -> optax.Schedule:
-    """Warm up linearly from 0 to `peak`, then decay to the final rate, which the last step has.
+    """Warm up linearly from 0 to `peak`, then follow `optimizer.schedule`; the last step has the final rate.
 
     cosine: half a cosine over all steps after the warm-up. wsd: stable, then linear over the last
-    `decay_fraction` of the steps (arXiv 2404.06395). The final rate keeps its ratio to `learning_rate` when `peak`
-    is another one. Step n (from 1) is update count n - 1.
+    `decay_fraction` of the steps (arXiv 2404.06395). constant: `peak` to the end. The final rate keeps its ratio to
+    `learning_rate` when `peak` is another one, and `learning_rate_scale` multiplies all rates. Step n (from 1) is
+    update count n - 1.
+
+    With `restart_step` R (arXiv 1608.03983) steps 1 to R are the schedule of a run of R steps, and the others that of a
+    run of steps - R, whose warm-up starts at the rate of step R.
     """
-    cfg, steps = config.optimizer, config.train.steps
+    cfg = config.optimizer
+    peak = peak * cfg.learning_rate_scale
+    if cfg.restart_step == 0:
+        return _shifted(_cycle(cfg, peak, config.train.steps, 0.0))
+    first = _cycle(cfg, peak, cfg.restart_step, 0.0)
+    with jax.ensure_compile_time_eval():  # optimizers are also made while the initialisation is traced
+        reached = float(first(cfg.restart_step))
+    second = _cycle(cfg, peak, config.train.steps - cfg.restart_step, reached)
+    return _shifted(optax.join_schedules([first, lambda n: second(n + 1)], [cfg.restart_step + 1]))
+
+
+def _shifted(schedule: optax.Schedule) -> optax.Schedule:
+    return lambda count: schedule(count + 1)
+
+
+def _cycle(cfg: OptimizerConfig, peak: float, steps: int, start: float) -> optax.Schedule:
+    """Return the rate of step n, from 1 to `steps`; the warm-up begins at the rate `start`."""
     final = peak * cfg.final_learning_rate / cfg.learning_rate
     left = steps - cfg.warmup_steps
-    if left <= 0:  # a short trial run of a long experiment ends inside the warm-up
+    if left <= 0 or cfg.schedule == "constant":  # a short trial run of a long experiment ends inside the warm-up
         decay = optax.constant_schedule(peak)
     elif cfg.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, left, final / peak)
     else:
         length = min(max(round(steps * cfg.decay_fraction), 1), left)
         decay = optax.linear_schedule(peak, final, length, transition_begin=left - length)
-    if cfg.warmup_steps > 0:
-        decay = optax.join_schedules([optax.linear_schedule(0.0, peak, cfg.warmup_steps), decay], [cfg.warmup_steps])
-    return lambda count: decay(count + 1)
+    if cfg.warmup_steps == 0:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(start, peak, cfg.warmup_steps), decay], [cfg.warmup_steps])
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

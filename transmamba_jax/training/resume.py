@@ -1,76 +1,118 @@
-"""Resuming: what a run in a work directory may differ in from the one before it, and how it takes over its state."""
+"""Resume a run: compare it with the earlier one in its work directory, and take over its state.
 
+`docs/resume.md` has the table of what may change.
+"""
+
+import contextlib
+import dataclasses
+import math
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from transmamba_jax import config_io, data, sharding
-from transmamba_jax.checkpoint import Checkpointer, Restored, complete_steps
+from transmamba_jax import config_io, data
+from transmamba_jax.checkpoint import Checkpointer, DamagedError, Restored, complete_steps, manifest, tree
 from transmamba_jax.config import Config
-from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import hosts
-from transmamba_jax.training.step import TrainState, abstract_state, create_state, init_state
+from transmamba_jax.training.optimizer import learning_rate_schedule
+from transmamba_jax.training.step import TrainState, abstract_state, create_state, master_weights
+
+_PARTIAL = "--checkpoint.partial True"
 
 
-def compare_with_earlier_run(config: Config, model: TransMamba, workdir: Path) -> None:
-    """Print every difference from the config of the run in `workdir`; refuse what its checkpoints cannot continue."""
+def compare_with_earlier_run(config: Config, model: nn.Module, mesh: Mesh, workdir: Path) -> None:
+    """Log every difference from the config of the run in `workdir`; refuse a config that its checkpoints do not fit.
+
+    Raises:
+        ValueError: arrays differ in path, shape or dtype; the message names the options, the first array, and how to
+            continue.
+    """
     saved = workdir / "config.yaml"
     if not saved.exists():
         return
-    earlier = config_io.read_config_file(saved)
-    # Where the processes find one another, and which kernels run, may be new at every start.
-    free = ("hosts.", "kernels.")
-    differences = [line for line in config_io.differences(earlier, config) if not line.startswith(free)]
-    if not differences:
+    # Where the processes find one another and which kernels run, may change at every start.
+    lines = config_io.differences(config_io.read_config_file(saved), config)
+    differences = [line for line in lines if not line.startswith(("hosts.", "kernels."))]
+    if differences:
+        hosts.say(f"{saved} differs from this run:", *differences)
+    stored = _stored_leaves(workdir / "checkpoints")
+    if config.checkpoint.partial or not stored:
         return
-    hosts.say(f"{saved} differs from this run:", *differences)
-    if config.checkpoint.partial or not complete_steps(workdir / "checkpoints"):
-        return
-    before, now = _shapes(earlier, type(model)(earlier.model)), _shapes(config, model)
-    changed = [path for path in {**before, **now} if before.get(path) != now.get(path)]
+    wanted = _wanted_leaves(abstract_state(config, model, mesh), stored)
+    changed = [path for path in {**stored, **wanted} if stored.get(path) != wanted.get(path)]
     if changed:
         path = changed[0]
         named = [line for line in differences if line.startswith(("model.", "optimizer."))]
         raise ValueError(
-            f"the checkpoints in {workdir} belong to another architecture or optimizer: {'; '.join(named)}; "
-            f"{len(changed)} arrays differ, the first is {path}: {before.get(path)} there, {now.get(path)} here; "
-            "use another --workdir, or the earlier values"
+            f"the checkpoints in {workdir} belong to another architecture or optimizer: "
+            f"{'; '.join(named) or 'no option differs, the model itself does'}; {len(changed)} arrays differ, the "
+            f"first is {path}: {stored.get(path, 'missing')} there, {wanted.get(path, 'missing')} here. Use the "
+            "earlier values, or another --workdir; or load the arrays that match and start the others from their "
+            f"initial values with {_PARTIAL}"
         )
 
 
-def _shapes(config: Config, model: TransMamba) -> dict[str, str]:
-    state = jax.eval_shape(lambda: init_state(config, model))
-    return {
-        sharding.path_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in jax.tree.leaves_with_path(state)
-    }
+def _stored_leaves(directory: Path) -> dict[str, str]:
+    """Return path -> dtype and shape of the newest step whose manifest can be read; nothing where there is none."""
+    for step in reversed(complete_steps(directory)):
+        with contextlib.suppress(DamagedError):
+            return {path: leaf.kind for path, leaf in manifest.read(directory / str(step)).leaves.items()}
+    return {}
+
+
+def _wanted_leaves(state: TrainState, stored: dict[str, str]) -> dict[str, str]:
+    """Return path -> dtype and shape of a state, its parameters in the dtypes that they are stored in."""
+    entries = tree.entries(_as_stored(state, stored))
+    return {path: tree.kind(leaf) for path, leaf in tree.map_leaves(tree.target, entries).items()}
+
+
+def _as_stored(state: TrainState, stored: dict[str, str]) -> TrainState:
+    """Ask for parameters in the dtype that they are stored in: converted weights may be narrower than float32."""
+
+    def narrow(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtype = stored.get(f"params/{tree.leaf_path(path)}", str(leaf.dtype)).partition(" ")[0]
+        return leaf.update(dtype=dtype) if dtype in ("bfloat16", "float16") else leaf
+
+    return dataclasses.replace(state, params=jax.tree.map_with_path(narrow, state.params))
 
 
 def newest_state(
     checkpointer: Checkpointer,
     batches: data.BatchIterator,
     config: Config,
-    model: TransMamba,
+    model: nn.Module,
     mesh: Mesh,
     tokenizer: data.Tokenizer,
 ) -> tuple[TrainState, int]:
-    """Return the state of the newest checkpoint and its step, and put the batches behind it; else a new state."""
-    restored = checkpointer.restore_newest(abstract_state(config, model, mesh), partial=config.checkpoint.partial)
+    """Return the state of the newest checkpoint and its step, and put the batches behind it; else a new state.
+
+    Parameters are float32, whatever dtype they are stored in.
+    """
+    stored = _stored_leaves(Path(config.workdir) / "checkpoints")
+    asked = _as_stored(abstract_state(config, model, mesh), stored)
+    restored = checkpointer.restore_newest(asked, partial=config.checkpoint.partial)
     if restored is None:
         return create_state(config, model, mesh), 0
     with hosts.together():
         _proceed(restored, batches, tokenizer, config)
     state = restored.state
-    return _fill(state, create_state(config, model, mesh)) if restored.differences else state, restored.step
+    if restored.differences:
+        state = _fill(state, create_state(config, model, mesh))
+    state = dataclasses.replace(state, params=jax.tree.map(master_weights, state.params))
+    if 0 < restored.step < config.train.steps:
+        _say_new_rate(config_io.from_yaml(restored.config_yaml), config, state)
+    return state, restored.step
 
 
 def _proceed(restored: Restored, batches: data.BatchIterator, tokenizer: data.Tokenizer, config: Config) -> None:
-    """Put the data where a checkpoint stopped; with `checkpoint.partial`, list what of it was left behind."""
+    """Put the data where a checkpoint stopped; with `checkpoint.partial`, list what was not loaded."""
     left = [*restored.differences]
     if restored.tokenizer_json != tokenizer.to_json():
         left.append(
             "data.tokenizer differs from the tokenizer in the checkpoint: its ids mean other text; "
-            "use the earlier tokenizer, or another --workdir"
+            f"use the earlier tokenizer, or another --workdir; {_PARTIAL} keeps the parameters nevertheless"
         )
         if not config.checkpoint.partial:
             raise ValueError(left[-1])
@@ -78,13 +120,35 @@ def _proceed(restored: Restored, batches: data.BatchIterator, tokenizer: data.To
         batches.set_state(*restored.data_states)
     except ValueError as error:
         if not config.checkpoint.partial:
-            raise
-        left.append(f"{error}: the data start anew")
+            raise ValueError(
+                f"{error}. Use the earlier values; or keep parameters and optimizer state and read the data from the "
+                f"beginning with {_PARTIAL}"
+            ) from None
+        left.append(f"{error}: the data start from the beginning")
     if left:
-        hosts.say(f"not taken from checkpoint {restored.step}:", *left)
+        hosts.say(f"not loaded from checkpoint {restored.step}:", *left)
     steps = config.train.steps
     beyond = f", beyond train.steps={steps}: nothing is left to train" if restored.step > steps else ""
     hosts.say(f"continuing from step {restored.step}{beyond}")
+
+
+def _say_new_rate(earlier: Config, config: Config, state: TrainState) -> None:
+    """Log how the learning rate of the next step differs from the one that the earlier run would have had."""
+    count = int(state.step) - int(state.skipped_steps)
+    peaks = {"learning rate": [each.optimizer.learning_rate for each in (earlier, config)]}
+    if config.optimizer.name == earlier.optimizer.name == "muon":
+        peaks["muon learning rate"] = [each.optimizer.muon_learning_rate for each in (earlier, config)]
+    for name, pair in peaks.items():
+        before, after = (
+            float(learning_rate_schedule(each, peak)(count)) for each, peak in zip((earlier, config), pair, strict=True)
+        )
+        if not math.isclose(before, after, rel_tol=1e-3):
+            hosts.say(
+                f"the {name} of step {int(state.step) + 1} changes from {before:.3g} to {after:.3g}: train.steps or "
+                "optimizer.* differ from the earlier run. For a constant rate: --optimizer.schedule constant, with "
+                "--optimizer.learning-rate; for a new warm-up and decay over the added steps: "
+                f"--optimizer.restart-step {count}"
+            )
 
 
 def _fill(state: TrainState, new: TrainState) -> TrainState:
