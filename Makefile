@@ -1,6 +1,8 @@
 # make train: environment, then the tiny experiment to the end.
 # make test:  environment with test tools, then the whole suite.
 # make faults: the accidents that take minutes (50 kills at random moments, a full disk) besides those of the suite.
+# make wheel-check: the wheel, installed outside the repository, trains and generates.
+# make docs:   the documentation, into site/; a broken link fails.
 # PYTHON=python3.12 make test picks the interpreter; uv is used where it is there.
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/pyt
 # Each environment remembers its interpreter: another PYTHON makes a new one.
 IDENTITY := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 
-.PHONY: train test faults lint notebooks clean
+.PHONY: train test faults lint wheel-check docs clean
 
 train: $(VENV)/.installed-base
 	$(BIN)/python train.py --config configs/tiny.yaml
@@ -26,6 +28,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+wheel-check: $(VENV)/.python-$(IDENTITY)
+	PYTHON=$(BIN)/python .ci/wheel_check
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 $(VENV)/.python-$(IDENTITY):
 	@test -n "$(IDENTITY)" || { echo "'$(PYTHON)' does not run; set PYTHON to a Python 3.11, 3.12 or 3.13" >&2; exit 1; }
@@ -43,5 +51,9 @@ $(VENV)/.installed-dev: pyproject.toml $(VENV)/.python-$(IDENTITY)
 	$(INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.installed-base
 
+$(VENV)/.installed-docs: pyproject.toml $(VENV)/.python-$(IDENTITY)
+	$(INSTALL) -e '.[docs]'
+	@touch $@ $(VENV)/.installed-base
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build site *.egg-info

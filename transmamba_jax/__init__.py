@@ -1,32 +1,37 @@
-"""TransMamba in JAX and Flax: attention and Mamba-2 with one set of weights, switched inside a sequence."""
+"""TransMamba in JAX and Flax: attention and Mamba-2 with one set of weights, switched inside a sequence.
+
+Public names load on first use, so that `import transmamba_jax` and `transmamba --help` take no seconds.
+"""
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
-from transmamba_jax import schedule
-from transmamba_jax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    KernelsConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
-from transmamba_jax.config_io import load_config
-from transmamba_jax.generate import generate
-from transmamba_jax.generate.decode import Decoder
-from transmamba_jax.memory_converter import memory_converter
-from transmamba_jax.model import TransMamba
-
 if TYPE_CHECKING:
-    from transmamba_jax import convert, export
+    from transmamba_jax import convert, export, schedule
     from transmamba_jax.checkpoint import restore
+    from transmamba_jax.config import (
+        CheckpointConfig,
+        Config,
+        DataConfig,
+        EvalConfig,
+        KernelsConfig,
+        MeshConfig,
+        ModelConfig,
+        OptimizerConfig,
+        TrainConfig,
+    )
+    from transmamba_jax.config_io import load_config
+    from transmamba_jax.generate import generate
+    from transmamba_jax.generate.decode import Decoder
+    from transmamba_jax.memory_converter import memory_converter
+    from transmamba_jax.model import TransMamba
     from transmamba_jax.training.loop import train
     from transmamba_jax.training.optimizer import make_optimizer
     from transmamba_jax.training.step import TrainState, make_train_step
+
+__version__ = "0.1.0"
 
 __all__ = [
     "CheckpointConfig",
@@ -41,6 +46,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "TransMamba",
+    "__version__",
     "convert",
     "export",
     "generate",
@@ -53,21 +59,53 @@ __all__ = [
     "train",
 ]
 
+_MODULES = ("convert", "export", "schedule")
 
-_LAZY = {
+_HOMES = {
+    "CheckpointConfig": "config",
+    "Config": "config",
+    "DataConfig": "config",
+    "Decoder": "generate.decode",
+    "EvalConfig": "config",
+    "KernelsConfig": "config",
+    "MeshConfig": "config",
+    "ModelConfig": "config",
+    "OptimizerConfig": "config",
+    "TrainConfig": "config",
+    "TrainState": "training.step",
+    "TransMamba": "model",
+    "generate": "generate",
+    "load_config": "config_io",
+    "make_optimizer": "training.optimizer",
+    "make_train_step": "training.step",
+    "memory_converter": "memory_converter",
     "restore": "checkpoint",
     "train": "training.loop",
-    "make_optimizer": "training.optimizer",
-    "TrainState": "training.step",
-    "make_train_step": "training.step",
 }
-"""Name -> its module, which takes seconds to import (orbax, Grain, optax) and which the model does not need."""
+"""Name -> the module that defines it."""
 
 
 def __getattr__(name: str) -> Any:
-    # Both are commands too, which Python runs without a warning only where the package has not imported them.
-    if name in ("convert", "export"):
+    if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """A package of which two functions, `generate` and `memory_converter`, are named like their modules."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python binds a submodule here after it has loaded; these names are the functions'.
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

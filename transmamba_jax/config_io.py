@@ -20,18 +20,21 @@ from transmamba_jax.config import Config, KernelsConfig, require, suggestion
 
 Options = TypeVar("Options")
 
+_CONFIGS = Path(__file__).parent / "configs"
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read an experiment from a YAML file and apply command-line overrides.
+    """Read an experiment from a YAML file, or one of the package's by its name, and apply command-line overrides.
 
-    `overrides` are spelt as on the command line: `["--train.steps", "100", "--model.d-model", "256"]`.
+    `path` is a file or a name that `config_names` lists: `tiny`, `paper/transmamba-1b5`. `overrides` are spelt as on
+    the command line: `["--train.steps", "100", "--model.d-model", "256"]`.
     `workdir` defaults to `runs/<file name>`.
 
     Raises:
         ValueError: the file cannot be read, an unknown key, a wrong type, or values that break a rule; the message
             names the key, what was found, and the nearest valid name or the rule.
     """
-    return _override(_read(Path(path)), list(overrides))
+    return _override(_read(_locate(path)), list(overrides))
 
 
 def parse_command_line(
@@ -43,7 +46,12 @@ def parse_command_line(
 
 def read_config_file(path: str | Path) -> Config:
     """Read an experiment from a YAML file; see `load_config`."""
-    return _read(Path(path))
+    return _read(_locate(path))
+
+
+def config_names() -> list[str]:
+    """Return the names of the experiments that come with the package."""
+    return sorted(str(file.relative_to(_CONFIGS).with_suffix("")) for file in _CONFIGS.rglob("*.yaml"))
 
 
 def from_yaml(text: str) -> Config:
@@ -65,6 +73,16 @@ def differences(old: Config, new: Config) -> list[str]:
     """Name every field that differs, as `section.key: old -> new`."""
     before, after = _flatten(_plain(old)), _flatten(_plain(new))
     return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in after if before[key] != after[key]]
+
+
+def _locate(path: str | Path) -> Path:
+    """Return the file of an experiment that is named by its path, or by its name in the package."""
+    if Path(path).suffix in (".yaml", ".yml") or Path(path).is_file():
+        return Path(path)
+    names, name = config_names(), str(path)
+    known = ", ".join(names)
+    require(name in names, f"--config must be a YAML file or one of {known}; found {name!r}{suggestion(name, names)}")
+    return _CONFIGS / f"{name}.yaml"
 
 
 def _override(config: Config, arguments: list[str]) -> Config:

@@ -1,4 +1,4 @@
-"""What `python -m transmamba_jax.checkpoint` prints: the steps of a folder, the arrays of a step, what is damaged."""
+"""List the steps of a checkpoint folder, show the arrays of one, or verify what is on disk."""
 
 import argparse
 import datetime
@@ -21,7 +21,7 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """List the steps of a checkpoint folder, show the arrays of one, or verify what is on disk."""
-    parser = argparse.ArgumentParser(prog="python -m transmamba_jax.checkpoint", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="transmamba checkpoint", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
@@ -102,3 +102,7 @@ def _verify(directory: Path, step: int | None) -> int:
             size = sum(leaf.nbytes for leaf in manifest.leaves.values()) / 2**20
             print(f"step {each}: good, {len(manifest.leaves)} arrays, {size:.2f} MiB, {len(manifest.files)} files")
     return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,7 @@ from transmamba_jax.runtime import tensor_files
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m transmamba_jax.convert",
+        prog="transmamba convert",
         description="Convert between Mamba-2 weights (safetensors and config.json) and folders of "
         "transmamba_jax.export. Tokenizers of the tokenizers library are copied.",
     )

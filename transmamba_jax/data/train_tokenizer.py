@@ -46,7 +46,7 @@ def train(documents: Iterator[bytes], vocab_size: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m transmamba_jax.data.train_tokenizer",
+        prog="transmamba train-tokenizer",
         description="Train a byte-level BPE tokenizer on the training split of a config's data source. Further "
         "arguments override the config, as for train.py: --data.source 'text:books/*.txt'.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -43,7 +43,7 @@ def _table(result: EvalResult, transpoints: Sequence[int]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m transmamba_jax.evaluate",
+        prog="transmamba evaluate",
         description="Measure a checkpoint on held-out text.",
         allow_abbrev=False,
     )

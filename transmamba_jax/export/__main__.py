@@ -14,7 +14,7 @@ from transmamba_jax.runtime import tensor_files
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m transmamba_jax.export",
+        prog="transmamba export",
         description="Write a checkpoint as a folder of safetensors, config, tokenizer and programs (StableHLO).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,

@@ -46,7 +46,7 @@ class Text:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m transmamba_jax.generate",
+        prog="transmamba generate",
         description="Continue a text with a checkpoint, as it comes. Without --prompt, in a terminal: a session.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,

@@ -10,7 +10,7 @@ from transmamba_jax.report.summary import write_report
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report of a run, one page among it, from its config.yaml and metrics.jsonl, and print where it is."""
-    parser = argparse.ArgumentParser(prog="python -m transmamba_jax.report", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="transmamba report", description=main.__doc__)
     parser.add_argument("workdir", type=Path, metavar="WORKDIR", help="work directory of the run")
     try:
         print(write_report(parser.parse_args(arguments).workdir))

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -26,7 +25,8 @@ class Options:
 
     experiment: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     config: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """YAML file of the experiment. Options on the command line replace its values."""
+    """YAML file of the experiment, or the name of one of the package's (tiny). Options on the command line replace its
+    values."""
     compile_only: tyro.conf.FlagCreatePairsOff[bool] = False
     """Compile the step for the hardware of --topology, which need not be here; print its memory and time; train
     nothing."""
@@ -34,22 +34,27 @@ class Options:
     """Hardware of --compile-only: v5e:16x16, v5p:8x8x8, cpu:8, ..."""
 
 
-def main(arguments: Sequence[str] | None = None, model: Callable[[ModelConfig], Any] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    model: Callable[[ModelConfig], Any] | None = None,
+    program: str = "train.py",
+) -> int:
     """Parse the command line, validate, train; return the exit code.
 
-    `model` makes a module from the configuration's `model` section, in place of `TransMamba`.
+    `model` makes a module from the configuration's `model` section, in place of `TransMamba`. `program` is the
+    name that help and errors begin with.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with logs.safe_output():
         try:
-            options = parse(arguments)
+            options = parse(arguments, program)
         except ValueError as error:
-            return _fail(error, 2)
-        return _run(options, model)
+            return _fail(program, error, 2)
+        return _run(options, model, program)
     return 0
 
 
-def parse(arguments: Sequence[str]) -> Options:
+def parse(arguments: Sequence[str], program: str = "train.py") -> Options:
     """Read the experiment's file, then the options that replace its values; exit where help is asked for.
 
     Raises:
@@ -59,20 +64,19 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--config")
     file = parser.parse_known_args(arguments)[0].config
     if file is None and not {"-h", "--help"} & set(arguments):
-        configs = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
-        found = "\n  ".join(["", *configs]) if configs else " none in configs/"
+        names = "\n  ".join(config_io.config_names())
         raise ValueError(
-            "--config is required: train.py --config FILE [--section.key value ...]\n"
-            f"--help shows every option. Configurations here:{found}"
+            f"--config is required: {program} --config NAME [--section.key value ...], with a YAML file or one of\n"
+            f"  {names}\n--help shows every option."
         )
     default = Options(Config() if file is None else config_io.read_config_file(file))
-    options = config_io.parse_command_line(default, arguments, "train.py", __doc__)
+    options = config_io.parse_command_line(default, arguments, program, __doc__)
     if options.compile_only != bool(options.topology):
         raise ValueError("--compile-only and --topology NAME (v5e:16x16, v5p:8x8x8, cpu:8, ...) go together")
     return options
 
 
-def _run(options: Options, model: Callable[[ModelConfig], Any] | None) -> int:
+def _run(options: Options, model: Callable[[ModelConfig], Any] | None, program: str) -> int:
     host_memory.keep_freed()
     # orbax and Grain take seconds to import: mistakes and --help need neither.
     from transmamba_jax.compile_only import compile_only
@@ -86,17 +90,17 @@ def _run(options: Options, model: Callable[[ModelConfig], Any] | None) -> int:
             hosts.start(config.hosts)
             return train(config, None if model is None else model(config.model))
     except ValueError as error:
-        return _fail(error, 2)
+        return _fail(program, error, 2)
     except OSError as error:
-        return _fail(error, EXIT_NOT_SAVED)
+        return _fail(program, error, EXIT_NOT_SAVED)
     except NonFiniteError as error:
-        return _fail(error, 1)
+        return _fail(program, error, 1)
 
 
-def _fail(message: object, code: int) -> int:
-    print(f"train.py: {message}", file=sys.stderr)
+def _fail(program: str, message: object, code: int) -> int:
+    print(f"{program}: {message}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(program="transmamba train"))
