@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pallas_kernels.ssd import implementations
 from transmamba_jax import attention, schedule
+from transmamba_jax.data import registry
 
 DTypeName = Literal["float32", "bfloat16"]
 
@@ -149,7 +150,7 @@ class DataConfig:
     """What is read, how it becomes tokens, and how tokens become rows."""
 
     source: str = "stdlib"
-    """`stdlib`, `text:<glob>`, `tfds:<name>[/config][:version]` or `array_record:<glob>`."""
+    """`stdlib`, `text:<glob>`, `tfds:<name>[/config][:version]`, `array_record:<glob>`, or a registered source."""
     cache_dir: str | None = None
     """Where prepared data sets live; None: ~/.cache/transmamba_jax (a tfds: source: TFDS's own default)."""
     text_field: str = "text"
@@ -188,13 +189,7 @@ class DataConfig:
             f"data.end_of_document is for a tokenizer.json: data.tokenizer='bytes' ends a document with byte 0, found "
             f"{self.end_of_document!r}",
         )
-        kind = self.source.partition(":")[0]
-        kinds = ("stdlib", "text", "tfds", "array_record")
-        require(
-            self.source == "stdlib" or (kind in kinds[1:] and self.source.partition(":")[2] != ""),
-            f"data.source must be 'stdlib', 'text:<glob>', 'tfds:<name>[/config][:version]' or 'array_record:<glob>', "
-            f"found {self.source!r}{suggestion(kind, kinds)}",
-        )
+        registry.check_source(self.source)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transmamba_jax.config import DataConfig
-from transmamba_jax.data.sources import open_documents, take
+from transmamba_jax.data.documents import take
+from transmamba_jax.data.sources import open_documents
 from transmamba_jax.data.splits import SPLITS, records_of_split, split_of, split_of_record
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transmamba_jax.data.byte_models import baselines
     from transmamba_jax.data.pipeline import BatchIterator, eval_batches, held_out_text, train_batches, training_text
+    from transmamba_jax.data.registry import register_source
     from transmamba_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_from_json
 
 _MODULES = {
@@ -18,6 +19,7 @@ _MODULES = {
     "held_out_text": "pipeline",
     "train_batches": "pipeline",
     "training_text": "pipeline",
+    "register_source": "registry",
     "Tokenizer": "tokenizers",
     "check_vocabulary": "tokenizers",
     "load_tokenizer": "tokenizers",
@@ -32,6 +34,7 @@ __all__ = [
     "eval_batches",
     "held_out_text",
     "load_tokenizer",
+    "register_source",
     "tokenizer_from_json",
     "train_batches",
     "training_text",

@@ -27,7 +27,8 @@ from grain.experimental import (
 )
 
 from transmamba_jax.config import DataConfig
-from transmamba_jax.data.sources import Documents, open_documents, take
+from transmamba_jax.data.documents import Documents, take
+from transmamba_jax.data.sources import open_documents
 from transmamba_jax.data.tokenizers import Tokenizer
 
 WINDOW_BYTES = 2**20

@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from transmamba_jax.runtime.paths import expand_path
+
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _SPEC = re.compile(r"(?P<name>\w+)(/(?P<config>[^:]+))?(:(?P<version>[^:/]+))?")
 
@@ -32,7 +34,7 @@ class PreparedSet:
 
 def default_root() -> Path:
     """Return the directory where TFDS keeps data sets."""
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    return expand_path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
 
 
 def find(spec: str, root: Path) -> PreparedSet:

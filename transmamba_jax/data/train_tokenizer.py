@@ -15,7 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from transmamba_jax.config import require
 from transmamba_jax.config_io import load_config
-from transmamba_jax.data.sources import open_documents, take
+from transmamba_jax.data.documents import take
+from transmamba_jax.data.sources import open_documents
 from transmamba_jax.data.tokenizers import END_OF_DOCUMENT, JsonTokenizer
 
 MIN_VOCABULARY = 257

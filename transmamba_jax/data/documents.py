@@ -1,0 +1,123 @@
+"""Documents: a random-access sequence of UTF-8 texts, whichever source they come from."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+_SIGNATURES = {
+    b"\x1f\x8b": "gzip: unpack it with gunzip",
+    b"\x28\xb5\x2f\xfd": "Zstandard: unpack it with zstd -d",
+    b"PK\x03\x04": "a zip archive: unpack it with unzip",
+    b"BZh": "bzip2: unpack it with bunzip2",
+    b"\xfd7zXZ": "xz: unpack it with unxz",
+    b"\xff\xfe": "UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
+    b"%PDF": "PDF: convert it with pdftotext",
+}
+
+
+class Documents:
+    """A random-access sequence of UTF-8 documents; subclasses say where a document is and how its bytes are read."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def _read(self, index: int) -> bytes:
+        raise NotImplementedError
+
+    def where(self, index: int) -> str:
+        """Name document `index` for a message."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> bytes:
+        """Return document `index`.
+
+        Raises:
+            ValueError: it cannot be read or is not UTF-8; the message names the file, and the byte offset.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            data = self._read(index)
+        except (OSError, RuntimeError) as error:  # array_record raises the latter
+            raise ValueError(f"{self.where(index)} cannot be read: {error}") from error
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.where(index)} is not UTF-8: {_not_utf8(error, data)}") from None
+        return data
+
+
+def _not_utf8(error: UnicodeDecodeError, data: bytes) -> str:
+    message = f"{error.reason} at byte offset {error.start} (byte 0x{data[error.start]:02x})"
+    formats = [name for signature, name in _SIGNATURES.items() if data.startswith(signature)]
+    return f"{message}; it looks like {formats[0]}" if formats else message
+
+
+class LazyDocuments(Documents):
+    """Documents behind a reader that is opened on first use and never pickled: worker processes open their own."""
+
+    def __init__(self) -> None:
+        """Leave the reader closed."""
+        self._reader: Any = None
+
+    def _open(self) -> Any:
+        raise NotImplementedError
+
+    def reader(self) -> Any:
+        """Return the open reader."""
+        if self._reader is None:
+            self._reader = self._open()
+        return self._reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the reader."""
+        return {**self.__dict__, "_reader": None}
+
+
+class GivenDocuments(Documents):
+    """Documents that a program gives: any sequence of str or UTF-8 bytes."""
+
+    def __init__(self, documents: Sequence[str | bytes], name: str):
+        """Keep the sequence; `name` stands for it in messages.
+
+        Raises:
+            ValueError: it is one text, or has no length or no items by number.
+        """
+        if isinstance(documents, str | bytes):
+            raise ValueError(f"{name} must be a sequence of documents, found one {type(documents).__name__}")
+        methods = [method for method in ("__len__", "__getitem__") if not callable(getattr(documents, method, None))]
+        if methods or isinstance(documents, dict | set):
+            raise ValueError(
+                f"{name} must be a sequence of documents, with len(documents) and documents[i], found "
+                f"{type(documents).__name__}; list(...) makes one of an iterator"
+            )
+        self._documents, self._name = documents, name
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def where(self, index: int) -> str:
+        """Name the document by its number."""
+        return f"document {index} of {self._name}"
+
+    def _read(self, index: int) -> bytes:
+        document = self._documents[index]
+        if isinstance(document, str):
+            try:
+                return document.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{self.where(index)} is no Unicode text: {error.reason} at {error.start}") from None
+        if not isinstance(document, bytes):
+            raise ValueError(f"{self.where(index)} must be str or bytes, found {type(document).__name__}")
+        return document
+
+
+def take(documents: Documents, max_bytes: int, stride: int = 1) -> Iterator[bytes]:
+    """Yield every `stride`-th document in order, the last one being that which reaches `max_bytes`."""
+    taken = 0
+    for index in range(0, len(documents), stride):
+        document = documents[index]
+        taken += len(document)
+        yield document
+        if taken >= max_bytes:
+            return

@@ -1,0 +1,96 @@
+"""The sources that `data.source` can name, and how a program adds its own.
+
+Light to import: the module of a built-in source is loaded when the source is opened.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transmamba_jax.config import DataConfig
+
+Opener = Callable[["DataConfig", str, str], Sequence[str | bytes]]
+"""(config, the part of data.source after the colon, split) -> documents."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    form: str
+    """Spelling in data.source."""
+    opener: Opener | str
+    """Function, or `module:function` of this package."""
+
+
+_SOURCES = {
+    "stdlib": _Source("stdlib", "tfds_source:open_stdlib"),
+    "text": _Source("text:<glob>", "text_files:open_text"),
+    "tfds": _Source("tfds:<name>[/config][:version]", "tfds_source:open_tfds"),
+    "array_record": _Source("array_record:<glob>", "records:open_records"),
+}
+_BUILT_IN = frozenset(_SOURCES)
+
+
+def register_source(name: str, opener: Opener) -> None:
+    """Let `data.source: "name"` and `"name:anything"` mean the documents that `opener` returns.
+
+    `opener(config, rest, split)` gets the `DataConfig`, the part of `data.source` after the colon ("" without one) and
+    the split that is asked for (`data.train_split` or `data.eval_split`). It returns a sequence: `len(documents)` and
+    `documents[i]`, a str or UTF-8 bytes, the same for the same i every time. The pipeline shuffles, packs and resumes
+    it as any other source. With `data.num_workers` > 0 it must be picklable, and each process of a run on several hosts
+    has to register it. To refuse a split, raise a ValueError that says which ones there are.
+
+        >>> from transmamba_jax.config import DataConfig
+        >>> from transmamba_jax.data import load_tokenizer, register_source, train_batches
+        >>> def open_squares(config, rest, split):
+        ...     numbers = range(int(rest)) if split == "train" else range(int(rest), int(rest) + 10)
+        ...     return [f"{n} squared is {n * n}" for n in numbers]
+        >>> register_source("squares", open_squares)
+        >>> config = DataConfig(source="squares:1000", seq_len=31, batch_size=4)
+        >>> next(train_batches(config, load_tokenizer("bytes")))["tokens"].shape
+        (4, 32)
+
+    Raises:
+        ValueError: `name` is that of a built-in source, or not an identifier.
+    """
+    if re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) is None:
+        raise ValueError(f"a source's name must be letters, digits and _, found {name!r}")
+    if name in _BUILT_IN:
+        raise ValueError(f"{name!r} is a built-in source ({', '.join(sorted(_BUILT_IN))}); register another name")
+    _SOURCES[name] = _Source(f"{name}[:<anything>]", opener)
+
+
+def check_source(source: str) -> None:
+    """Refuse a `data.source` that names no source, or not in the form that it needs.
+
+    Raises:
+        ValueError: the message has every form and the nearest name.
+    """
+    name, _, rest = source.partition(":")
+    known = _SOURCES.get(name)
+    if known is not None and (name not in _BUILT_IN or (rest != "") == (":" in known.form)):
+        return
+    near = difflib.get_close_matches(name, _SOURCES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"data.source must be {', '.join(repr(each.form) for each in _SOURCES.values())}, or a name that "
+        f"transmamba_jax.data.register_source was given in this process, found {source!r}{hint}"
+    )
+
+
+def is_registered(name: str) -> bool:
+    """Return whether `data.source` may begin with `name`."""
+    return name in _SOURCES
+
+
+def find_opener(name: str) -> Opener:
+    """Return the opener of a source that `check_source` has accepted."""
+    opener = _SOURCES[name].opener
+    if not isinstance(opener, str):
+        return opener
+    module, _, function = opener.partition(":")
+    found: Opener = getattr(importlib.import_module(f"transmamba_jax.data.{module}"), function)
+    return found
