@@ -13,13 +13,13 @@ import pytest
 import train as command
 import transmamba_jax as tm
 from tests.training.support import Little, little_config
-from transmamba_jax import checkpoint, config_io, export
+from transmamba_jax import checkpoint, config_io, data, export
 from transmamba_jax.compile_only import compiler
 from transmamba_jax.config import Config, KernelsConfig
 from transmamba_jax.convert.mamba2 import start_run
 from transmamba_jax.data import train_tokenizer
 from transmamba_jax.runtime import logs
-from transmamba_jax.training import loop
+from transmamba_jax.training import loop, run_lock
 
 
 @pytest.fixture(name="make")
@@ -221,6 +221,23 @@ def test_bfloat16_weights_train_in_float32_from_the_start_and_from_a_converted_c
         tm.train(
             dataclasses.replace(longer, checkpoint=dataclasses.replace(config.checkpoint, partial=False)), model=model
         )
+
+
+def test_a_run_that_lost_its_lock_saves_nothing_more(make, monkeypatch):
+    settings = make(checkpoint={"every": 2}, eval={"every": 0})
+    lock, original, batches = Path(settings.workdir) / run_lock.FILE, data.BatchIterator.__next__, []
+
+    def steal(iterator):
+        batches.append(None)
+        if len(batches) == 4:
+            lock.write_text(json.dumps({**json.loads(lock.read_text()), "host": "thief"}), encoding="utf-8")
+        return original(iterator)
+
+    monkeypatch.setattr(data.BatchIterator, "__next__", steal)
+    with pytest.raises(ValueError, match=r"was taken over by another run: process \d+ on thief"):
+        train(settings)
+    assert _steps(settings) == [2]
+    assert '"thief"' in lock.read_text()
 
 
 def test_a_diverged_run_stops_and_keeps_the_good_checkpoint(make, monkeypatch, capsys, tmp_path):

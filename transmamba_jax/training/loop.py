@@ -59,7 +59,7 @@ def train(config: Config, model: nn.Module | None = None) -> int:
 
     Raises:
         ValueError: the configuration cannot run here, or is not that of the run in the work directory; or another run
-            is using that directory.
+            is using that directory, or has taken it over.
         OSError: a file cannot be read or written, other than for a checkpoint or a line of metrics.
         NonFiniteError: the run diverged; nothing was saved since.
     """
@@ -69,9 +69,10 @@ def train(config: Config, model: nn.Module | None = None) -> int:
         cleanup.enter_context(jax.set_mesh(mesh))
         model = TransMamba(config.model, config.kernels) if model is None else model
         workdir = Path(config.workdir)
+        lock = None
         with hosts.together():
             if hosts.is_first():
-                cleanup.enter_context(run_lock.hold(workdir))
+                lock = cleanup.enter_context(run_lock.hold(workdir))
         hosts.require_same({f"workdir {workdir}, which all processes share": run_lock.shown(workdir)})
         with hosts.together():
             resume.compare_with_earlier_run(config, model, mesh, workdir)
@@ -91,6 +92,7 @@ def train(config: Config, model: nn.Module | None = None) -> int:
         run = _Run(
             config=config,
             workdir=workdir,
+            lock=lock,
             model=model,
             mesh=mesh,
             tokenizer=tokenizer,
@@ -138,6 +140,8 @@ class _Run:
 
     config: Config
     workdir: Path
+    lock: run_lock.RunLock | None
+    """Of the first process."""
     model: nn.Module
     mesh: Mesh
     tokenizer: data.Tokenizer
@@ -277,6 +281,9 @@ class _Run:
     def _save(self, state: TrainState, step: int, eval_loss: float | None) -> None:
         """Start to save; what breaks is an alarm, and the next step that is due tries again."""
         self._settle(step)
+        with hosts.together():
+            if self.lock is not None:
+                self.lock.check()
         texts = config_io.checkpoint_yaml(self.config), self.tokenizer.to_json()
         try:
             self.checkpointer.save(step, state, self.batches.get_state(), *texts, eval_loss)

@@ -1,47 +1,101 @@
 """The run lock: one run at a time writes to a work directory.
 
-`<workdir>/run.lock` names the process that holds it; an empty file is a free lock. What a run that was killed left
-behind is stale when its host is this one and its process is gone (no such process, another one under its number, or
-the machine was started anew since): it is taken over, with a line. Whether a process on another host is alive cannot
-be known here, so its lock is never taken over. The first of several processes holds it for all of them.
+`<workdir>/run.lock` names the run that holds it; an empty file is a free lock. The run keeps an exclusive `flock` on
+the file to its end, and renews the file's modification time: a lease.
+
+On the owner's machine the flock decides. The kernel releases it however the process ends, kill -9 included, and the
+next run takes the lock over. On another machine the flock may not be seen, so the lease decides: a run that did not
+renew it for `LEASE_SECONDS` is dead. A job that is requeued on another node waits for that and starts by itself.
+A run that was suspended for so long finds, before its next checkpoint, that it has lost the lock, and stops.
+
+The first of several processes holds the lock for all of them.
 """
 
 import contextlib
 import datetime
 import fcntl
 import json
+import logging
 import os
 import socket
+import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 FILE = "run.lock"
+LEASE_SECONDS = 120.0
+"""Age of a lease at which a run on another machine is taken for dead; it is renewed six times as often."""
+
+_log = logging.getLogger(__name__)
+
+
+class RunLock:
+    """A lock that is held: renews its lease in a thread."""
+
+    def __init__(self, path: Path, content: str, period: float) -> None:
+        self._path, self._content, self._period = path, content, period
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="run lock", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Read the lock again.
+
+        Raises:
+            ValueError: another run has taken it over.
+        """
+        content = shown(self._path.parent)
+        owner = _parse(content)
+        if owner is not None and content != self._content:
+            raise ValueError(
+                f"{self._path.parent} was taken over by another run: {_who(owner)}. This run did not renew its lock in "
+                "time (was it suspended?) and stops without saving"
+            )
+
+    def close(self) -> None:
+        """Stop renewing."""
+        self._ended.set()
+        self._thread.join()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(self._period):
+            # A directory that is gone or not reachable for a moment is the business of whoever writes there.
+            with contextlib.suppress(OSError):
+                if self._path.read_text(encoding="utf-8") == self._content:
+                    os.utime(self._path)
 
 
 @contextlib.contextmanager
-def hold(workdir: Path) -> Iterator[None]:
-    """Hold the lock of `workdir`, which is made if it is not there.
+def hold(workdir: Path, lease: float = LEASE_SECONDS) -> Iterator[RunLock]:
+    """Hold the lock of `workdir`, which is made if it is not there; `lease` in seconds, the same for all runs.
+
+    Waits for the lease of a run on another machine to end.
 
     Raises:
         ValueError: another run has it, and the message says which one and what to do; or it cannot be written.
     """
-    path = Path(workdir) / FILE
-    owner = _myself()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _guarded(path) as content:
-            _refuse_or_take_over(path, content)
-            _write(path, json.dumps(owner))
-    except OSError as error:
-        raise ValueError(f"workdir {workdir} cannot be written: {error.strerror}; use another --workdir") from None
-    try:
-        yield
-    finally:
-        # A directory that was deleted meanwhile, or a lock that someone removed and another run took, is not ours.
-        with contextlib.suppress(OSError), _guarded(path) as content:
-            if content == json.dumps(owner):
-                _write(path, "")
+    path, owner = Path(workdir) / FILE, _myself()
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = stack.enter_context(path.open("a+", encoding="utf-8"))
+            _acquire(path, stream, lease)
+            content = json.dumps(owner)
+            _write(stream, content)
+        except OSError as error:
+            raise ValueError(f"workdir {workdir} cannot be written: {error.strerror}; use another --workdir") from None
+        lock = RunLock(path, content, lease / 6)
+        try:
+            yield lock
+        finally:
+            lock.close()
+            # A directory that was deleted meanwhile, or a lock that another run took, is not ours.
+            if shown(path.parent) == content:
+                with contextlib.suppress(OSError):
+                    _write(stream, "")
 
 
 def shown(workdir: Path) -> str:
@@ -52,84 +106,92 @@ def shown(workdir: Path) -> str:
         return f"{error.strerror}"
 
 
-@contextlib.contextmanager
-def _guarded(path: Path) -> Iterator[str]:
-    """Read the lock; nobody else on this host reads or writes it meanwhile."""
-    with path.open("a+", encoding="utf-8") as stream:
-        # Without file locks (some network file systems) two runs that start in the same instant may both go on.
-        with contextlib.suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        stream.seek(0)
-        yield stream.read()
+def _acquire(path: Path, stream: TextIO, lease: float) -> None:
+    """Return when the lock is free or its owner dead; the flock is held then, where the file system has one."""
+    seen: float | None = None
+    while True:
+        free = _try_flock(stream)
+        content = path.read_text(encoding="utf-8")  # opened again: network file systems refresh at an open
+        owner = _parse(content)
+        if owner is None:
+            if free is False:
+                raise ValueError(f"{path.parent} belongs to another run that starts or ends now; try again")
+            if content:
+                _log.warning("%s is not readable (%r): taking it over", path, content[:40])
+            return
+        if free is not None and owner["machine"] == _machine():
+            if free:
+                _log.warning("%s: %s, no longer runs: taking the lock over", path, _who(owner))
+                return
+            raise ValueError(
+                f"{path.parent} belongs to another run: {_who(owner)}, is still running; stop it, or use another "
+                "--workdir"
+            )
+        renewed = path.stat().st_mtime
+        age = _now(path.parent) - renewed
+        if age > lease:
+            limit = f"more than {lease:.0f} s: taking it over"
+            _log.warning("%s: %s, last renewed its lock %.0f s ago, %s", path, _who(owner), age, limit)
+            return
+        if seen is None:
+            seen = renewed
+            until = f"waiting until it is renewed again, or until {lease:.0f} s have passed without"
+            _log.warning("%s belongs to %s, which renewed it %.0f s ago; %s", path, _who(owner), age, until)
+        elif renewed != seen:
+            raise ValueError(
+                f"{path.parent} belongs to another run: {_who(owner)}, renewed its lock {max(age, 0):.0f} s ago and "
+                f"loses it after {lease:.0f} s without: it is running; stop it, or use another --workdir"
+            )
+        time.sleep(min(1.0, lease / 20))
 
 
-def _write(path: Path, text: str) -> None:
-    with path.open("r+", encoding="utf-8") as stream:
-        stream.truncate(0)
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _try_flock(stream: TextIO) -> bool | None:
+    """Take the kernel's lock; False: another open file has it; None: this file system has no such locks."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
-def _refuse_or_take_over(path: Path, content: str) -> None:
-    if not content:
-        return
+def _now(folder: Path) -> float:
+    """Return the time by the clock of the file system, which may be another machine's."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{FILE}.") as probe:
+        return os.fstat(probe.fileno()).st_mtime
+
+
+def _write(stream: TextIO, text: str) -> None:
+    stream.truncate(0)
+    stream.write(text)
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _parse(content: str) -> dict[str, Any] | None:
+    """Read a lock; None: it is free, or not readable because its owner died while it took it."""
     try:
         owner = json.loads(content)
-        host, process, since = owner["host"], owner["process"], owner["since"]
-        boot, ticks = owner["boot"], owner["ticks"]
-    except (ValueError, KeyError, TypeError):
-        # Only a process that died while it took the lock leaves half a line.
-        print(f"{path} is not readable ({content[:40]!r}): taking it over", flush=True)
-        return
-    who = f"process {process} on {host}, started {since}"
-    if host != socket.gethostname():
-        raise ValueError(
-            f"{path.parent} belongs to another run: {who}. Whether it still runs cannot be seen from "
-            f"{socket.gethostname()}: if it does not, delete {path}; if it does, use another --workdir"
-        )
-    if boot == _boot() and _ticks(process) == ticks and _alive(process):
-        raise ValueError(
-            f"{path.parent} belongs to another run: {who}, is still running; stop it, or use another --workdir"
-        )
-    why = "no longer runs" if boot == _boot() else "ended when the machine was started anew"
-    print(f"{path}: {who}, {why}: taking the lock over", flush=True)
+    except ValueError:
+        return None
+    complete = isinstance(owner, dict) and {"host", "process", "since", "machine"} <= owner.keys()
+    return owner if complete else None
+
+
+def _who(owner: dict[str, Any]) -> str:
+    return f"process {owner['process']} on {owner['host']}, started {owner['since']}"
 
 
 def _myself() -> dict[str, Any]:
-    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    process = os.getpid()
-    return {
-        "host": socket.gethostname(),
-        "process": process,
-        "since": since,
-        "boot": _boot(),
-        "ticks": _ticks(process),
-    }
+    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    return {"host": socket.gethostname(), "process": os.getpid(), "since": since, "machine": _machine()}
 
 
-def _boot() -> str | None:
-    """Return what names the time since the machine was started; None where the system does not say."""
+def _machine() -> str:
+    """Name this machine since it was started: hosts may share a name, and a restart ends every process."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
-        return None
-
-
-def _ticks(process: int) -> str | None:
-    """Return when a process was started, in the system's own count: process numbers are used again."""
-    try:
-        # The name of the program, in parentheses, may hold anything; start time is field 22 of the line.
-        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except OSError:
-        return None
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is another user's
-        return True
-    return True
+        boot = "unknown"
+    return f"{socket.gethostname()} {boot}"
