@@ -23,8 +23,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from transmamba_jax.config_io import load_config
-    from transmamba_jax.generate import generate
-    from transmamba_jax.generate.decode import Decoder
+    from transmamba_jax.generate import Decoder, Sampling, generate, stream
     from transmamba_jax.memory_converter import memory_converter
     from transmamba_jax.model import TransMamba
     from transmamba_jax.training.loop import train
@@ -43,6 +42,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "Sampling",
     "TrainConfig",
     "TrainState",
     "TransMamba",
@@ -56,6 +56,7 @@ __all__ = [
     "memory_converter",
     "restore",
     "schedule",
+    "stream",
     "train",
 ]
 
@@ -65,12 +66,13 @@ _HOMES = {
     "CheckpointConfig": "config",
     "Config": "config",
     "DataConfig": "config",
-    "Decoder": "generate.decode",
+    "Decoder": "generate",
     "EvalConfig": "config",
     "KernelsConfig": "config",
     "MeshConfig": "config",
     "ModelConfig": "config",
     "OptimizerConfig": "config",
+    "Sampling": "generate",
     "TrainConfig": "config",
     "TrainState": "training.step",
     "TransMamba": "model",
@@ -80,6 +82,7 @@ _HOMES = {
     "make_train_step": "training.step",
     "memory_converter": "memory_converter",
     "restore": "checkpoint",
+    "stream": "generate",
     "train": "training.loop",
 }
 """Name -> the module that defines it."""

@@ -7,7 +7,7 @@ their turn, always from the same length, so that noise of the machine meets all 
   flat     Time per token after the last TransPoint, after 1k, 4k, 16k and 64k tokens that were really read.
   cache    Bytes of all arrays but the parameters along a sequence of 16k tokens that are really read under V9, over
            those of the Transformer's cache.
-  prompt   Memory of the process while prompts of 8k, 16k and 64k tokens are read in pieces of 2k, under V9.
+  prompt   Memory of the process while prompts of 8k, 16k and 64k tokens are read in prefill chunks of 2k, under V9.
   speed    Tokens per second at 1k, 8k and 32k: V9, the Transformer and Mamba-2 of this code and, where transformers is
            installed, its Llama of the same width, depth and MLP, and its Mamba-2 of about as many parameters. Speed
            does not depend on what is remembered, so the caches are random, which takes no time to make.
@@ -68,7 +68,7 @@ def turns(decoder: Decoder, state: DecodeState, steps: int) -> timing.Contender:
     def turn(_round: int) -> None:
         state = held.pop()
         state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, lengths=jnp.array(length)))
-        held.append(decoder.decode(state, steps, consume=True, total=total)[1])
+        held.append(decoder.decode(state, steps, donate=True, total=total)[1])
 
     return turn
 
@@ -119,10 +119,8 @@ def bytes_along(params: Any, _seconds: float, _contexts: tuple[int, ...]) -> Non
     others, state, read = live(), decoder.start(1), 0
     print(f"cache: V9, bytes; the Transformer of 8192 tokens has {whole:,}, keys and values alone {pairs:,}")
     for length in (127, 255, 511, 1023, 2047, 4095, 8191, 8192, 12000, end):
-        state = (
-            decoder.extend(state, [text[read : length - 1]], consume=True, total=end) if length > read + 1 else state
-        )
-        read, (_, state) = length, decoder.decode(state, 1, consume=True, total=end)
+        state = decoder.extend(state, [text[read : length - 1]], donate=True, total=end) if length > read + 1 else state
+        read, (_, state) = length, decoder.decode(state, 1, donate=True, total=end)
         own = sum(memory.nbytes((layer.keys, layer.values)) for layer in state.cache.layers)
         held = live() - others
         pair = f"keys and values {own:>12,} ({own / pairs:6.2%})"

@@ -214,3 +214,33 @@ def test_each_way_of_generating_gets_its_requests_and_its_options(monkeypatch):
     wrong = Instance(request_type="generate_until", doc={}, arguments=("a", {"num_beams": 4}), idx=0)
     with pytest.raises(ValueError, match="generation_kwargs has num_beams"):
         TransMambaLM(scorer).generate_until([wrong])
+
+
+@pytest.mark.usefixtures("offline")
+def test_odd_documents_do_not_end_an_evaluation():
+    """Contexts of spaces, no continuation, no text at all, more tokens than the model reads."""
+    from lm_eval.api.instance import Instance
+
+    from transmamba_jax.evaluate.lm_eval_adapter import TransMambaLM
+
+    class Spaced(Spelling):
+        letters = "\0abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTU \n"
+
+    scorer = scoring.Scorer(*make(TWO), Spaced(), max_length=20, batch_size=4)
+    asked = [(" ", "hello"), ("", " hello"), ("\n", "hello"), ("", "\nhello"), ("", ""), ("  \n", ""), ("a ", "b" * 90)]
+    ask = lambda kind, pairs: [
+        Instance(request_type=kind, doc={}, arguments=pair, idx=index) for index, pair in enumerate(pairs)
+    ]
+    model = TransMambaLM(scorer)
+    found = model.loglikelihood(ask("loglikelihood", asked))
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert found[0] != found[2]
+    assert found[4] == (0.0, True)
+    assert found[5] == scorer.text_log_likelihoods([("", "  \n")])[0]
+    assert all(-1e4 < score <= 0 for score, _ in found)
+    long = scorer.document_log_likelihoods([scorer.tokenizer.encode("a " + "b" * 90)])
+    assert found[6][0] == pytest.approx(long[0] - scorer.text_log_likelihoods([("", "a")])[0][0], rel=0.05)
+    assert model.loglikelihood_rolling(ask("loglikelihood_rolling", [("",), (" ",)]))[0] == 0.0
+    texts = model.generate_until(ask("generate_until", [("a", {"max_gen_toks": 20}), (" ", {"max_gen_toks": 500})]))
+    assert [len(text) for text in texts] == [10, 10]

@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers
 
 from tests.evaluate.test_evaluate import MODEL, RunningMean
 from tests.generate.test_decode import TWO, logits_of, make
+from tests.generate.test_text import byte_level
+from transmamba_jax import data
 from transmamba_jax.data.tokenizers import ByteTokenizer
 from transmamba_jax.evaluate import scoring
 from transmamba_jax.evaluate.scoring import Scorer, windows
@@ -68,19 +72,19 @@ def test_a_long_context_loses_its_beginning(params, caplog):
         PAIRS[4],
     ]
     check(make_scorer(params, max_length=21).log_likelihoods(PAIRS), expected)
-    assert "3 contexts are longer than there is room for" in caplog.text
+    assert "3 contexts are too long: only their last 21 tokens are read" in caplog.text
 
 
 def test_windows_predict_every_token_once_with_all_the_context_there_is_room_for():
     # The harness's own example: row 0..9 after -1, four tokens at a time.
-    assert windows(range(10), -1, 4) == [
+    assert windows([-1], range(10), 4) == [
         ([-1], [0, 1, 2, 3]),
         ([3], [4, 5, 6, 7]),
         ([5, 6, 7], [8, 9]),
     ]
-    assert windows([], -1, 4) == []
+    assert windows([-1], [], 4) == []
     for length in (1, 2, 3, 7, 50):
-        pairs = windows(list(range(17)), -1, length)
+        pairs = windows([-1], list(range(17)), length)
         assert [token for _, continuation in pairs for token in continuation] == list(range(17))
         for context, continuation in pairs:
             stop = continuation[-1] + 1
@@ -93,7 +97,7 @@ def test_documents_are_scored_in_windows(params):
     expected = []
     for tokens in documents:
         # Every token from at most max_length tokens that end just before it, by the window it is in.
-        pairs = windows(tokens, 0, 21)
+        pairs = windows([0], tokens, 21)
         expected.append(sum(answer(params, *pair, max_length=21)[0] for pair in pairs))
     found = make_scorer(params, max_length=21).document_log_likelihoods(documents)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -175,16 +179,138 @@ def test_a_request_is_sampled_with_the_key_of_its_place(params, monkeypatch):
         assert keys[text] == jax.random.fold_in(jax.random.key(0), place)
 
 
+def test_a_continuation_longer_than_the_model_reads_is_scored_in_windows(params):
+    context, continuation = list(b"context"), list(b"a continuation of many more tokens than twenty one")
+    expected, greedy = 0.0, True
+    for start in range(0, len(continuation), 21):
+        stop = min(start + 21, len(continuation))
+        score, likeliest = answer(params, context + continuation[:start], continuation[start:stop], max_length=21)
+        expected, greedy = expected + score, greedy and likeliest
+    found = make_scorer(params, max_length=21).log_likelihoods([PAIRS[0], (context, continuation), PAIRS[2]])
+    check(found, [answer(params, *PAIRS[0]), (expected, greedy), answer(params, *PAIRS[2])])
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
-    [(([], [1]), "the context of request 0 is empty"), (([1], [2] * 22), "has 22 tokens, more than max_length=21")],
+    [
+        (([], [1]), "the context of request 0 is empty"),
+        (([1], [256]), "the continuation of request 0 has token 256, outside the vocabulary 0..255"),
+        ((["a"], [1]), "the context of request 0 must hold token ids, which are integers, found str 'a'"),
+        (("a", [1]), "the context of request 0 must be token ids, found the text 'a'"),
+        (([1], [1.5]), "the continuation of request 0 must hold token ids, which are integers, found float 1.5"),
+    ],
 )
 def test_refuses_what_has_no_answer(params, request_, message):
     with pytest.raises(ValueError, match=message):
         make_scorer(params, max_length=21).log_likelihoods([request_])
-    with pytest.raises(ValueError, match=r"max_tokens must be in 1\.\.20, found 21"):
-        make_scorer(params, max_length=21).continuations(["a"], max_tokens=21)
+    with pytest.raises(ValueError, match=r"max_tokens must be >= 1, found 0"):
+        make_scorer(params, max_length=21).continuations(["a"], max_tokens=0)
     with pytest.raises(ValueError, match="batch_size must be >= 1, found 0"):
         make_scorer(params, batch_size=0)
     with pytest.raises(ValueError, match="too small for the tokenizer"):
         Scorer(RunningMean(dataclasses.replace(MODEL, vocab_size=9)), params, ByteTokenizer(), 21)
+
+
+def merging(lower: bool = False) -> data.Tokenizer:
+    """A tokenizer of letters that joins "hello" into one token, and may drop spaces."""
+    words = ["h", "e", "l", "o", "y", "s", "n", " ", "he", "ll", "hell", "hello", "hel", "!"]
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("he", "l")]
+    tokenizer = tokenizers.Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, merges))
+    tokenizer.decoder = decoders.Fuse()
+    if lower:
+        tokenizer.normalizer = normalizers.Replace(" ", "")
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return data.tokenizer_from_json(tokenizer.to_str())
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "expected"),
+    [
+        ("hel", " yes", ("hel", " yes")),
+        ("hel", "lo", ("hel", "lo")),  # together they are one token: what was scored was nothing, as if certain
+        ("hell", "o", ("hell", "o")),
+        ("hello ", "yes", ("hello", " yes")),  # spaces go with the continuation
+        (" ", "hello", (None, " hello")),
+        ("\n", "hello", (None, "\nhello")),
+        ("", "hello", (None, "hello")),
+        ("hel", "", ("hel", "")),
+        ("", "", (None, "")),
+    ],
+)
+def test_a_text_without_tokens_of_its_own_is_encoded_alone(context, continuation, expected):
+    tokenizer = merging()
+    before, tokens = expected
+    before = [tokenizer.end_of_document] if before is None else tokenizer.encode(before)
+    assert scoring.encode_pair(tokenizer, context, continuation) == (before, tokenizer.encode(tokens))
+
+
+def test_a_text_that_no_token_spells_has_no_likelihood(params, caplog):
+    scorer = make_scorer(params)
+    scorer.tokenizer = merging(lower=True)
+    pairs = [("hel", " "), ("hel", "lo"), ("", "hello"), (" ", "hello"), ("hel", "")]
+    found = scorer.text_log_likelihoods(pairs)
+    encode, end = scorer.tokenizer.encode, scorer.tokenizer.end_of_document
+    assert found[0] == (-np.inf, False)
+    check(found[1:2], [answer(params, encode("hel"), encode("lo"))])
+    check(found[2:3], [answer(params, [end], encode("hello"))])
+    assert found[3] == found[2]
+    assert found[4] == (0.0, True)
+    assert "1 continuations have no tokens, such as ' ': their log p is -inf" in caplog.text
+
+
+def test_ids_without_a_token_are_no_answer():
+    """A model of 64 ids, whose tokenizer has 50: greedy decoding never gives an id beyond."""
+    config = dataclasses.replace(TWO, vocab_size=64)
+    model, params = make(config)
+    params = {**params, "lm_head": params["lm_head"].at[:, 50:].multiply(40.0)}
+    scorer = Scorer(model, params, Spelling(), max_length=16, batch_size=2)
+    texts = scorer.continuations(["cadae", "bfeceh"], max_tokens=7)
+    assert [len(text) for text in texts] == [7, 7]
+    pairs = [(Spelling().encode(p), Spelling().encode(t)) for p, t in zip(["cadae", "bfeceh"], texts, strict=True)]
+    assert [greedy for _, greedy in scorer.log_likelihoods(pairs)] == [True, True]
+    logits = np.asarray(model.apply({"params": params}, np.array([pairs[0][0]])), np.float64)[0, -1]
+    assert logits.argmax() >= 50
+    assert logits[:50].argmax() == pairs[0][1][0]
+
+
+@pytest.mark.parametrize("generator", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_sampled_continuations_do_not_depend_on_their_neighbours(generator):
+    before = jax.config.jax_default_prng_impl
+    jax.config.update("jax_default_prng_impl", generator)
+    try:
+        texts = []
+        for batch_size in (3, 1):
+            scorer = Scorer(*make(TWO), Spelling(), max_length=16, batch_size=batch_size)
+            texts.append(scorer.continuations(["cadae", "b", "bfeceh"], max_tokens=3, sampling=Sampling(temperature=2)))
+    finally:
+        jax.config.update("jax_default_prng_impl", before)
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == 3
+
+
+def test_more_tokens_than_the_model_reads_are_cut_with_a_line(caplog):
+    scorer = Scorer(*make(TWO), Spelling(), max_length=16, batch_size=2)
+    whole = scorer.continuations(["bfecehbfe"], max_tokens=8)
+    assert "too long: only their last 8 tokens" in caplog.text
+    caplog.clear()
+    for count in (16, 1000):
+        assert scorer.continuations(["bfecehbfe"], max_tokens=count) == whole
+        line = f"{count} new tokens leave no place for a prompt in max_length=16: at most 8 are generated"
+        assert line in caplog.text
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), "byte_level"])
+def test_continuations_of_characters_of_several_bytes_are_whole(tokenizer, monkeypatch):
+    """Blocks cut characters; the text is the decoding of all tokens, up to a stop string of such characters."""
+    tokenizer = byte_level() if isinstance(tokenizer, str) else tokenizer
+    text = "天地玄黄宇宙洪荒😀é"
+    tokens = tokenizer.encode(text)
+    model = dataclasses.replace(TWO, vocab_size=512)
+    for block in (1, 2, 3, 5, 8, 16):
+        monkeypatch.setattr(scoring, "BLOCK_STEPS", block)
+        cuts = lambda *_, block, **__: ([tokens[i : i + block]] for i in range(0, len(tokens), block))
+        monkeypatch.setattr(scoring, "stream", cuts)
+        scorer = Scorer(*make(model), tokenizer, max_length=100, batch_size=1)
+        assert scorer.continuations(["a"], max_tokens=50) == [text]
+        assert scorer.continuations(["a"], ["宙"], max_tokens=50) == ["天地玄黄宇"]
+        assert scorer.continuations(["a"], ["黄天", "荒😀"], max_tokens=50) == ["天地玄黄宇宙洪"]

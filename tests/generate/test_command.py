@@ -22,16 +22,7 @@ from transmamba_jax.config import Config
 from transmamba_jax.config_io import to_yaml
 from transmamba_jax.generate import __main__ as command
 from transmamba_jax.generate.decode import DecodeState
-
-
-def test_characters_come_out_when_their_last_byte_is_there() -> None:
-    tokenizer = data.tokenizer_from_json(data.load_tokenizer("bytes").to_json())
-    text = command.Text(tokenizer)
-    pieces = [text.take([byte]) for byte in "aé€😀z".encode()]
-    assert pieces == ["a", "", "é", "", "", "€", "", "", "", "😀", "z"]
-    broken = command.Text(tokenizer)
-    assert broken.take([0xF0]) == ""
-    assert broken.take([], last=True) == "\N{REPLACEMENT CHARACTER}"
+from transmamba_jax.generate.text import TextStream
 
 
 @jax.tree_util.register_dataclass
@@ -73,14 +64,14 @@ def test_command_continues_the_prompt(
 
 
 def test_command_holds_one_cache(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts, take = [], command.Text.take
+    counts, add = [], TextStream.add
 
-    def counted(text: command.Text, *arguments: Any, **options: Any) -> str:
+    def counted(text: TextStream, *arguments: Any, **options: Any) -> str:
         counts.append(held((1, 1, 20, 4)))  # keys up to the TransPoint
-        return take(text, *arguments, **options)
+        return add(text, *arguments, **options)
 
     before = held((1, 1, 20, 4))
-    monkeypatch.setattr(command.Text, "take", counted)
+    monkeypatch.setattr(TextStream, "add", counted)
     assert command.main(["--checkpoint", str(saved), "--max-new-tokens", "8", "--prompt", "def f"]) == 0
     assert {count - before for count in counts} == {1}
 
@@ -140,8 +131,8 @@ def test_session_outlives_ctrl_c_and_a_line_that_is_no_text(
     undisturbed = talk(saved, monkeypatch, ["def f", ""])
     show, turns = command.Terminal.show, itertools.count(1)
 
-    def interrupted(terminal: command.Terminal, state: DecodeState) -> tuple[list[int], DecodeState]:
-        shown = show(terminal, state)
+    def interrupted(*arguments: Any) -> tuple[list[int], DecodeState | None]:
+        shown = show(*arguments)
         if next(turns) == 2:
             raise KeyboardInterrupt
         return shown
@@ -159,26 +150,42 @@ def test_session_outlives_ctrl_c_and_a_line_that_is_no_text(
 def test_a_turn_ends_where_its_text_ends(saved: Path) -> None:
     terminal = command.Terminal(command._parser().parse_args(["--checkpoint", str(saved), "--max-new-tokens", "8"]))
     read = lambda tokens: terminal.decoder.prefill([[*b"def f", *tokens]])
-    shown, _ = terminal.show(read([]))
+    shown, _ = terminal.show(read([]), b"def f")
     assert shown[0] not in shown[1:3] != shown[:2]
-    for stop in (shown[2:3], shown[:1]):  # after two tokens, and at once
-        terminal.stop = [stop]
-        kept = shown[: shown.index(stop[0])]
+    for end in (shown[2], shown[0]):  # after two tokens, and at once
+        terminal.tokenizer.end_of_document = end
+        kept = shown[: shown.index(end)]
         state = terminal.turn(terminal.decoder.start(1), "def f")
         assert state.lengths.tolist() == [5 + len(kept)]
         np.testing.assert_allclose(state.logits, read(kept).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_turn_ends_before_its_stop_string(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--checkpoint", str(saved), "--max-new-tokens", "40", "--temperature", "2"]
+    terminal = command.Terminal(command._parser().parse_args(arguments))
+    new, _ = terminal.show([list(b"def f")], b"def f")
+    text = capsys.readouterr().out.removesuffix("\n")
+    # A stop string within the text that begins with a whole character.
+    place = next(index for index in range(8, len(text)) if text[index].isascii() and text.index(text[index]) == index)
+    terminal.stop = [text[place : place + 2]]
+    state = terminal.turn(terminal.decoder.start(1), "def f")
+    assert capsys.readouterr().out == text[:place] + "\n"
+    kept = next(count for count in range(len(new)) if bytes(new[:count]).decode(errors="replace") == text[:place])
+    expected = terminal.decoder.prefill([[*b"def f", *new[:kept]]])
+    assert state.lengths.tolist() == [5 + kept]
+    np.testing.assert_allclose(state.logits, expected.logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "a", "--stop", ""], "--stop is empty; it needs at least one token"),
+        (["--prompt", "a", "--stop", ""], "--stop is empty; it needs at least one character"),
         (["--prompt", "\udcff"], "the prompt must be text in UTF-8, found another byte at character 0"),
         (["--prompt", "-"], "standard input must be text in UTF-8: "),
         (["--prompt", "a", "--top-p", "2"], r"top_p must be in (0, 1], found 2.0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be >= 1, found 0"),
-        (["--prompt", "a", "--piece", "0"], "--piece must be >= 1, found 0"),
+        (["--prompt", "a", "--prefill-chunk-size", "0"], "--prefill-chunk-size must be >= 1, found 0"),
         (["--prompt", "a", "--seed", "-1"], "--seed must be in 0..4294967295, found -1"),
         (["--prompt", "a", "--seed", str(2**64)], "--seed must be in 0..4294967295, found 18446744073709551616"),
         (["--prompt", "a", "--schedule", "v0"], "unknown schedule 'v0'"),

@@ -17,7 +17,7 @@ import transmamba_jax as tm
 from tests import oracle
 from transmamba_jax import cache as memory
 from transmamba_jax.config import ModelConfig
-from transmamba_jax.generate import decode, decode_step
+from transmamba_jax.generate import decode, decode_step, prompts
 from transmamba_jax.generate import state as decode_state
 from transmamba_jax.generate.decode import Decoder, DecodeState
 from transmamba_jax.runtime import tensor_files
@@ -135,10 +135,10 @@ def test_lazy_conversion_gives_the_eager_state() -> None:
     assert oracle.relative_error(states[0], states[1]) < 1e-6
 
 
-@pytest.mark.parametrize("piece", [1, 2, 3, 5, 7, 16, TOTAL])
-def test_any_piece_of_the_prompt_gives_the_same_state(piece: int) -> None:
-    # Pieces that are all before the TransPoint, end at it, hold it, and are all after it.
-    state = decoder_of(SMALL).prefill(TOKENS.tolist(), piece)
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 16, TOTAL])
+def test_any_prefill_chunk_size_gives_the_same_state(size: int) -> None:
+    # Chunks that are all before the TransPoint, end at it, hold it, and are all after it.
+    state = decoder_of(SMALL).prefill(TOKENS.tolist(), size)
     assert oracle.relative_error(state.logits, logits_of(SMALL, TOKENS, SMALL.transpoints)[:, -1]) < 2e-6
     whole = decoder_of(SMALL).prefill(TOKENS.tolist())
     assert oracle.relative_error(state.cache.layers, whole.cache.layers) < 2e-6
@@ -156,14 +156,14 @@ def test_any_split_of_the_prompt_gives_the_same_state(cuts: list[int]) -> None:
     assert oracle.relative_error(state.cache.layers, whole.cache.layers) < 2e-6
 
 
-def test_a_piece_after_others_continues_them() -> None:
-    # Rows of different lengths: the second piece begins before the TransPoint, and only one row comes to it.
+def test_a_chunk_after_others_continues_them() -> None:
+    # Rows of different lengths: the second chunk begins before the TransPoint, and only one row comes to it.
     decoder = decoder_of(SMALL)
-    prompts = [TOKENS[0, :19].tolist(), TOKENS[0, ::-1][:14].tolist()]
-    state = decoder.prefill(prompts, piece=11)
+    rows = [TOKENS[0, :19].tolist(), TOKENS[0, ::-1][:14].tolist()]
+    state = decoder.prefill(rows, prefill_chunk_size=11)
     assert state.lengths.tolist() == [19, 14]
     assert state.cache.layers[0].room >= 16
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(rows):
         padded = np.pad(prompt, (0, TOTAL - len(prompt)))[None]
         expected = logits_of(SMALL, padded, SMALL.transpoints)[0, len(prompt) - 1]
         assert oracle.relative_error(state.logits[row], expected) < 2e-6
@@ -244,18 +244,18 @@ def test_a_stage_has_one_program_whatever_the_lengths() -> None:
     # Turns without a known end: a line is given, and continued.
     state = decoder.prefill(TOKENS[:, :1].tolist())
     for _ in range(6):
-        state = decoder.decode(decoder.extend(state, [[1, 2]], consume=True), 1, consume=True)[1]
+        state = decoder.decode(decoder.extend(state, [[1, 2]], donate=True), 1, donate=True)[1]
     assert state.lengths.tolist() == [19]
     assert decode._decode_block._cache_size() - before == 3
 
 
 def test_short_prompts_are_read_by_few_programs() -> None:
     config = dataclasses.replace(TWO, vocab_size=52)  # no other test's, so nothing is compiled yet
-    decoder, before = Decoder(*make(config)), decode._read_piece._cache_size()
+    decoder, before = Decoder(*make(config)), decode._prefill_program._cache_size()
     for length in (5, 9, 16, 17, 31, 33, 48, 49, 64):
         assert decoder.prefill([[1] * length], total=64).lengths.tolist() == [length]
-    assert decode._read_piece._cache_size() - before == 3
-    widths = [decode._padded(length) for length in range(1, decode.PIECE + 1)]
+    assert decode._prefill_program._cache_size() - before == 3
+    widths = [prompts.padded_length(length) for length in range(1, decode.PREFILL_CHUNK_SIZE + 1)]
     assert all(length <= width <= max(16, 2 * length) for length, width in enumerate(widths, start=1))
     assert len(set(widths[:256])) == 5
     assert len(set(widths)) == 17
@@ -373,12 +373,12 @@ def test_blocks_of_steps_do_not_matter() -> None:
 def test_bad_arguments_are_refused() -> None:
     decoder = decoder_of()
     empty = decoder.start(2)
-    with pytest.raises(ValueError, match="prompts must be one a row, found 1 for 2 rows"):
+    with pytest.raises(ValueError, match="prompts must be one per row, found 1 for 2 rows"):
         decoder.extend(empty, [[1]])
     with pytest.raises(ValueError, match=r"prompts\[1\] has token 50, outside the vocabulary 0..49"):
         decoder.extend(empty, [[1], [50]])
-    with pytest.raises(ValueError, match="piece must be >= 1, found 0"):
-        decoder.extend(empty, [[1], [2]], piece=0)
+    with pytest.raises(ValueError, match="prefill_chunk_size must be >= 1, found 0"):
+        decoder.extend(empty, [[1], [2]], prefill_chunk_size=0)
     with pytest.raises(ValueError, match="read a prompt first"):
         decoder.decode(empty, 1)
     with pytest.raises(ValueError, match="steps must be >= 0, found -1"):

@@ -12,8 +12,9 @@ import pytest
 
 import transmamba_jax as tm
 from tests.generate.test_decode import TOTAL, TWO, decoder_of, logits_of, make
-from transmamba_jax.generate import Sampling, _Output, keep_likely, stream
-from transmamba_jax.generate.sampling import choose, row_keys
+from transmamba_jax.generate import Sampling, stream
+from transmamba_jax.generate.sampling import filter_logits, row_keys, sample
+from transmamba_jax.generate.streaming import _Output
 
 # The TransPoints of the model are between the lengths of the prompts, so that one row comes to it later, and never.
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8]]
@@ -77,7 +78,7 @@ def pick(rows: int = 1, seen: Sequence[int] = (), **options: Any) -> np.ndarray:
     there[:, list(seen)] = True
     keys = row_keys(jax.random.key(3), rows, sampling)
     places = jnp.zeros(rows, jnp.int32)
-    return np.asarray(choose(logits, jnp.asarray(there), keys, places, sampling.numbers(), sampling.top_k))
+    return np.asarray(sample(logits, jnp.asarray(there), keys, places, sampling.as_params(), sampling.top_k))
 
 
 def test_samples_follow_the_distribution() -> None:
@@ -93,7 +94,7 @@ def test_one_likely_token_is_greedy() -> None:
 
 
 def test_top_k_top_p_and_min_p_sets() -> None:
-    kept = lambda **options: np.isfinite(np.asarray(keep_likely(LOGITS, **options)))[0].nonzero()[0].tolist()
+    kept = lambda **options: np.isfinite(np.asarray(filter_logits(LOGITS, **options)))[0].nonzero()[0].tolist()
     assert kept(top_k=2) == [0, 2]
     assert kept(top_k=9) == [0, 1, 2, 3, 4]
     assert kept(top_p=0.45) == [0]
@@ -112,8 +113,8 @@ def test_repetition_penalty_divides_or_multiplies_what_is_there() -> None:
     assert pick(seen=[0, 2], repetition_penalty=1.8).tolist() == [0]
     logits, there = jnp.array([[2.0, 1.5, -1.0]]), jnp.array([[True, False, False]])
     for penalty, token in ((1.3, 0), (1.4, 1)):
-        numbers = Sampling(penalty).numbers()
-        assert choose(logits, there, None, jnp.zeros(1, jnp.int32), numbers, None).tolist() == [token]
+        params = Sampling(penalty).as_params()
+        assert sample(logits, there, None, jnp.zeros(1, jnp.int32), params, None).tolist() == [token]
 
 
 def test_stop_sequences_end_a_row_and_are_left_out() -> None:
@@ -144,12 +145,12 @@ def held(shape: tuple[int, ...]) -> int:
     return sum(array.shape == shape for array in jax.live_arrays())
 
 
-def test_a_stream_that_may_consume_holds_one_cache() -> None:
+def test_a_stream_that_donates_holds_one_cache() -> None:
     decoder = decoder_of(TWO)
     state = decoder.prefill(PROMPTS[:1]).rows([0, 0, 0])
     shape = state.cache.layers[1].keys.shape
     before, given, keys = held(shape) - 1, weakref.ref(state), state.cache.layers[1].keys
-    steps = stream(decoder, state, 4, block=2, consume=True)
+    steps = stream(decoder, state, 4, block=2, donate=True)
     del state
     for _ in steps:
         assert held(shape) - before == 1

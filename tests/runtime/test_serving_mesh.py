@@ -40,7 +40,7 @@ everywhere = jax.device_put(params, NamedSharding(Mesh(np.array(jax.devices()), 
 def run(params):
     # A piece from nothing, one after others with the TransPoint inside, and tokens with rows before and after it.
     decoder = tm.Decoder(model, params)
-    state = decoder.prefill(prompts, piece=5, total=13)
+    state = decoder.prefill(prompts, prefill_chunk_size=5, total=13)
     part = max(shard.data.size / leaf.size for leaf in jax.tree.leaves(state.cache.layers)
                for shard in leaf.addressable_shards)
     tokens, state = decoder.decode(state, 3, total=13)

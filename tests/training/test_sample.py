@@ -1,5 +1,13 @@
 """Where the prompts of a run's samples come from."""
 
+import dataclasses
+import types
+
+import jax
+
+from tests.generate.test_decode import TWO, make
+from transmamba_jax import data
+from transmamba_jax.config import Config, DataConfig, TrainConfig
 from transmamba_jax.training import sample
 
 
@@ -21,3 +29,18 @@ def test_no_prompt_is_empty_or_begins_within_a_character():
     assert len({line.index(piece.removesuffix("\0")) for piece in pieces}) == 3
     for text in ("\0", "é\0", "é\n\0"):
         assert all(sample._pieces(text.encode()))
+
+
+def test_a_padded_vocabulary_is_sampled_as_text(monkeypatch):
+    """A model of 1,024 ids with byte tokens: samples are bytes, whatever the ids beyond them say."""
+    config = Config(
+        model=dataclasses.replace(TWO, vocab_size=1024), train=TrainConfig(sample_tokens=12), data=DataConfig(seq_len=8)
+    )
+    model, params = make(config.model)
+    params = {**params, "lm_head": params["lm_head"].at[:, 256:].multiply(40.0)}
+    text = "".join(f"line {number}\n" for number in range(100))
+    monkeypatch.setattr(data, "held_out_text", lambda _: text.encode())
+    state = types.SimpleNamespace(params=params, key=jax.random.key(0))
+    sampled = sample.sample_text(config, model, data.load_tokenizer("bytes"), state, step=3)
+    assert sampled.count("--- model\n") == sample.PROMPTS
+    assert all(len(part.split("\n--- prompt")[0].strip()) > 0 for part in sampled.split("--- model\n")[1:])

@@ -5,6 +5,7 @@ Both can be written as text and read back, so that a checkpoint carries its toke
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from tokenizers import processors
 END_OF_DOCUMENT = "<|endoftext|>"
 """The special token that ends a document in tokenizers trained here."""
 
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # as byte fallback spells a byte
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|end|>", "[EOS]", "<EOS>")
 
 
@@ -41,7 +44,10 @@ class Tokenizer(Protocol):
         """Return the ids of a UTF-8 document and the end-of-document id, int32 [T]."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; a part of a character becomes U+FFFD."""
+        """Return the text of `ids`; a part of a character becomes U+FFFD, an id without a token nothing."""
+
+    def decode_stable(self, ids: Sequence[int]) -> str:
+        """Return the part of the text of `ids` that stays as it is, whatever ids follow."""
 
     def to_json(self) -> str:
         """Return a text that `tokenizer_from_json` reads back."""
@@ -70,8 +76,12 @@ class ByteTokenizer:
         return np.frombuffer(document.replace(b"\0", b" ") + b"\0", np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of the bytes `ids`."""
-        return bytes(np.asarray(ids, np.uint8).tolist()).decode("utf-8", errors="replace")
+        """Return the text of the bytes `ids`; ids from 256 on, which a padded vocabulary has, are nothing."""
+        return bytes(int(index) for index in ids if 0 <= index < 256).decode("utf-8", errors="replace")
+
+    def decode_stable(self, ids: Sequence[int]) -> str:
+        """Return the text of the bytes `ids` without a character at the end that lacks bytes."""
+        return self.decode(ids).removesuffix(_REPLACEMENT)
 
     def to_json(self) -> str:
         """Return the name of this tokenizer as JSON."""
@@ -162,8 +172,27 @@ class JsonTokenizer:
         return np.array([*encoding.ids, self.end_of_document], np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`, special tokens spelt out."""
+        """Return the text of `ids`, special tokens spelt out; an id without a token is nothing."""
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=False)
+
+    def decode_stable(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids` without what further ids may change.
+
+        A byte-level decoder writes one U+FFFD for a last character that lacks bytes. Byte fallback writes U+FFFD for
+        every byte of a run of byte tokens that is not UTF-8 as a whole, so the run at the end is left out.
+        """
+        stop = len(ids)
+        while self._falls_back_to_bytes and stop and self._may_be_in_a_run(int(ids[stop - 1])):
+            stop -= 1
+        return self.decode(ids[:stop]).removesuffix(_REPLACEMENT)
+
+    @functools.cached_property
+    def _falls_back_to_bytes(self) -> bool:
+        return "ByteFallback" in _decoder_kinds(json.loads(self.to_json())["decoder"])
+
+    def _may_be_in_a_run(self, index: int) -> bool:
+        token = self._tokenizer.id_to_token(index)
+        return token is None or _BYTE_TOKEN.fullmatch(token) is not None  # an id without a token is passed over
 
     def to_json(self) -> str:
         """Return the text of the tokenizer.json."""

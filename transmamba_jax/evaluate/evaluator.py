@@ -142,4 +142,5 @@ def _nll_by_position(
     weights: Float32[Array, "B T"],
 ) -> Float32[Array, "T"]:
     """Sum the weighted negative log-likelihoods of the rows at each position, in float32."""
-    return -jnp.sum(token_scores(model, chunk, params, **batch)[0] * weights, axis=0)
+    scores, _ = token_scores(model, chunk, params, batch["tokens"], batch.get("segment_ids"))
+    return -jnp.sum(scores * weights, axis=0)

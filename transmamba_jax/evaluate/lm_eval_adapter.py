@@ -44,10 +44,9 @@ def _refusals() -> Iterator[None]:
 
 @register_model("transmamba")
 class TransMambaLM(TemplateLM):
-    """Hands the harness's requests to a `Scorer`.
+    """Hand the harness's requests to a `Scorer`.
 
-    A context and its continuation become tokens as for the harness's own models: together, cut where the context's own
-    tokens end, spaces between them counted to the continuation.
+    A context and its continuation become tokens as for the harness's own models: see `scoring.encode_pair`.
     """
 
     tokenizer_name = "transmamba"
@@ -119,6 +118,11 @@ class TransMambaLM(TemplateLM):
         """Return the tokens of a text; there are never special ones among them."""
         del add_special_tokens, kwargs
         return self.scorer.tokenizer.encode(string)
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return log p of each continuation and whether greedy decoding would give it."""
+        del disable_tqdm
+        return self.scorer.text_log_likelihoods([request.args for request in requests])
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False

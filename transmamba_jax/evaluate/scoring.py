@@ -18,10 +18,12 @@ import numpy as np
 from jaxtyping import Bool
 
 from transmamba_jax import cache, data, sharding
-from transmamba_jax.checkpoint import command_options as serving_options
-from transmamba_jax.generate import stream
+from transmamba_jax.checkpoint import command_options
 from transmamba_jax.generate.decode import Decoder
-from transmamba_jax.generate.sampling import Sampling
+from transmamba_jax.generate.prompts import check_prompt
+from transmamba_jax.generate.sampling import Sampling, fold_rows, mask_vocabulary
+from transmamba_jax.generate.streaming import stream
+from transmamba_jax.generate.text import TextStream
 from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import serving_mesh
 from transmamba_jax.shapes import Array, Float32, Int, SegmentIds
@@ -38,8 +40,11 @@ def token_scores(
     params: Any,
     tokens: Int[Array, "B T+1"],
     segment_ids: SegmentIds | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
     """Return log p of each token but the first given those before it, and whether it is the most likely one.
+
+    The most likely id is looked for below `vocab_size` (None: among all), as greedy decoding does.
 
     Logits exist for `chunk` tokens of a device at a time, in float32.
     """
@@ -59,25 +64,44 @@ def token_scores(
         hidden, targets = part
         logits = model.apply({"params": params}, hidden, method="logits")
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+        likeliest = jnp.argmax(mask_vocabulary(logits, vocab_size), axis=-1)
+        return picked - jax.nn.logsumexp(logits, axis=-1), likeliest == targets
 
     join = lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, count * width)[:, :time]
     scores, likeliest = jax.lax.map(score, (cut(hidden), cut(targets)))
     return join(scores), join(likeliest)
 
 
-def windows(tokens: Sequence[int], prefix: int, length: int) -> list[tuple[list[int], list[int]]]:
-    """Cut a document into (context, continuation) pairs that predict every token once.
+def windows(context: Sequence[int], tokens: Sequence[int], length: int) -> list[tuple[list[int], list[int]]]:
+    """Cut a text behind a context into (context, continuation) pairs that predict every token of it once.
 
-    Each pair makes the model read `length` tokens at most: as much context as there is room for, and a `prefix` before
-    the first token.
+    Each pair makes the model read `length` tokens at most: as much context as fits.
     """
-    row = [prefix, *tokens]  # row[i] comes before tokens[i]
+    row, before = [*context, *tokens], len(context)
     pairs = []
     for start in range(0, len(tokens), length):
         stop = min(start + length, len(tokens))
-        pairs.append((row[max(stop - length, 0) : start + 1], list(tokens[start:stop])))
+        pairs.append((row[max(before + stop - 1 - length, 0) : before + start], list(tokens[start:stop])))
     return pairs
+
+
+def encode_pair(tokenizer: data.Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]] | None:
+    """Return the tokens of a context and of its continuation, as the lm-evaluation-harness cuts them.
+
+    Spaces at the end of the context belong to the continuation. Both are encoded together and cut where the context's
+    own tokens end, because tokens may reach across. A continuation that has no tokens of its own then, since the last
+    token of the context holds it, is encoded alone. A context without tokens is the end of another document.
+
+    Returns:
+        None where the continuation is a text and no token spells it: it has no likelihood.
+    """
+    text = context.rstrip()
+    continuation, context = context[len(text) :] + continuation, text
+    before = tokenizer.encode(context)
+    tokens = tokenizer.encode(context + continuation)[len(before) :] or tokenizer.encode(continuation)
+    if continuation and not tokens:
+        return None
+    return before or [tokenizer.end_of_document], tokens
 
 
 class Scorer:
@@ -114,30 +138,46 @@ class Scorer:
         self.tokenizer, self.max_length, self.batch_size = tokenizer, max_length, batch_size
         self._model, self._key = model, jax.random.key(seed)
         self._params, self._mesh = serving_mesh.place(params)
-        self._scores = jax.jit(functools.partial(token_scores, model, loss_chunk))
+        self._scores = jax.jit(functools.partial(token_scores, model, loss_chunk, vocab_size=tokenizer.vocab_size))
 
     @functools.cached_property
     def decoder(self) -> Decoder:
-        """Holds its own copy of the parameters, so it is made when it is needed."""
-        return Decoder(self._model, self._params)
+        """Decoder of the model; made when it is first used, because it holds its own copy of the parameters."""
+        return Decoder(self._model, self._params, vocab_size=self.tokenizer.vocab_size)
 
     def log_likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """Return, for each (context, continuation), log p and whether greedy decoding would give the continuation.
 
+        A continuation longer than `max_length` is scored in `windows`. One without tokens has log p 0.
+
         Raises:
-            ValueError: a context is empty, or a continuation is longer than `max_length`.
+            ValueError: a context or continuation is not a list of token ids, has an id outside the vocabulary, or a
+                context is empty.
         """
-        rows = []
+        rows, owners = list[tuple[list[int], list[int]]](), list[int]()
+        lost = 0
         for index, (context, continuation) in enumerate(pairs):
-            if not context:
-                raise ValueError(f"the context of request {index} is empty; it needs at least one token")
-            if len(continuation) > self.max_length:
-                raise ValueError(
-                    f"the continuation of request {index} has {len(continuation)} tokens, more than "
-                    f"max_length={self.max_length}; its log-likelihood is that of `windows`"
-                )
-            rows.append([*context, *continuation][-self.max_length - 1 :])
-        _warn_of_cuts(sum(len(context) + len(rest) > self.max_length + 1 for context, rest in pairs), self.max_length)
+            context, continuation = self._check(context, continuation, index)
+            lost += len(context) > 1 and len(context) + len(continuation) > self.max_length + 1
+            cut = windows(context, continuation, self.max_length)
+            rows += cut
+            owners += [index] * len(cut)
+        _warn_of_cuts(lost, self.max_length)
+        scores: list[list[float]] = [[] for _ in pairs]
+        greedy = [True] * len(pairs)
+        for index, (score, likeliest) in zip(owners, self._score(rows), strict=True):
+            scores[index].append(score)
+            greedy[index] &= likeliest
+        return [(math.fsum(parts), each) for parts, each in zip(scores, greedy, strict=True)]
+
+    def _check(self, context: Any, continuation: Any, index: int) -> tuple[list[int], list[int]]:
+        size = self._model.config.vocab_size
+        context = check_prompt(context, size, f"the context of request {index}")
+        return context, check_prompt(continuation, size, f"the continuation of request {index}") if continuation else []
+
+    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Score pairs of at most `max_length` + 1 tokens."""
+        rows = [context + continuation for context, continuation in pairs]
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         for batch in self._batches(rows):
             longest = max(max(len(rows[index]) for index in batch) - 1, 1)
@@ -153,37 +193,57 @@ class Scorer:
                 answers[index] = float(scores[cut].sum(dtype=np.float64)), bool(likeliest[cut].all())
         return answers
 
+    def text_log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """Return log p and greediness of each continuation of a text; see `encode_pair` for its tokens.
+
+        A continuation that no token spells, as a tokenizer without spaces has none for " ", gets (-inf, False).
+        """
+        encoded = [encode_pair(self.tokenizer, *pair) for pair in pairs]
+        answers = iter(self.log_likelihoods([pair for pair in encoded if pair is not None]))
+        missing = [pair for pair, found in zip(pairs, encoded, strict=True) if found is None]
+        if missing:
+            _log.warning(
+                "%d continuations have no tokens, such as %r: their log p is -inf", len(missing), missing[0][1]
+            )
+        return [(-math.inf, False) if pair is None else next(answers) for pair in encoded]
+
     def document_log_likelihoods(self, documents: Sequence[Sequence[int]]) -> list[float]:
         """Return log p of each whole document, after the end of another; long ones in `windows`."""
-        cuts = [windows(tokens, self.tokenizer.end_of_document, self.max_length) for tokens in documents]
-        scores = iter(self.log_likelihoods([pair for pairs in cuts for pair in pairs]))
-        return [math.fsum(next(scores)[0] for _ in pairs) for pairs in cuts]
+        pairs = [([self.tokenizer.end_of_document], tokens) for tokens in documents]
+        return [score for score, _ in self.log_likelihoods(pairs)]
 
     def continuations(
         self, prompts: Sequence[str], until: Sequence[str] = (), max_tokens: int = 256, sampling: Sampling | None = None
     ) -> list[str]:
         """Continue each prompt up to the first text of `until`, the end of the document, or `max_tokens` tokens.
 
-        What ends a continuation is looked for in its text, because tokens may reach across it; it is cut off.
+        A text of `until` is looked for in the text, because tokens may reach across it, and is left out. A prompt that
+        does not fit into `max_length` beside `max_tokens` loses its beginning. Where no prompt would fit, prompt and
+        new tokens get half of `max_length` each. A line says either.
 
         Raises:
-            ValueError: max_tokens leaves no room for a prompt within `max_length`.
+            ValueError: max_tokens < 1.
         """
-        if not 0 < max_tokens < self.max_length:
-            raise ValueError(
-                f"max_tokens must be in 1..{self.max_length - 1}, found {max_tokens}: the model reads "
-                f"max_length={self.max_length} tokens, of which the prompt needs at least one"
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be >= 1, found {max_tokens}")
+        if max_tokens >= self.max_length:
+            asked, max_tokens = max_tokens, max(self.max_length // 2, 1)
+            _log.warning(
+                "%d new tokens leave no place for a prompt in max_length=%d: at most %d are generated",
+                asked,
+                self.max_length,
+                max_tokens,
             )
         sampling = Sampling() if sampling is None else sampling
-        room = self.max_length - max_tokens
+        space = max(self.max_length - max_tokens, 1)
         whole = [self.tokenizer.encode(prompt) or [self.tokenizer.end_of_document] for prompt in prompts]
-        _warn_of_cuts(sum(len(tokens) > room for tokens in whole), room)
-        rows = [tokens[-room:] for tokens in whole]
+        _warn_of_cuts(sum(len(tokens) > space for tokens in whole), space)
+        rows = [tokens[-space:] for tokens in whole]
         answers = [""] * len(rows)
         for batch in self._batches(rows):
             # The last batch is filled up: another number of rows would be another program.
             filled = batch + batch[-1:] * (min(self.batch_size, len(rows)) - len(batch))
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(self._key, jnp.array(filled))
+            keys = fold_rows(self._key, np.array(filled))
             texts = self._continue([rows[index] for index in filled], list(until), max_tokens, sampling, keys)
             for index, text in zip(filled, texts, strict=True):
                 answers[index] = text
@@ -192,27 +252,14 @@ class Scorer:
     def _continue(
         self, rows: list[list[int]], until: list[str], max_tokens: int, sampling: Sampling, keys: jax.Array
     ) -> list[str]:
-        new: list[list[int]] = [[] for _ in rows]
-        ended = [False] * len(rows)
-        texts = [""] * len(rows)
+        streams = [TextStream(self.tokenizer, row, until) for row in rows]
+        pieces: list[list[str]] = [[] for _ in rows]
         for news in stream(self.decoder, rows, max_tokens, sampling, keys, block=BLOCK_STEPS):
-            for index, tokens in enumerate(news):
-                if not ended[index]:
-                    new[index] += tokens
-                    texts[index], ended[index] = self._text(rows[index], new[index], until)
-            if all(ended):
+            for text, parts, new in zip(streams, pieces, news, strict=True):
+                parts.append(text.add(new))
+            if all(text.ended for text in streams):
                 break
-        return texts
-
-    def _text(self, row: list[int], new: list[int], until: list[str]) -> tuple[str, bool]:
-        """Return the text of the new tokens up to what ends them, and whether something does."""
-        end = self.tokenizer.end_of_document
-        ended = end in new
-        new = new[: new.index(end)] if ended else new
-        # Decoded with the prompt, because a space may depend on what is before it.
-        text = self.tokenizer.decode(row + new)[len(self.tokenizer.decode(row)) :]
-        places = [text.index(stop) for stop in until if stop in text]
-        return text[: min(places, default=len(text))], ended or bool(places)
+        return ["".join([*parts, text.add([], last=True)]) for text, parts in zip(streams, pieces, strict=True)]
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Cut the rows' numbers into batches of like lengths, the longest first."""
@@ -243,14 +290,14 @@ def load(
         ValueError: there is no such checkpoint or schedule, the model has too few layers for it, or a number is less
             than 1.
     """
-    saved = serving_options.restore(Path(checkpoint), step)
+    saved = command_options.restore(Path(checkpoint), step)
     config = saved.config
     length = config.data.seq_len if max_length is None else max_length
-    model = serving_options.run_under(config.model, schedule, length, "schedule=")
+    model = command_options.run_under(config.model, schedule, length, "schedule=")
     tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
     return Scorer(TransMamba(model), saved.params, tokenizer, length, batch_size, config.train.loss_chunk, seed)
 
 
 def _warn_of_cuts(count: int, length: int) -> None:
     if count:
-        _log.warning("%d contexts are longer than there is room for: only their last %d tokens are read", count, length)
+        _log.warning("%d contexts are too long: only their last %d tokens are read", count, length)

@@ -28,7 +28,7 @@ from transmamba_jax import config_io, data, schedule
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import Config, KernelsConfig, ModelConfig
 from transmamba_jax.generate import decode_step
-from transmamba_jax.generate.decode_step import Kind, LayerWeights, MLPWeights
+from transmamba_jax.generate.decode_step import Branch, LayerMode, LayerWeights, MLPWeights
 from transmamba_jax.model import TransMamba, embed
 from transmamba_jax.runtime import tensor_files
 from transmamba_jax.shapes import Array, Float32, Int, least
@@ -199,7 +199,7 @@ def _cache_shapes(config: ModelConfig, batch: Any, room: Any) -> dict[str, Any]:
 def prepare(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     """Lay the parameters out for `decode`, as plain dicts."""
     plain = lambda fields: {name: value for name, value in vars(fields).items() if value is not None}
-    weights = decode_step.lay_out(config, params)
+    weights = decode_step.pack_weights(config, params)
     layers = [plain(layer) | ({} if layer.mlp is None else {"mlp": plain(layer.mlp)}) for layer in weights.layers]
     return plain(weights) | {"layers": layers}
 
@@ -219,10 +219,10 @@ def decode(
     for point, fields, plain in zip(points, weights["layers"], cache["layers"], strict=True):
         mlp = MLPWeights(**fields["mlp"]) if config.mlp_dim else None
         layer_weights = LayerWeights(**{"skip": None, **fields, "mlp": mlp})
-        kind: Kind = point if point else "ssm"
+        mode = LayerMode(Branch.MIXED, point) if point else LayerMode(Branch.SSM)
         layer = LayerCache(**plain)
         recent = memory.recent_layer(layer, 1)
-        x, layer, recent = decode_step.layer_step(config, layer_weights, x, layer, recent, starts, first, kind)
+        x, layer, recent = decode_step.layer_step(config, layer_weights, x, layer, recent, starts, first, mode)
         layer = memory.merge(layer, recent, starts, 1)
         layers.append({name: value for name, value in vars(layer).items() if value is not None})
     logits = decode_step.next_logits(config, x, weights["final_norm"], weights["embedding"], weights.get("head"))

@@ -12,36 +12,14 @@ from collections.abc import Sequence
 import jax
 
 from transmamba_jax import data
-from transmamba_jax.checkpoint import command_options as serving_options
-from transmamba_jax.generate import decode, stream
-from transmamba_jax.generate.decode import Decoder, DecodeState
+from transmamba_jax.checkpoint import command_options
+from transmamba_jax.generate.decode import PREFILL_CHUNK_SIZE, Decoder, DecodeState
 from transmamba_jax.generate.sampling import Sampling
+from transmamba_jax.generate.streaming import stream
+from transmamba_jax.generate.text import TextStream
 from transmamba_jax.model import TransMamba
 
-_CHARACTER_BYTES = 4  # of UTF-8, at most: tokens that a character can wait for
 _TURNS = 4  # of a session that :back can forget: each is kept with its keys and values
-
-
-class Text:
-    """Turns tokens into text as they come, a character when its last byte is there."""
-
-    def __init__(self, tokenizer: data.Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._shown = 0
-
-    def take(self, tokens: Sequence[int], last: bool = False) -> str:
-        """Return the text that is complete now; `last`: all of it."""
-        self._tokens += tokens
-        # Tokens already shown are decoded with the new ones, because a space may depend on its neighbour.
-        before = self._tokenizer.decode(self._tokens[: self._shown])
-        text = self._tokenizer.decode(self._tokens)[len(before) :]
-        waiting = len(self._tokens) - self._shown
-        if not last and text.endswith("\N{REPLACEMENT CHARACTER}") and waiting < _CHARACTER_BYTES:
-            return ""
-        self._tokens = self._tokens[self._shown :]
-        self._shown = len(self._tokens)
-        return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,19 +30,31 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    serving_options.add_arguments(parser)
-    add("--prompt", default=None, metavar="TEXT", help="text to continue; -: standard input")
+    command_options.add_arguments(parser)
+    add("--prompt", default=None, metavar="TEXT", help="text to continue; -: read standard input")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to add")
-    add("--temperature", type=float, default=0.8, help="0: the most likely token, always")
+    add("--temperature", type=float, default=0.8, help="divides the logits; 0: always the most likely token")
     add("--top-k", type=int, default=None, metavar="K", help="sample among the K most likely tokens")
     add("--top-p", type=float, default=None, metavar="P", help="among the fewest whose probabilities reach P")
     add(
         "--min-p", type=float, default=None, metavar="P", help="among those at least P times as likely as the likeliest"
     )
-    add("--repetition-penalty", type=float, default=None, metavar="X", help="above 1: avoid tokens already there")
-    add("--seed", type=int, default=0, help="of the sampling")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=None,
+        metavar="X",
+        help="above 1: make tokens less likely that are there already",
+    )
+    add("--seed", type=int, default=0, help="random seed of the sampling")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--piece", type=int, default=decode.PIECE, metavar="N", help="prompt tokens read at a time")
+    add(
+        "--prefill-chunk-size",
+        type=int,
+        default=PREFILL_CHUNK_SIZE,
+        metavar="N",
+        help="prompt tokens read at a time, which bounds the memory of a long prompt",
+    )
     return parser
 
 
@@ -80,16 +70,19 @@ class Terminal:
         self.sampling = Sampling(
             options.repetition_penalty, options.temperature, options.top_k, options.top_p, options.min_p
         )
-        for name in ("max_new_tokens", "piece"):
+        for name in ("max_new_tokens", "prefill_chunk_size"):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be >= 1, found {getattr(options, name)}")
         if not 0 <= options.seed < 2**32:
             raise ValueError(f"--seed must be in 0..{2**32 - 1}, found {options.seed}")
-        saved = serving_options.restore(options.checkpoint, options.step)
+        if "" in options.stop:
+            raise ValueError("--stop is empty; it needs at least one character")
+        self.stop: list[str] = options.stop
+        saved = command_options.restore(options.checkpoint, options.step)
         self.options, self.key = options, jax.random.key(options.seed)
         self.tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
-        self.stop = [[self.tokenizer.end_of_document], *(self.encode(text, "--stop") for text in options.stop)]
-        self.decoder = Decoder(TransMamba(serving_options.apply(saved.config, options)), saved.params)
+        model = TransMamba(command_options.apply(saved.config, options))
+        self.decoder = Decoder(model, saved.params, vocab_size=self.tokenizer.vocab_size)
 
     def encode(self, text: str, name: str = "the prompt") -> list[int]:
         """Return the tokens of a text.
@@ -105,29 +98,53 @@ class Terminal:
             raise ValueError(f"{name} is empty; it needs at least one token")
         return tokens
 
-    def show(self, source: list[list[int]] | DecodeState) -> tuple[list[int], DecodeState]:
-        """Continue one prompt or state and print the text as it comes; return its tokens and the state in the end."""
-        options, text, shown = self.options, Text(self.tokenizer), list[int]()
-        more = {"stop": self.stop, "piece": options.piece}
-        tokens = stream(self.decoder, source, options.max_new_tokens, self.sampling, self.key, **more)
-        while True:
+    def show(
+        self, source: list[list[int]] | DecodeState, prompt: Sequence[int]
+    ) -> tuple[list[int], DecodeState | None]:
+        """Continue one prompt or state and print the text as it comes.
+
+        Args:
+            source: what to continue.
+            prompt: the tokens before the new ones, on which their text may depend.
+
+        Returns:
+            The tokens of the text that was printed, and the state after them; None: it has read on.
+        """
+        options, text = self.options, TextStream(self.tokenizer, prompt, self.stop)
+        size = options.prefill_chunk_size
+        tokens = stream(self.decoder, source, options.max_new_tokens, self.sampling, self.key, prefill_chunk_size=size)
+        new, shown, state = list[int](), list[str](), None
+        while not text.ended:
             try:
-                (new,) = next(tokens)
+                (block,) = next(tokens)
             except StopIteration as end:
-                print(text.take([], last=True), flush=True)
-                return shown, end.value
-            shown += new
-            print(text.take(new), end="", flush=True)
+                state = end.value
+                break
+            new += block
+            shown.append(text.add(block))
+            print(shown[-1], end="", flush=True)
+        shown.append(text.add([], last=True))
+        print(shown[-1], flush=True)
+        return (new, state) if state is not None else (self._tokens_of("".join(shown), prompt, new), None)
+
+    def _tokens_of(self, shown: str, prompt: Sequence[int], new: list[int]) -> list[int]:
+        """Return tokens of the text that was shown: as many of the new ones as spell it, and the rest encoded."""
+        before = len(self.tokenizer.decode_stable(prompt))
+        for count in range(len(new), -1, -1):
+            text = self.tokenizer.decode([*prompt, *new[:count]])[before:]
+            if self.tokenizer.end_of_document not in new[:count] and shown.startswith(text):
+                return new[:count] + self.tokenizer.encode(shown[len(text) :])
+        return self.tokenizer.encode(shown)
 
     def turn(self, state: DecodeState, line: str) -> DecodeState:
-        """Add a line and what the model makes of it; return the state where the text that was shown ends."""
+        """Add a line and its continuation; return the state where the text that was shown ends."""
+        prompt, size = self.encode(line, "the line") if line else [], self.options.prefill_chunk_size
         if line:
-            state = self.decoder.extend(state, [self.encode(line, "the line")], self.options.piece)
-        shown, after = self.show(state)
-        if after.lengths[0] == state.lengths[0] + len(shown):
+            state = self.decoder.extend(state, [prompt], size)
+        shown, after = self.show(state, prompt)
+        if after is not None:
             return after
-        # It has read what ended the text, and on to the end of a block.
-        return self.decoder.extend(state, [shown], self.options.piece) if shown else state
+        return self.decoder.extend(state, [shown], size) if shown else state
 
     def session(self) -> None:
         """Read lines from the terminal, each of which goes on where the text so far has ended."""
@@ -170,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = _standard_input() if options.prompt == "-" else options.prompt
         prompt = terminal.encode(text)
         print(text, end="", flush=True)
-        terminal.show([prompt])
+        terminal.show([prompt], prompt)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

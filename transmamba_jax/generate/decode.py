@@ -1,18 +1,19 @@
-"""Reading prompts and continuing them, with memory that falls at every TransPoint.
+"""Read prompts and continue them, with memory that falls at every TransPoint.
 
-A stage is the set of layers that still attend. Each stage has its own compiled program, for which room, kinds of layers
-and batch are static and the number of steps is not; between two programs `_ready` drops keys and values that no row
-needs any more, computes states that are needed now, and makes room.
+A stage is the set of layers that still attend. Each stage has its own compiled program. Capacity, branches of the
+layers and batch are static in it; the number of steps is not. Between two programs `_prepare_cache` drops keys and
+values that no row needs any more, computes the states that are needed now, and allocates capacity.
 
 A stage has one program, and another only where
 
-- it is so long that its room must grow (`cache.choose_room`), by four times each time beyond 2048 tokens;
+- it is so long that its capacity must grow (`cache.choose_room`), by four times each time beyond 2048 tokens;
 - rows have lengths on both sides of a TransPoint: both branches are computed until the last row is past it;
-- tokens are chosen in another way (greedily, sampled, with top-k ...), or given and not chosen.
+- tokens are sampled in another way (greedily, with a temperature, with top-k ...), or given and not sampled.
 
-Prompts are read by programs of their own, for the padded length of a piece: one of 5 up to 256 tokens, of 17 up to
-2048. A first piece has another where the shortest row comes to a TransPoint that it falls short of elsewhere, a later
-piece for each place of a TransPoint in it. Up to 32 tokens after others need none: the stage's program reads them.
+Prompts are read by programs of their own, for the padded length of a prefill chunk: one of 5 up to 256 tokens, of 17
+up to 2048. A first chunk has another where the shortest row reaches a TransPoint that it does not reach elsewhere, a
+later chunk for each position of a TransPoint in it. Up to 32 tokens after others need none: the stage's program reads
+them.
 """
 
 import dataclasses
@@ -30,10 +31,11 @@ from transmamba_jax import schedule, sharding
 from transmamba_jax.cache import Cache, LayerCache
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.generate import decode_step
-from transmamba_jax.generate import sampling as choice
+from transmamba_jax.generate import sampling as sampler
 from transmamba_jax.generate import state as decode_state
-from transmamba_jax.generate.decode_step import Kind, Weights
-from transmamba_jax.generate.sampling import Sampling
+from transmamba_jax.generate.decode_step import Branch, LayerMode, Weights
+from transmamba_jax.generate.prompts import check_prompts, padded_length
+from transmamba_jax.generate.sampling import Sampling, SamplingParams
 from transmamba_jax.generate.state import DecodeState
 from transmamba_jax.model import TransMamba, embed
 from transmamba_jax.runtime import serving_mesh
@@ -43,34 +45,52 @@ BLOCK_STEPS = 32
 """Tokens of one call of a compiled program, at most."""
 _ROWS = ("rows", None)
 
-PIECE = 2048
+PREFILL_CHUNK_SIZE = 2048
 """Prompt tokens read at a time, which bounds the memory of a long prompt."""
-_SHORT = 256  # tokens: to read twice as many costs far less than to compile for one more length
 
 
 class Decoder:
-    """Reads prompts and continues them with one model under one schedule.
+    """Read prompts and continue them with one model under one schedule.
 
-    Holds a copy of the parameters that is laid out for single tokens. Every method returns a new state and leaves the
-    given one as it was, unless told that it may be consumed, which saves a copy of the cache. Parameters that lie on a
-    mesh are used on all of its devices: see `serving_mesh`.
+    Holds a copy of the parameters that is packed for single tokens. Every method returns a new state and leaves the
+    given one as it was, unless that is donated, which saves a copy of the cache. Parameters that are placed on a mesh
+    are used on all of its devices: see `serving_mesh`.
     """
 
     def __init__(
-        self, model: TransMamba, params: Any, transpoints: Sequence[int] | None = None, lazy: bool = True
+        self,
+        model: TransMamba,
+        params: Any,
+        transpoints: Sequence[int] | None = None,
+        lazy: bool = True,
+        *,
+        vocab_size: int | None = None,
     ) -> None:
-        """Lay out the parameters; `transpoints` None: the config's; `lazy`: see `cache`.
+        """Pack the parameters.
+
+        Args:
+            model: the model.
+            params: its parameters.
+            transpoints: schedule to run under; None: the config's.
+            lazy: see `cache`.
+            vocab_size: ids that the tokenizer has. A model may have more, to which training padded its vocabulary:
+                ids from `vocab_size` on are never sampled. None: every id of the model may be.
 
         Raises:
-            ValueError: the schedule is invalid, or the parameters lie on several meshes.
+            ValueError: the schedule is invalid, `vocab_size` is not in 1..the model's, or the parameters are placed on
+                several meshes.
         """
         self.config = model.config
+        if vocab_size is not None and not 1 <= vocab_size <= model.config.vocab_size:
+            size = model.config.vocab_size
+            raise ValueError(f"vocab_size must be in 1..{size}, the ids of the model, found {vocab_size}")
+        self._vocab_size = None if vocab_size == model.config.vocab_size else vocab_size
         self._model, self._lazy = model, lazy
         self._params, self._mesh = serving_mesh.place(params)
         points = model.config.transpoints if transpoints is None else tuple(transpoints)
         self.transpoints = schedule.expand(points, model.config.num_layers)
         with serving_mesh.use(self._mesh):
-            self._weights = _lay_out(model.config, self._params)
+            self._weights = _pack_weights(model.config, self._params)
 
     def start(self, batch: int) -> DecodeState:
         """Return the state of `batch` rows without any token."""
@@ -95,38 +115,45 @@ class Decoder:
         """
         return decode_state.load(Path(file), self.config, self.transpoints)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], piece: int = PIECE, *, total: int | None = None) -> DecodeState:
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefill_chunk_size: int = PREFILL_CHUNK_SIZE,
+        *,
+        total: int | None = None,
+    ) -> DecodeState:
         """Read prompts of any lengths; arguments and errors as for `extend`."""
-        check_prompts(prompts, self.config.vocab_size)
-        return self.extend(self.start(len(prompts)), prompts, piece, total=total, consume=True)
+        prompts = check_prompts(prompts, self.config.vocab_size)
+        return self.extend(self.start(len(prompts)), prompts, prefill_chunk_size, total=total, donate=True)
 
     def extend(
         self,
         state: DecodeState,
         prompts: Sequence[Sequence[int]],
-        piece: int = PIECE,
+        prefill_chunk_size: int = PREFILL_CHUNK_SIZE,
         *,
         total: int | None = None,
-        consume: bool = False,
+        donate: bool = False,
     ) -> DecodeState:
         """Read more tokens of each row. Rows of different lengths so far take as many tokens each.
 
         Args:
-            state: where the rows are.
+            state: state of the rows so far.
             prompts: tokens of each row, of any lengths.
-            piece: tokens that are read at a time: a matter of speed and memory, not of the result.
+            prefill_chunk_size: tokens that are read at a time: a matter of speed and memory, not of the result.
             total: as for `decode`.
-            consume: `state` is not needed any more.
+            donate: reuse the buffers of `state`, which is deleted.
 
         Raises:
-            ValueError: a prompt is empty or has an id outside the vocabulary, there is not one a row, rows and prompts
-                both differ in length, the rows come from another schedule, or piece < 1.
+            ValueError: a prompt is no list of token ids, is empty or has an id outside the vocabulary; there is not one
+                per row; rows and prompts both differ in length; the rows come from another schedule; or
+                prefill_chunk_size < 1.
         """
-        check_prompts(prompts, self.config.vocab_size)
+        prompts = check_prompts(prompts, self.config.vocab_size)
         self._check_schedule(state)
         lengths = state.lengths
         if len(prompts) != len(lengths):
-            raise ValueError(f"prompts must be one a row, found {len(prompts)} for {len(lengths)} rows")
+            raise ValueError(f"prompts must be one per row, found {len(prompts)} for {len(lengths)} rows")
         news = np.array([len(prompt) for prompt in prompts])
         even, level = news.min() == news.max(), lengths.min() == lengths.max()
         if not (even or level):
@@ -134,13 +161,13 @@ class Decoder:
                 f"rows of different lengths must get as many tokens each, found rows of {lengths.tolist()} tokens and "
                 f"prompts of {news.tolist()}; read each row alone (state.rows), or together from the start"
             )
-        if piece < 1:
-            raise ValueError(f"piece must be >= 1, found {piece}")
+        if prefill_chunk_size < 1:
+            raise ValueError(f"prefill_chunk_size must be >= 1, found {prefill_chunk_size}")
         with serving_mesh.use(self._mesh):
             if even and (not level or (lengths[0] > 0 and news[0] <= BLOCK_STEPS)):
                 # A few tokens cost less one after another than a program for them would.
-                return self._go(state, np.array(prompts, np.int32), Sampling(), None, total, consume)[1]
-            return self._read_pieces(state, prompts, piece, total, consume)
+                return self._decode_tokens(state, np.array(prompts, np.int32), Sampling(), None, total, donate)[1]
+            return self._prefill_chunks(state, prompts, prefill_chunk_size, total, donate)
 
     def decode(
         self,
@@ -150,18 +177,18 @@ class Decoder:
         key: jax.Array | None = None,
         *,
         total: int | None = None,
-        consume: bool = False,
+        donate: bool = False,
     ) -> tuple[np.ndarray, DecodeState]:
         """Add `steps` tokens to each row and return them, int32 [B, steps], with the state after them.
 
         Args:
-            state: where the rows are.
+            state: state of the rows so far.
             steps: tokens to add.
-            sampling: how tokens are chosen.
-            key: one random key, or one a row; needed when the temperature is not 0. A row's token at a position
+            sampling: options of sampling.
+            key: one random key, or one per row; needed when the temperature is not 0. A row's token at a position
                 depends on its key, its position and the model alone.
-            total: length that the longest row is going to have, if that is known: room is made at once, and no more.
-            consume: `state` is not needed any more.
+            total: length that the longest row will have, if that is known: that capacity is allocated at once.
+            donate: reuse the buffers of `state`, which is deleted.
 
         Raises:
             ValueError: steps < 0, a key is missing or of a wrong shape, or the state is empty or another schedule's.
@@ -170,64 +197,66 @@ class Decoder:
             raise ValueError(f"steps must be >= 0, found {steps}")
         self._check_schedule(state)
         if state.lengths.min() == 0:
-            raise ValueError("state must have at least one token a row; read a prompt first")
-        keys = serving_mesh.copy(choice.row_keys(key, len(state.lengths), sampling), self._mesh)
+            raise ValueError("state must have at least one token per row; read a prompt first")
+        keys = serving_mesh.copy(sampler.row_keys(key, len(state.lengths), sampling), self._mesh)
         unknown = np.full((len(state.lengths), steps), -1, np.int32)
         with serving_mesh.use(self._mesh):
-            return self._go(state, unknown, sampling, keys, total, consume)
+            return self._decode_tokens(state, unknown, sampling, keys, total, donate)
 
-    def _go(
+    def _decode_tokens(
         self,
         state: DecodeState,
         given: np.ndarray,
         sampling: Sampling,
         keys: jax.Array | None,
         total: int | None,
-        consume: bool,
+        donate: bool,
     ) -> tuple[np.ndarray, DecodeState]:
-        """Read the given tokens, -1 where one is to be chosen, one after another."""
+        """Read the given tokens one after another; -1: sample one."""
         steps, done = given.shape[1], 0
         read = np.zeros_like(given)
         while done < steps:
             lengths = state.lengths
             count = min(steps - done, BLOCK_STEPS, self._until_event(lengths))
-            kinds = tuple(_kind(point, lengths) for point in self.transpoints)
-            state = self._ready(state, int(lengths.max()) + count, int(lengths.min()), total)
-            if not consume and done == 0:
+            modes = tuple(_layer_mode(point, lengths) for point in self.transpoints)
+            state = self._prepare_cache(state, int(lengths.max()) + count, int(lengths.min()), total)
+            if not donate and done == 0:
                 state = jax.tree.map(jnp.copy, state)
             block = np.full((len(given), BLOCK_STEPS), -1, np.int32)
             block[:, :count] = given[:, done : done + count]
-            tokens, state = _decode_block(
-                self._weights, state, block, keys, sampling.numbers(), count, self.config, kinds, sampling.top_k
-            )
+            options = keys, sampling.as_params(), self._vocab_size
+            static = self.config, modes, sampling.top_k
+            tokens, state = _decode_block(self._weights, state, block, *options, count, *static)
             read[:, done : done + count] = np.asarray(tokens)[:, :count]
             done += count
-            state = self._settle(state)
+            state = self._trim_cache(state)
         return read, state
 
     def _check_schedule(self, state: DecodeState) -> None:
         if state.cache.transpoints != self.transpoints:
             raise ValueError(
                 f"state must come from a decoder with the TransPoints {self.transpoints}, "
-                f"found {state.cache.transpoints}: what it remembers fits no other schedule"
+                f"found {state.cache.transpoints}: a cache fits no other schedule"
             )
 
     def _until_event(self, lengths: np.ndarray) -> int:
-        """Count the steps until the first or the last row comes to a TransPoint."""
+        """Count the steps until the shortest or the longest row reaches a TransPoint."""
         ahead = [point - length for point in self.transpoints for length in (lengths.min(), lengths.max())]
         return int(min((distance for distance in ahead if distance > 0), default=BLOCK_STEPS))
 
-    def _settle(self, state: DecodeState) -> DecodeState:
-        """Drop what the next token does not need."""
-        return self._ready(state, int(state.lengths.max()) + 1, int(state.lengths.min()), None, grow=False)
+    def _trim_cache(self, state: DecodeState) -> DecodeState:
+        """Drop the parts of the cache that the next token does not need."""
+        return self._prepare_cache(state, int(state.lengths.max()) + 1, int(state.lengths.min()), None, grow=False)
 
-    def _ready(self, state: DecodeState, end: int, shortest: int, total: int | None, grow: bool = True) -> DecodeState:
-        """Fit the layers' memories for tokens up to position `end`.
+    def _prepare_cache(
+        self, state: DecodeState, end: int, shortest: int, total: int | None, grow: bool = True
+    ) -> DecodeState:
+        """Prepare the layers' caches for tokens up to position `end`.
 
-        Drop keys and values where the shortest row, of `shortest` tokens, needs them no more, compute the states that
-        are needed, and make room where there is not enough; none is kept for what lies beyond the next TransPoint.
+        Drop keys and values where the shortest row, of `shortest` tokens, needs them no more. Compute the states that
+        are needed. Allocate capacity where there is not enough, none beyond the next TransPoint.
         """
-        room = memory.choose_room(end, total, self.transpoints)
+        capacity = memory.choose_room(end, total, self.transpoints)
         most = min((point for point in self.transpoints if point >= end), default=end)
         empty = state.lengths.max() == 0
         layers = []
@@ -235,7 +264,7 @@ class Decoder:
             attends = shortest < point
             if empty:
                 lazy = self._lazy and end <= point
-                layer = memory.init_layer(self.config, len(state.lengths), min(point, room) * attends, lazy)
+                layer = memory.init_layer(self.config, len(state.lengths), min(point, capacity) * attends, lazy)
                 layer = memory.spread(layer)
             elif layer.state is None and end > point:
                 converted = _convert(self.config, self._model.kernels, self._weights.layers[index], layer)
@@ -245,81 +274,59 @@ class Decoder:
             elif layer.room > min(point, most):
                 layer = memory.resize(layer, min(point, most))
             elif grow and layer.room < min(point, end):
-                layer = memory.resize(layer, min(point, room))
+                layer = memory.resize(layer, min(point, capacity))
             layers.append(layer)
         return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=tuple(layers)))
 
-    def _read_pieces(
-        self, state: DecodeState, prompts: Sequence[Sequence[int]], piece: int, total: int | None, consume: bool
+    def _prefill_chunks(
+        self, state: DecodeState, prompts: Sequence[Sequence[int]], size: int, total: int | None, donate: bool
     ) -> DecodeState:
-        """Read prompts, after rows of one length, `piece` tokens at a time."""
+        """Read prompts, after rows of one length, `size` tokens at a time."""
         start, news = int(state.lengths[0]), np.array([len(prompt) for prompt in prompts])
         seen = np.array(state.seen)
         for row, prompt in enumerate(prompts):
             seen[row, prompt] = True
         state = dataclasses.replace(state, seen=jnp.array(seen))
         total = None if total is None else max(total, start + int(news.max()))
-        for offset in range(0, int(news.max()), piece):
-            # A piece is padded up to a length that other prompts share; padding leaves no trace.
-            width = min(piece, _padded(int(news.max()) - offset))
+        for offset in range(0, int(news.max()), size):
+            # A chunk is padded up to a length that other prompts share; padding leaves no trace.
+            width = min(size, padded_length(int(news.max()) - offset))
             valid = np.clip(news - offset, 0, width).astype(np.int32)
             tokens = np.zeros((len(prompts), width), np.int32)
             for row, prompt in enumerate(prompts):
                 tokens[row, : valid[row]] = prompt[offset : offset + width]
-            state = self._read(state, start + offset, tokens, valid, total, consume or offset > 0)
+            state = self._prefill_chunk(state, start + offset, tokens, valid, total, donate or offset > 0)
         return state
 
-    def _read(
-        self, state: DecodeState, start: int, tokens: np.ndarray, valid: np.ndarray, total: int | None, consume: bool
+    def _prefill_chunk(
+        self, state: DecodeState, start: int, tokens: np.ndarray, valid: np.ndarray, total: int | None, donate: bool
     ) -> DecodeState:
-        """Read one piece of every row, of which `valid` tokens are real."""
+        """Read one chunk of every row, of which `valid` tokens are real."""
         width, fresh = tokens.shape[1], start == 0
-        # What attention reads of the first piece is the piece itself: a cache is only for the tokens that follow.
+        # Attention over the first chunk reads the chunk itself: a cache is only for the tokens that follow.
         shortest = int((state.lengths + valid).min() if fresh else state.lengths.min())
-        state = self._ready(state, start + width, shortest, total)
-        if not consume:
+        state = self._prepare_cache(state, start + width, shortest, total)
+        if not donate:
             state = jax.tree.map(jnp.copy, state)
         splits = tuple(min(max(point - start, 0), width) for point in self.transpoints)
-        state = _read_piece(self._params, state, tokens, jnp.int32(start), valid, self._model, splits, fresh)
-        return self._settle(state)
+        state = _prefill_program(self._params, state, tokens, jnp.int32(start), valid, self._model, splits, fresh)
+        return self._trim_cache(state)
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, name: str = "prompts") -> None:
-    """Refuse no prompts, an empty prompt and a token outside the vocabulary.
-
-    Raises:
-        ValueError: one of these.
-    """
-    if len(prompts) == 0:
-        raise ValueError(f"{name} must hold at least one prompt, found none")
-    for index, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"{name}[{index}] is empty; it needs at least one token")
-        outside = [token for token in prompt if not 0 <= token < vocab_size]
-        if outside:
-            raise ValueError(f"{name}[{index}] has token {outside[0]}, outside the vocabulary 0..{vocab_size - 1}")
-
-
-def _padded(tokens: int) -> int:
-    """Round a number of prompt tokens up: to a power of two where they are few, by a quarter at most where not."""
-    power = max(16, 1 << (tokens - 1).bit_length())
-    return power if power <= _SHORT else memory.bucket(tokens)
-
-
-def _kind(point: int, lengths: np.ndarray) -> Kind:
-    """Tell what a layer does at the next token: "attention", "ssm", or its TransPoint where rows differ."""
+def _layer_mode(point: int, lengths: np.ndarray) -> LayerMode:
+    """Return the mode of a layer with TransPoint `point` at the next token of rows of these lengths."""
     attending = lengths < point
     if attending.all():
-        return "attention"
-    return point if attending.any() else "ssm"
+        return LayerMode(Branch.ATTENTION)
+    return LayerMode(Branch.MIXED, point) if attending.any() else LayerMode(Branch.SSM)
 
 
-_lay_out = jax.jit(decode_step.lay_out, static_argnums=0)
+_pack_weights = jax.jit(decode_step.pack_weights, static_argnums=0)
 _convert = jax.jit(decode_step.convert, static_argnums=(0, 1))
 
 
 @partial(jax.jit, static_argnums=(5, 6, 7), donate_argnums=1)
-def _read_piece(
+def _prefill_program(
     params: Any,
     state: DecodeState,
     tokens: Int[Array, "B T"],
@@ -333,22 +340,23 @@ def _read_piece(
     hidden, layers = model.apply({"params": params}, *arguments, method="extend")
     logits = model.apply({"params": params}, hidden, method="logits")
     logits = jnp.where(valid[:, None] > 0, logits, state.logits)
-    return _spread(state.cache, layers, state.cache.lengths + valid, logits, state.seen)
+    return _placed_state(state.cache, layers, state.cache.lengths + valid, logits, state.seen)
 
 
-@partial(jax.jit, static_argnums=(6, 7, 8), donate_argnums=1)
+@partial(jax.jit, static_argnums=(7, 8, 9), donate_argnums=1)
 def _decode_block(
     weights: Weights,
     state: DecodeState,
     given: Int[Array, "B S"],
     keys: jax.Array | None,
-    numbers: choice.Numbers,
+    params: SamplingParams,
+    vocab_size: Int[Array, ""] | int | None,
     steps: Int[Array, ""] | int,
     config: ModelConfig,
-    kinds: tuple[Kind, ...],
+    modes: tuple[LayerMode, ...],
     top_k: int | None,
 ) -> tuple[Int[Array, "B S"], DecodeState]:
-    """Read `steps` tokens, those that are `given` or else (-1) chosen ones; return them with the state after them."""
+    """Read `steps` tokens, the given ones or (where -1) sampled ones; return them with the state after them."""
     rows, starts, large = jnp.arange(len(given)), state.cache.lengths, state.cache.layers
     # The loop carries what changes with every token; large caches stay outside and are only read.
     moving = tuple(LayerCache(layer.window, layer.state) for layer in large)
@@ -356,15 +364,16 @@ def _decode_block(
 
     def read_one(index: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         tokens, logits, seen, moving, recents = carry
-        chosen = choice.choose(logits, seen, keys, starts + index, numbers, top_k)
-        token = jnp.where(given[:, index] < 0, chosen, given[:, index])
+        allowed = sampler.mask_vocabulary(logits, vocab_size)
+        sampled = sampler.sample(allowed, seen, keys, starts + index, params, top_k)
+        token = jnp.where(given[:, index] < 0, sampled, given[:, index])
         x = embed(config, weights.embedding, token)
         moved, written = [], []
-        for layer_weights, layer, small, recent, kind in zip(
-            weights.layers, large, moving, recents, kinds, strict=True
+        for layer_weights, layer, small, recent, mode in zip(
+            weights.layers, large, moving, recents, modes, strict=True
         ):
             cache = dataclasses.replace(layer, window=small.window, state=small.state)
-            x, cache, recent = decode_step.layer_step(config, layer_weights, x, cache, recent, starts, index, kind)
+            x, cache, recent = decode_step.layer_step(config, layer_weights, x, cache, recent, starts, index, mode)
             moved.append(LayerCache(cache.window, cache.state))
             written.append(recent)
         logits = decode_step.next_logits(config, x, weights.final_norm, weights.embedding, weights.head)
@@ -377,14 +386,14 @@ def _decode_block(
         dataclasses.replace(memory.merge(layer, recent, starts, steps), window=small.window, state=small.state)
         for layer, recent, small in zip(large, recents, moving, strict=True)
     )
-    state = _spread(state.cache, layers, starts + steps, logits, seen)
+    state = _placed_state(state.cache, layers, starts + steps, logits, seen)
     return sharding.constrain(tokens, (None, None)), state
 
 
-def _spread(
+def _placed_state(
     before: Cache, layers: tuple[LayerCache, ...], lengths: Int[Array, "B"], logits: Array, seen: Array
 ) -> DecodeState:
-    """Return the state after a program, where the mesh has its parts: rows and heads apart, lengths everywhere."""
+    """Return the state after a program, sharded over rows and heads, lengths replicated."""
     lengths = sharding.constrain(lengths, (None,))
     cache = dataclasses.replace(before, layers=tuple(map(memory.spread, layers)), lengths=lengths)
     return DecodeState(cache, sharding.constrain(logits, _ROWS), sharding.constrain(seen, _ROWS))

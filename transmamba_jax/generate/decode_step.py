@@ -1,12 +1,13 @@
-"""One token through one layer, from weights laid out for that: the mixer and the MLP with few, large products.
+"""One token through one layer, from weights packed for that: the mixer and the MLP with few, large matmuls.
 
-The equations are those of `mixer.py`, with what a single token does not need left out; the tests hold the two together.
-Time goes into reading the weights, so each is read once: q, k, v and Δ come from one product, both halves of the gated
+The equations are those of `mixer.py` without the parts that a single token does not need; tests hold the two together.
+Time goes into reading the weights, so each is read once: q, k, v and dt come from one matmul, both halves of the gated
 MLP from another, and the gate z is read only where the SSM runs.
 """
 
 import dataclasses
-from typing import Any, TypeAlias
+import enum
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,22 @@ from transmamba_jax.norm import rms_norm
 from transmamba_jax.rotary import rotate
 from transmamba_jax.shapes import Array, Float, Float32, HeadScalar, Int, State
 
-Kind: TypeAlias = int | str
-"""What a layer does at the next token: "attention", "ssm", or its TransPoint, where some rows are before it."""
+
+class Branch(enum.Enum):
+    """Branches of a layer that run for the next token."""
+
+    ATTENTION = "attention"
+    SSM = "ssm"
+    MIXED = "mixed"
+
+
+class LayerMode(NamedTuple):
+    """The branch of a layer at the next token; MIXED: rows before `transpoint` attend, the others read the SSM."""
+
+    branch: Branch
+    transpoint: int = 0
+    """0 unless MIXED, so that layers of one branch share a program."""
+
 
 # Over a mesh, one token's activations are whole on every device but for rows and heads: a gather of so little is short.
 _ROWS = ("rows", None)
@@ -61,7 +76,7 @@ class LayerWeights:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Parameters as a step reads them: each layer's apart, since a slice of a stack is a copy."""
+    """Packed parameters of a model: each layer's apart, since a slice of a stack is a copy."""
 
     embedding: Float[Array, "V D"]
     head: Float[Array, "D V"] | None
@@ -70,8 +85,8 @@ class Weights:
     layers: tuple[LayerWeights, ...]
 
 
-def lay_out(config: ModelConfig, params: Any) -> Weights:
-    """Arrange the parameters of a model."""
+def pack_weights(config: ModelConfig, params: Any) -> Weights:
+    """Pack the parameters of a model for `layer_step`."""
     # Over a mesh: what fsdp cuts is collected once, not at every token; what tensor cuts stays so.
     layer = lambda index: sharding.gather_layer(jax.tree.map(lambda leaf: leaf[index], params["layers"]))
     whole = lambda name: sharding.gather_parameter(name, params[name]).astype(config.dtype)
@@ -79,12 +94,12 @@ def lay_out(config: ModelConfig, params: Any) -> Weights:
         embedding=whole("embedding"),
         head=None if config.tie_embeddings else whole("lm_head"),
         final_norm=params["final_norm"]["scale"],
-        layers=tuple(_lay_out_layer(config, layer(index)) for index in range(config.num_layers)),
+        layers=tuple(_pack_layer(config, layer(index)) for index in range(config.num_layers)),
     )
 
 
-def _lay_out_layer(config: ModelConfig, params: Any) -> LayerWeights:
-    """Arrange the parameters of one block."""
+def _pack_layer(config: ModelConfig, params: Any) -> LayerWeights:
+    """Pack the parameters of one block."""
     mixer = params["mixer"]
     side_by_side = lambda *parts: jnp.concatenate([part["kernel"] for part in parts], axis=1).astype(config.dtype)
     # Over a mesh a device holds some of the columns, or of the rows where heads or an MLP's width come in.
@@ -123,14 +138,14 @@ def layer_step(
     recent: LayerCache,
     starts: Int[Array, "B"],
     index: Int[Array, ""],
-    kind: Kind,
+    mode: LayerMode,
 ) -> tuple[Float[Array, "B D"], LayerCache, LayerCache]:
     """Apply one block to the token at position starts + index of each row and remember it.
 
-    The window and the state move on in `cache`; a key and a value go to place `index` of `recent`.
+    The window and the state advance in `cache`; a key and a value go to slot `index` of `recent`.
     """
     normed = _norm(config, x, weights.norm)
-    mixed, cache, recent = _mix(config, weights, normed, cache, recent, starts, index, kind)
+    mixed, cache, recent = _mix(config, weights, normed, cache, recent, starts, index, mode)
     x = sharding.constrain(x + mixed @ weights.out, _ROWS)
     if weights.mlp is None:
         return x, cache, recent
@@ -146,14 +161,14 @@ def next_logits(
     embedding: Float[Array, "V D"],
     head: Float[Array, "D V"] | None,
 ) -> Float32[Array, "B V"]:
-    """Return the logits of the next token from what the last block gave, accumulated in float32."""
+    """Return the logits of the next token from the output of the last block, accumulated in float32."""
     normed = _norm(config, x, final_norm)
     logits = jnp.matmul(normed, embedding.T if head is None else head, preferred_element_type=jnp.float32)
     return sharding.constrain(logits, _ROWS)
 
 
 def convert(config: ModelConfig, kernels: KernelsConfig, weights: LayerWeights, cache: LayerCache) -> State:
-    """Return the SSM state after the cached tokens: the Memory Converter, from what attention kept.
+    """Return the SSM state after the cached tokens: the Memory Converter on the cached keys and values.
 
     Raises:
         ValueError: the cache has no keys, values or steps.
@@ -177,7 +192,7 @@ def _mix(
     recent: LayerCache,
     starts: Int[Array, "B"],
     index: Int[Array, ""],
-    kind: Kind,
+    mode: LayerMode,
 ) -> tuple[Float[Array, "B HP"], LayerCache, LayerCache]:
     positions = starts + index
     projected = sharding.constrain(x @ weights.inputs, _ROWS)
@@ -196,8 +211,8 @@ def _mix(
     if state is not None:
         state = memory.step_state(state, dt, weights.a, k, v)
     cache = dataclasses.replace(cache, window=taps[:, 1:], state=state)
-    scanned = None if kind == "attention" else _read(config, weights, x, q, v, state)
-    if scanned is not None and kind == "ssm":
+    scanned = None if mode.branch is Branch.ATTENTION else _read(config, weights, x, q, v, state)
+    if scanned is not None and mode.branch is Branch.SSM:
         return scanned, cache, recent
     if config.rotary == "attention":
         q, k = turn(q), turn(k)
@@ -205,9 +220,9 @@ def _mix(
     attended = memory.attend_once(q, cache, recent, starts, index).reshape(x.shape[0], -1)
     if config.attention_norm:
         attended = _norm(config, attended, weights.out_norm)
-    if scanned is None or isinstance(kind, str):
+    if scanned is None:
         return attended, cache, recent
-    return jnp.where((positions < kind)[:, None], attended, scanned), cache, recent
+    return jnp.where((positions < mode.transpoint)[:, None], attended, scanned), cache, recent
 
 
 def _read(
@@ -220,7 +235,9 @@ def _read(
 ) -> Float[Array, "B HP"]:
     """Return the SSM's output at the token after which the state is `state`."""
     if state is None:
-        raise ValueError("cache must hold the SSM state of the tokens before; convert what attention kept first")
+        raise ValueError(
+            "cache must hold the SSM state of the tokens before; convert the keys and values of attention first"
+        )
     y = memory.read_state(state, q)
     if weights.skip is not None:
         y = y + weights.skip[:, None] * v.astype(jnp.float32)

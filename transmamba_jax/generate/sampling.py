@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits."""
+"""Sample the next token from logits: repetition penalty, temperature, top-k, top-p, min-p; and the random keys."""
 
 import dataclasses
 import math
@@ -6,14 +6,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool
 
 from transmamba_jax.shapes import Array, Float32, Int
 
+_LEAST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # normal numbers
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The options, in the order in which they act."""
+    """Options of sampling, in the order in which they are applied."""
 
     repetition_penalty: float | None = None
     """Divide positive logits of tokens that are there already by this, multiply negative ones (arXiv 1909.05858)."""
@@ -28,8 +31,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not self.temperature >= 0 or math.isinf(self.temperature):
+        if not self.temperature >= 0:
             raise ValueError(f"temperature must be >= 0, found {self.temperature}")
+        if self.temperature > _LARGEST:
+            raise ValueError(f"temperature must be a finite float32, found {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be >= 1, found {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -40,13 +45,19 @@ class Sampling:
         if penalty is not None and not (penalty > 0 and math.isfinite(penalty)):
             raise ValueError(f"repetition_penalty must be positive, found {penalty}")
 
-    def numbers(self) -> "Numbers":
-        """Return what a compiled program takes as arguments."""
-        return Numbers(self.temperature or None, self.top_p, self.min_p, self.repetition_penalty)
+    @property
+    def greedy(self) -> bool:
+        """True where the most likely token is taken: also below 1.2e-38, which float32 arithmetic flushes to 0."""
+        return self.temperature < _LEAST
+
+    def as_params(self) -> "SamplingParams":
+        """Return the arguments of a compiled program."""
+        temperature = None if self.greedy else self.temperature
+        return SamplingParams(temperature, self.top_p, self.min_p, self.repetition_penalty)
 
 
-class Numbers(NamedTuple):
-    """The options that may change without compiling again, as long as each stays None or does not."""
+class SamplingParams(NamedTuple):
+    """Options that may change without compiling again, as long as each stays None or stays a number."""
 
     temperature: float | Array | None
     top_p: float | Array | None
@@ -54,7 +65,7 @@ class Numbers(NamedTuple):
     repetition_penalty: float | Array | None
 
 
-def keep_likely(
+def filter_logits(
     logits: Float32[Array, "B V"],
     top_k: int | None = None,
     top_p: float | Array | None = None,
@@ -67,8 +78,9 @@ def keep_likely(
     if top_p is not None:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ordered, axis=-1)
-        # A token stays when the tokens before it do not reach top_p on their own.
-        kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+        # A token stays when the tokens before it do not reach top_p on their own. The first one has none before it.
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        kept = (before < top_p).at[..., 0].set(True)
         threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < threshold, -jnp.inf, logits)
     if min_p is not None:
@@ -77,45 +89,90 @@ def keep_likely(
     return logits
 
 
-def choose(
+def mask_vocabulary(logits: Float32[Array, "*batch V"], vocab_size: int | Array | None) -> Float32[Array, "*batch V"]:
+    """Set the logits of ids >= `vocab_size` to -inf; None: of no id. A padded vocabulary has ids without a token."""
+    if vocab_size is None:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+
+
+def sample(
     logits: Float32[Array, "B V"],
     seen: Bool[Array, "B V"],
     keys: jax.Array | None,
     positions: Int[Array, "B"],
-    numbers: Numbers,
+    params: SamplingParams,
     top_k: int | None,
 ) -> Int[Array, "B"]:
-    """Choose the token of each row at its position.
+    """Sample the token of each row at its position; greedily without a temperature or without keys.
 
-    The randomness of a token is that of its row's key and its position, so that it depends neither on the other rows
-    nor on how the work was cut into calls.
+    The randomness of a token comes from its row's key (of `row_keys`) and its position alone: neither the other rows
+    nor the cutting of the work into calls matters.
     """
-    penalty = numbers.repetition_penalty
+    penalty = params.repetition_penalty
     if penalty is not None:
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if numbers.temperature is None or keys is None:
+    if params.temperature is None or keys is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = keep_likely(logits / numbers.temperature, top_k, numbers.top_p, numbers.min_p)
+    # The largest becomes 0: divided by a small temperature, logits overflow to -inf and never to +inf, whose softmax
+    # is NaN.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / params.temperature
+    logits = filter_logits(logits, top_k, params.top_p, params.min_p)
     keys = jax.vmap(jax.random.fold_in)(keys, positions)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 def row_keys(key: jax.Array | None, rows: int, sampling: Sampling) -> jax.Array | None:
-    """Return one key a row: `key` itself where it has one a row, else `key` folded with the row's number.
+    """Return one threefry key per row, from an array of keys or from one key folded with the row's number.
 
-    None where nothing is sampled.
+    The RBG generators draw other numbers under `vmap` than for each key alone: rows would depend on each other. So the
+    words of a key of another generator are folded into a threefry key.
+
+    Returns:
+        Keys, shape (rows,); None where nothing is sampled.
 
     Raises:
-        ValueError: sampling needs a key and there is none, or its shape fits neither form.
+        ValueError: sampling needs a key and there is none, or it is no random key, or its shape is neither () nor
+            (rows,).
     """
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return None
+    key = _typed(key, sampling.temperature)
+    if key.shape == ():
+        key = fold_rows(key, np.arange(rows))
+    elif key.shape != (rows,):
+        raise ValueError(f"key must be one random key or one per row, shape () or ({rows},), found {key.shape}")
+    return _threefry(key)
+
+
+def fold_rows(key: jax.Array, rows: np.ndarray) -> jax.Array:
+    """Return `jax.random.fold_in(key, row)` of each row, one after another: see `row_keys`."""
+    return jax.lax.map(lambda row: jax.random.fold_in(key, row), jnp.asarray(rows, jnp.int32))
+
+
+def _typed(key: jax.Array | None, temperature: float) -> jax.Array:
     if key is None:
-        raise ValueError(f"temperature={sampling.temperature} samples and needs a random key, found key=None")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.shape == (rows,):
+        raise ValueError(f"temperature={temperature} samples and needs a random key, found key=None")
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise ValueError(f"key must be a random key such as jax.random.key(0), found {key!r}")
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
-    if key.shape != ():
-        raise ValueError(f"key must be one random key or one a row, shape () or ({rows},), found {key.shape}")
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    # The words of an untyped key tell the generator; the two of four words differ in how they fold.
+    unsafe = str(jax.random.key_impl(jax.random.key(0))) == "unsafe_rbg"
+    kinds = {2: "threefry2x32", 4: "unsafe_rbg" if unsafe else "rbg"}
+    words = key.shape[-1] if key.ndim else 0
+    if key.dtype != np.uint32 or words not in kinds:
+        raise ValueError(
+            f"key must be a random key such as jax.random.key(0), found an array of {key.dtype} {list(key.shape)}"
+        )
+    return jax.random.wrap_key_data(jnp.asarray(key), impl=kinds[words])
+
+
+def _threefry(keys: jax.Array) -> jax.Array:
+    if str(jax.random.key_impl(keys)) == "threefry2x32":
+        return keys
+    data = jax.random.key_data(keys)  # uint32 [rows, words]
+    folded = jax.random.wrap_key_data(data[:, :2], impl="threefry2x32")
+    for word in range(2, data.shape[1]):
+        folded = jax.vmap(jax.random.fold_in)(folded, data[:, word])
+    return folded

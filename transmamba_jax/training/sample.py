@@ -1,5 +1,7 @@
 """The samples at the end of a run: pieces of a text, and what the model makes of each."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,8 @@ def sample_text(
         prompts = [tokenizer.encode(piece)[:PROMPT_TOKENS] for piece in _pieces(text)]
         with jax.set_mesh(mesh):
             key = jax.random.fold_in(jax.random.wrap_key_data(jnp.array(key_data), impl=kind), step)
-            rows = generate(model, params, prompts, config.train.sample_tokens, temperature=TEMPERATURE, key=key)
+            options: Any = {"temperature": TEMPERATURE, "key": key, "vocab_size": tokenizer.vocab_size}
+            rows = generate(model, params, prompts, config.train.sample_tokens, **options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
