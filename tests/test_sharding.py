@@ -216,7 +216,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from transmamba_jax import parallel, sharding
 from transmamba_jax.config import MeshConfig
-from transmamba_jax.compile_only.compiler import read_program
+from transmamba_jax.compile_only.program import read_program
 
 mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, context=4, tensor=1))
 

@@ -4,11 +4,13 @@ from typing import Any
 
 import jax
 
+from transmamba_jax.runtime import hardware
+
 Report = dict[str, Any]
 
 PASSES = ("forward", "forward+backward")
-RATES = {"H100": (798e12, 3.0e12), "H200": (788e12, 4.3e12), "A100": (312e12, 2.0e12)}
-"""bfloat16 FLOP/s and bytes/s: H100 and H200 as measured on such machines, A100 from its data sheet."""
+MEASURED = {"NVIDIA H100 80GB HBM3": (798e12, 3.0e12), "NVIDIA H200": (788e12, 4.3e12)}
+"""bfloat16 FLOP/s and bytes/s as measured on such machines; of others the data sheet says."""
 
 PORTABLE = ("associative", "sequential")
 TRITON = "mamba_ssm"
@@ -24,14 +26,16 @@ OVER_CUDNN = 1.02
 
 
 def floor_seconds(operator: str, kind: str, shape: tuple[int, ...], itemsize: int) -> float | None:
-    """Time that traffic or products of a fused kernel take at least; None: unknown device.
+    """Return the time that traffic or matmuls of a fused kernel take at least; None: unknown device.
 
-    SSD: chunks of 64. Causal attention: half of the pairs; its backward pass forms five products where the forward
-    pass forms two.
+    SSD: chunks of 64. Causal attention: half of the pairs; its backward pass does five matmuls, the forward pass
+    two.
     """
-    rates = next((rates for name, rates in RATES.items() if name in jax.devices()[0].device_kind), None)
-    if rates is None or itemsize != 2:
+    device = jax.devices()[0].device_kind
+    if device not in hardware.CHIPS or itemsize != 2:
         return None
+    chip = hardware.CHIPS[device]
+    flops_rate, bytes_rate = MEASURED.get(device, (chip.peak_flops, chip.bandwidth))
     batch, length, heads, p, n = shape
     if operator == "attention":
         costs = [(2 * length * n, itemsize * 4 * n), (5 * length * n, itemsize * 8 * n)]
@@ -41,7 +45,7 @@ def floor_seconds(operator: str, kind: str, shape: tuple[int, ...], itemsize: in
             (2 * 64 * (3 * n + 2 * p) + 10 * n * p, itemsize * (3 * p + 4 * n) + 8),
         ]
     passes = costs[: PASSES.index(kind) + 1]
-    return batch * length * heads * sum(max(flops / rates[0], moved / rates[1]) for flops, moved in passes)
+    return batch * length * heads * sum(max(flops / flops_rate, moved / bytes_rate) for flops, moved in passes)
 
 
 def ours(report: Report) -> dict[str, float]:

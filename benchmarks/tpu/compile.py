@@ -41,8 +41,7 @@ from benchmarks.tpu import program as tpu_program
 from pallas_kernels import target
 from pallas_kernels.ssd import ssd
 from pallas_kernels.ssd.pallas_tpu.block_sizes import CHUNK, LANES, choose_chunk
-from transmamba_jax.compile_only import compiler
-from transmamba_jax.training import metrics
+from transmamba_jax.runtime import hardware
 
 PASSES = ("forward", "forward+backward")
 SHAPES = ((2, 8192, 16, 96, 96), (8, 8192, 16, 64, 64), (1, 32768, 16, 64, 128), (1, 131072, 16, 96, 96))
@@ -69,7 +68,7 @@ class Chip:
 
 
 CHIPS = {
-    name: Chip(topology, metrics.PEAK_FLOPS[kind], compiler.CHIPS[kind].bandwidth, edge)
+    name: Chip(topology, hardware.CHIPS[kind].peak_flops, hardware.CHIPS[kind].bandwidth, edge)
     for name, topology, kind, edge in (
         ("v5e", "v5e:2x2", "TPU v5 lite", 128),
         ("v5p", "v5p:2x2x1", "TPU v5", 128),

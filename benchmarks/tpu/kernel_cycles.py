@@ -34,7 +34,8 @@ from benchmarks.tpu import compile as tpu_compile
 from pallas_kernels.causal_conv1d.pallas_tpu import causal_conv1d
 from pallas_kernels.ssd import ssd, ssd_state
 from transmamba_jax import attention
-from transmamba_jax.compile_only import compiler
+from transmamba_jax.compile_only.program import read_program
+from transmamba_jax.runtime import hardware
 
 RESULTS = Path(__file__).parents[1] / "results" / "kernel_cycles.json"
 ROWS, LENGTH, HEADS, WIDTH = 2, 8192, 16, 96
@@ -64,12 +65,12 @@ def count(chip: str, folder: Path) -> dict[str, dict[str, float]]:
     operands = array(wide, half), array(narrow, full), array((HEADS,), full), array(wide, half), array(wide, half)
     text = jax.jit(gradients).lower(*operands).compile().as_text()
     found = {}
-    for name, (_, flops, _) in sorted(compiler.read_program(text).kernels.items()):
+    for name, (_, flops, _) in sorted(read_program(text).kernels.items()):
         (schedule,) = folder.glob(f"*-{name}.*-final_hlo-static-per-bundle-utilization.txt")
         (program,) = folder.glob(f"*-{name}.*-post-delay-converter.txt")
         block = int(re.search(r"block_q\W+(\d+)", text)[1])  # type: ignore[index]
         cycles, every = _cycles(schedule, program, LENGTH // block if name.startswith("splash") else None)
-        share = flops / cycles / compiler.CHIPS[device.device_kind].matrix
+        share = flops / cycles / hardware.CHIPS[device.device_kind].flops_per_cycle
         short = re.sub(r"^(transpose_)?(jvp_)?|_+$", "", name)
         found[short] = {"cycles": cycles, "with_every_cell": every, "flops": flops, "of_peak": share}
     return found

@@ -36,6 +36,7 @@ from benchmarks.tpu import compile as tpu_compile
 from benchmarks.tpu import kernel_cycles
 from transmamba_jax import config_io, schedule
 from transmamba_jax.compile_only import compiler
+from transmamba_jax.runtime import hardware
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "paper_compile.jsonl"
@@ -76,7 +77,7 @@ def compile_row(
             raise
         return None
     found = compiler.estimate(config, compiled, mesh)
-    memory = compiler.CHIPS[mesh.devices.flat[0].device_kind].memory
+    memory = hardware.CHIPS[mesh.devices.flat[0].device_kind].memory
     if found.needed > memory:
         return None
     used = resource.getrusage(resource.RUSAGE_SELF)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from transmamba_jax import sharding
-from transmamba_jax.compile_only.compiler import EXIT_DOES_NOT_FIT, read_program, topology_devices
+from transmamba_jax.compile_only.compiler import EXIT_DOES_NOT_FIT, topology_devices
+from transmamba_jax.compile_only.program import read_program
 from transmamba_jax.config import MeshConfig
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,20 @@ def test_a_mesh_may_split_an_axis_of_the_torus() -> None:
 
 
 def test_a_program_counts_its_loops_as_often_as_they_run() -> None:
-    hlo = """
+    hlo = """HloModule jit_step
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%fused (p: f32[8]) -> f32[8] {
+  ROOT %negate = f32[8]{0} negate(%p)
+}
+
+%c (p: (s32[], f32[8,4])) -> pred[] {
+  ROOT %unknown = pred[] compare(%i, %j), direction=LT
+}
+
 %body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %g = f32[16,4]{1,0} all-gather(%x), dimensions={0}
   %s = (bf16[8], bf16[32]) all-gather-start(%y), dimensions={0}

@@ -5,12 +5,9 @@ The step, its shardings and kernels are those of a run; the TPU's own compiler (
 """
 
 import dataclasses
-import json
 import math
 import os
-import re
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +17,15 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from transmamba_jax import data, sharding
+from transmamba_jax.compile_only.program import Program, read_program
 from transmamba_jax.config import Config
 from transmamba_jax.model import TransMamba
-from transmamba_jax.training.metrics import flops_per_token, peak_flops
+from transmamba_jax.runtime import hardware
+from transmamba_jax.training.metrics import flops_per_token
 from transmamba_jax.training.optimizer import make_optimizer
 from transmamba_jax.training.step import abstract_batch, abstract_state, make_train_step
 
 EXIT_DOES_NOT_FIT = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a data sheet says of one chip."""
-
-    memory: float
-    """Bytes."""
-    bandwidth: float
-    """Bytes per second, to its memory."""
-    links: float
-    """Bytes per second, to other chips, all links together and one direction."""
-    matrix: int
-    """FLOPs of the matrix units in one clock cycle."""
-
-
-# Google Cloud's pages of the TPU versions. Interchip bandwidth is given there in Gbit/s and for both directions.
-CHIPS = {
-    "TPU v4": Chip(32 * 2**30, 1228e9, 2400e9 / 8 / 2, 2**18),
-    "TPU v5 lite": Chip(16 * 2**30, 819e9, 1600e9 / 8 / 2, 2**17),
-    "TPU v5": Chip(95 * 2**30, 2765e9, 4800e9 / 8 / 2, 2**18),
-    "TPU v6 lite": Chip(32 * 2**30, 1638e9, 3584e9 / 8 / 2, 2**19),
-}
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-
-# Products over query and key channels and over value channels that the kernels of jax's splash attention do for every
-# pair of tokens; they carry no estimates.
-_SPLASH = {"splash_mha_fwd": (1, 1), "splash_mha_dkv": (2, 2), "splash_mha_dq": (2, 1)}
-
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What a compiled program does on one device, a loop's body as often as it runs."""
-
-    collectives: dict[str, tuple[int, float]]
-    """Kind -> how many are run, and the bytes of their results."""
-    cycles: float
-    """Clock cycles of the operations, as the TPU's compiler estimates them; kernels have none."""
-    kernels: dict[str, tuple[int, float, float]]
-    """Name of a Pallas kernel -> how many are run, their FLOPs and bytes by the estimates that they carry."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +123,7 @@ def _token_bytes(config: Config) -> np.ndarray:
 def estimate(config: Config, compiled: Any, mesh: Mesh) -> Estimate:
     """Read off the compiled step what it needs of one device, and how long it takes there at least."""
     device = mesh.devices.flat[0]
-    chip, peak = CHIPS.get(device.device_kind), peak_flops([device])
+    chip = hardware.CHIPS.get(device.device_kind)
     memory = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     together = kept + memory.temp_size_in_bytes
@@ -176,15 +132,17 @@ def estimate(config: Config, compiled: Any, mesh: Mesh) -> Estimate:
     model_flops = flops_per_token(config.model, config.data.seq_len, config.kernels.chunk_size) * tokens / mesh.size
     program = read_program(compiled.as_text())
     bounds, predicted = {}, math.nan
-    if chip is not None and peak is not None:
+    if chip is not None:
         bounds = {
-            "FLOPs": model_flops / peak,
+            "FLOPs": model_flops / chip.peak_flops,
             # Arguments and results move once, what lies in between is written and read.
             "memory": (together + memory.alias_size_in_bytes + memory.temp_size_in_bytes) / chip.bandwidth,
             "links": sum(size for _, size in program.collectives.values()) / chip.links,
         }
-        kernels = sum(max(flops / peak, size / chip.bandwidth) for _, flops, size in program.kernels.values())
-        predicted = max(program.cycles * chip.matrix / peak + kernels, bounds["links"])
+        kernels = sum(
+            max(flops / chip.peak_flops, size / chip.bandwidth) for _, flops, size in program.kernels.values()
+        )
+        predicted = max(program.cycles * chip.flops_per_cycle / chip.peak_flops + kernels, bounds["links"])
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     return Estimate(arguments, temporaries, needed, model_flops, program, bounds, predicted)
 
@@ -192,7 +150,7 @@ def estimate(config: Config, compiled: Any, mesh: Mesh) -> Estimate:
 def _report(config: Config, compiled: Any, mesh: Mesh) -> int:
     """Print the compiler's figures beside our own, per device."""
     found, cost = estimate(config, compiled, mesh), compiled.cost_analysis()
-    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+    chip = hardware.CHIPS.get(mesh.devices.flat[0].device_kind)
     gib = lambda count: f"{count / 2**30:.3f} GiB"
     limit = f" of {gib(chip.memory)}" if chip else ""
     parts = f"arguments {gib(found.arguments)}, temporaries {gib(found.temporaries)}"
@@ -236,96 +194,3 @@ def _advice(config: Config) -> str:
         "give more of the mesh to --mesh.fsdp, to --mesh.context for long rows or --mesh.tensor for wide layers"
     )
     return "; or ".join(options)
-
-
-def read_program(hlo: str) -> Program:
-    """Add up what a compiled program does, from its text.
-
-    A loop's body counts as often as it runs: by the compiler's own count, or (the TPU's prints none) by the constant
-    that its condition compares the counter with; where neither is there, once.
-    """
-    bodies: dict[str, list[str]] = defaultdict(list)
-    entry, name = "", ""
-    for line in hlo.splitlines():
-        if line.endswith("{") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) ", line)):
-            name = header[2]
-            entry = name if header[1] else entry
-        elif line.startswith(" "):
-            bodies[name].append(line)
-    collectives: dict[str, tuple[int, float]] = {}
-    kernels: dict[str, tuple[int, float, float]] = {}
-    cycles = 0.0
-
-    def visit(computation: str, times: int) -> None:
-        nonlocal cycles
-        for line in bodies[computation]:
-            operation = re.search(r"= (.*?) ([a-z][\w\-]*)\(", line)
-            if operation is None:
-                continue
-            kind = operation[2].removesuffix("-start")
-            if kind in COLLECTIVES and not _alone(line):
-                count, size = collectives.get(kind, (0, 0.0))
-                collectives[kind] = count + times, size + times * _result_bytes(operation[1], operation[2])
-            if estimated := re.search(r'"estimated_cycles":"(\d+)"', line):
-                cycles += times * int(estimated[1])
-            if 'custom_call_target="tpu_custom_call"' in line:
-                called, flops, size = _kernel(line)
-                before = kernels.get(called, (0, 0.0, 0.0))
-                kernels[called] = before[0] + times, before[1] + times * flops, before[2] + times * size
-            trips = _trips(line, bodies) if operation[2] == "while" else 1
-            for called in re.findall(r"(?:body|calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
-                visit(called, times * trips)
-
-    visit(entry, 1)
-    return Program(collectives, cycles, kernels)
-
-
-def _alone(line: str) -> bool:
-    """Tell whether a collective is among groups of one device, as a sum over no axis of the mesh is: nothing moves.
-
-    Groups are written as a list of devices, as [groups,devices of one]<=..., or (jax 0.12) by axes of a mesh.
-    """
-    if by_axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", by_axes[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", by_axes[2])) == 1
-    groups = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{(\d+(?:,\d+)*)\})", line)
-    return groups is not None and (groups[1] or str(len(groups[2].split(",")))) == "1"
-
-
-def _trips(line: str, bodies: dict[str, list[str]]) -> int:
-    """Count the turns of a while loop that starts at 0, as `jax.lax.scan` makes them."""
-    if known := re.search(r"known_trip_count\D*(\d+)", line):
-        return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", line)
-    lines = bodies[condition[1]] if condition else []
-    ends = [found[1] for text in lines if (found := re.search(r"= s32\[\]\S* constant\((\d+)\)", text))]
-    return int(ends[0]) if len(ends) == 1 and any("direction=LT" in text for text in lines) else 1
-
-
-def _kernel(line: str) -> tuple[str, float, float]:
-    """Return name, FLOPs and bytes of a Pallas kernel: its own estimate, or for causal attention ours."""
-    name = re.sub(r"\.\d+$", "", re.match(r"\s*(?:ROOT )?%?([\w.\-]+)", line)[1])  # type: ignore[index]
-    if given := re.search(r'"cost_estimate":(\{[^{}]*\})', line):
-        cost = json.loads(given[1])
-        return name, float(cost["flops"]), float(cost["bytes_accessed"])
-    results, _, rest = line.partition(" custom-call(")
-    operands = rest.partition("operand_layout_constraints=")[2].partition("}}")[0]
-    moved = _result_bytes(results, "custom-call") + _result_bytes(operands, "custom-call")
-    products = next((found for start, found in _SPLASH.items() if name.startswith(start)), None)
-    if products is None:
-        return name, 0.0, moved
-    q, _, v = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", operands)[:3]
-    *pairs, width = map(int, q.split(","))  # rows, heads, tokens
-    value_width = int(v.rpartition(",")[2])
-    return name, float(math.prod(pairs) * pairs[-1] * (products[0] * width + products[1] * value_width)), moved
-
-
-def _result_bytes(shapes: str, operation: str) -> float:
-    """Count the bytes of an instruction's result; of a `-start` pair (operand, result, ...) the second counts."""
-    sizes = []
-    for dtype, dims in re.findall(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", shapes):
-        bits = _BITS.get(dtype) or int((re.search(r"\d+", dtype) or ["8"])[0])
-        sizes.append(math.prod(int(dim) for dim in dims.split(",") if dim) * bits / 8)
-    if operation.endswith("-start") and len(sizes) > 1:
-        return max(sizes) if "all-gather" in operation else sizes[len(sizes) // 2]
-    return sum(sizes)

@@ -17,6 +17,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from transmamba_jax import schedule
 from transmamba_jax.config import Config, ModelConfig
+from transmamba_jax.runtime import hardware
 
 Record = dict[str, Any]
 
@@ -28,19 +29,6 @@ TIMING = (
     "peak_memory_bytes",
 )
 """Fields of a training line that depend on the machine and not on the run."""
-
-# Dense bf16 FLOP/s of one device by the maker's data sheet.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, chunk_size: int) -> float:
@@ -73,13 +61,6 @@ def flops_per_token(config: ModelConfig, seq_len: int, chunk_size: int) -> float
     return 3 * total
 
 
-def peak_flops(devices: list[jax.Device]) -> float | None:
-    """Return the bf16 peak of the devices together, or None where it is not known."""
-    peaks = [PEAK_FLOPS.get(device.device_kind) for device in devices]
-    known = [peak for peak in peaks if peak is not None]
-    return sum(known) if len(known) == len(peaks) else None
-
-
 def peak_memory_bytes() -> int:
     """Return the most memory that a local device has held; on a CPU, the most that this process has held."""
     stats = [device.memory_stats() for device in jax.local_devices()]
@@ -97,7 +78,7 @@ class Throughput:
         """Make a clock that stands still until `resume`."""
         self._tokens = config.data.batch_size * config.data.seq_len
         self._flops = flops_per_token(config.model, config.data.seq_len, config.kernels.chunk_size)
-        self._peak = peak_flops(devices)
+        self._peak = hardware.peak_flops(devices)
         self._steps, self._seconds = 0, 0.0
         self._since: float | None = None
 
