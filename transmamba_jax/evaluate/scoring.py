@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from transmamba_jax import cache, data, sharding
+from transmamba_jax import cache, data
 from transmamba_jax.checkpoint import command_options
 from transmamba_jax.generate.decode import Decoder
 from transmamba_jax.generate.prompts import check_prompt
-from transmamba_jax.generate.sampling import Sampling, fold_rows, mask_vocabulary
+from transmamba_jax.generate.sampling import Sampling, fold_rows
 from transmamba_jax.generate.streaming import stream
 from transmamba_jax.generate.text import TextStream
 from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import serving_mesh
+from transmamba_jax.runtime.token_loss import chunked_log_likelihoods
 from transmamba_jax.shapes import Array, Float32, Int, SegmentIds
 
 BLOCK_STEPS = 16
@@ -48,28 +48,10 @@ def token_scores(
 
     Logits exist for `chunk` tokens of a device at a time, in float32.
     """
-    targets = tokens[:, 1:]
     inputs = {} if segment_ids is None else {"segment_ids": segment_ids[:, :-1]}
     hidden = model.apply({"params": params}, tokens[:, :-1], **inputs, method="hidden")
-    rows, time = targets.shape
-    held = rows // sharding.parts("rows", rows)
-    width = min(max(chunk // held, 1), time)
-    count = math.ceil(time / width)
-
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, count * width - time)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(rows, count, width, *x.shape[2:]), 1, 0)
-
-    def score(part: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden, targets = part
-        logits = model.apply({"params": params}, hidden, method="logits")
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        likeliest = jnp.argmax(mask_vocabulary(logits, vocab_size), axis=-1)
-        return picked - jax.nn.logsumexp(logits, axis=-1), likeliest == targets
-
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, count * width)[:, :time]
-    scores, likeliest = jax.lax.map(score, (cut(hidden), cut(targets)))
-    return join(scores), join(likeliest)
+    logits = lambda part: model.apply({"params": params}, part, method="logits")
+    return chunked_log_likelihoods(logits, hidden, tokens[:, 1:], chunk, vocab_size)
 
 
 def windows(context: Sequence[int], tokens: Sequence[int], length: int) -> list[tuple[list[int], list[int]]]:

@@ -8,7 +8,6 @@ The weight of a token is 1, or 0 where its target belongs to another document or
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from transmamba_jax import sharding
 from transmamba_jax.config import Config
-from transmamba_jax.shapes import Array, Float, Float32, Hidden, Int
+from transmamba_jax.runtime.token_loss import chunked_cross_entropy
+from transmamba_jax.shapes import Array, Float32, Int
 from transmamba_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 Batch = dict[str, jax.Array]  # "tokens" int32 [B, T+1], and "segment_ids" of the same shape where rows are packed
@@ -102,56 +102,6 @@ def token_weights(batch: Batch) -> Float32[Array, "B T"]:
         return jnp.ones(batch["tokens"][:, 1:].shape, jnp.float32)
     ids = batch["segment_ids"]
     return ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != 0)).astype(jnp.float32)
-
-
-def chunked_cross_entropy(
-    logits: Callable[[Any, Float[Array, "B Q D"]], Float32[Array, "B Q V"]],
-    head: Any,
-    hidden: Hidden,
-    targets: Int[Array, "B T"],
-    weights: Float32[Array, "B T"],
-    chunk: int,
-) -> tuple[Float32[Array, ""], tuple[Any, Hidden]]:
-    """Sum weighted cross-entropies in nats; return the sum and its gradients by `head` and `hidden`.
-
-    `logits` takes the head's parameters and hidden states. Those of at most `chunk` tokens of a device exist at a time,
-    at least one token of every row and of every part of it where devices split time: chunks are cut along time within
-    those parts. A chunk's gradients are taken at once, while its logits are there: nothing is computed twice, as it
-    would be by differentiating the sum. Over a mesh the gradient of the head is summed over devices chunk by chunk, so
-    that many small chunks are many large sums. Accumulates in float32.
-    """
-
-    @partial(jax.value_and_grad, argnums=(0, 1))
-    def summed(head: Any, hidden: Array, targets: Array, weights: Array) -> Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits(head, hidden), targets)
-        return jnp.sum(losses * weights)
-
-    rows, time = targets.shape
-    shards = sharding.parts("spread_time", time)
-    part = time // shards
-    held = rows // sharding.parts("rows", rows)
-    count = math.ceil(part / max(chunk // held, 1))
-    if count == 1:
-        return summed(head, hidden, targets, weights)
-    width = math.ceil(part / count)
-
-    def cut(x: Array) -> Array:
-        x = x.reshape(rows, shards, part, *x.shape[2:])
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, count * width - part)) + ((0, 0),) * (x.ndim - 3))  # weight 0
-        x = jnp.moveaxis(x.reshape(rows, shards, count, width, *x.shape[3:]), 2, 0)
-        return x.reshape(count, rows, shards * width, *x.shape[4:])
-
-    def join(x: Array) -> Array:
-        x = jnp.moveaxis(x.reshape(count, rows, shards, width, *x.shape[3:]), 0, 2)
-        return x.reshape(rows, shards, count * width, *x.shape[4:])[:, :, :part].reshape(rows, time, *x.shape[4:])
-
-    def body(sums: tuple[Array, Any], xs: tuple[Array, Array, Array]) -> tuple[tuple[Array, Any], Array]:
-        loss, (dhead, dhidden) = summed(head, *xs)
-        return jax.tree.map(jnp.add, sums, (loss, dhead)), dhidden
-
-    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, head)
-    (loss, dhead), dhidden = jax.lax.scan(body, zeros, (cut(hidden), cut(targets), cut(weights)))
-    return loss, (dhead, join(dhidden))
 
 
 def _loss_and_gradient(
