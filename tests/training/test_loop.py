@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import signal
+import threading
 from pathlib import Path
 
 import jax
@@ -223,6 +225,65 @@ def test_bfloat16_weights_train_in_float32_from_the_start_and_from_a_converted_c
         )
 
 
+TEXTS = [f"document {index} of a small text\n" * 4 for index in range(40)]
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [TEXTS, [text.encode() for text in TEXTS], [list(text.encode()) for text in TEXTS], np.ones((40, 120), np.int64)],
+    ids=["str", "bytes", "ids", "array"],
+)
+def test_a_program_trains_its_documents(make, documents):
+    settings = make(train={"steps": 4}, eval={"every": 4, "windows": 0}, checkpoint={"every": 0})
+    fit = lambda config, documents: tm.train(config, model=Little(config.model), documents=documents)
+    assert fit(settings, documents) == 0
+    (held_out,) = [line for line in _lines(settings) if "eval/loss" in line]
+    chosen = [
+        np.asarray(documents[index] if isinstance(documents, np.ndarray) else list(TEXTS[index].encode()))
+        for index in (9, 29)
+    ]
+    stream = np.concatenate([np.append(each, 0) for each in chosen])
+    assert held_out["eval/tokens"] == (len(stream) - 1) // 12 * 12
+    given = data.give_documents(settings.data, settings.workdir, documents)
+    rows = data.eval_batches(given, data.load_tokenizer("bytes"), 0, 1)
+    np.testing.assert_array_equal(rows[3]["tokens"][0], stream[36:49])
+    longer = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=6))
+    assert fit(longer, documents) == 0
+    assert [line["step"] for line in _lines(settings) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(ValueError, match=r"documents: saved 36, now 18.*--checkpoint\.partial True"):
+        fit(dataclasses.replace(longer, train=dataclasses.replace(longer.train, steps=7)), documents[:20])
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ("one text", "documents must be a sequence of documents, found one str"),
+        (iter(TEXTS), r"found list_iterator; list\(\.\.\.\) makes one of an iterator"),
+        ([3, 4] * 20, "document 0 of split 'train' .* must be str, bytes or a list of token ids, found int"),
+        ([[0.5]] * 40, r"list of token ids, found list of float64 \[1\]"),
+        ([[1, 256]] * 40, "token ids from 1 to 256, but those of data.tokenizer 'bytes' are 0 to 255"),
+        ([[-1]] * 40, "token ids from -1 to -1"),
+        (TEXTS[:5], r"too few documents for a non-empty 'validation' split .* with --eval.every 0"),
+        ([], "has too few documents for a non-empty 'train' split"),
+    ],
+)
+def test_documents_that_are_none_are_refused(make, documents, message):
+    with pytest.raises(ValueError, match=message):
+        tm.train(make(eval={"every": 5 if documents else 0}), model=Little(make().model), documents=documents)
+
+
+def test_training_works_in_another_thread_and_says_that_signals_do_not_stop_it_there(make, capsys):
+    settings, codes = make(train={"steps": 3}, eval={"every": 0}), []
+    thread = threading.Thread(target=lambda: codes.append(train(settings)))
+    before = signal.getsignal(signal.SIGTERM)
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "not in the main thread: SIGTERM and Ctrl-C do not save and stop this run" in capsys.readouterr().out
+    assert _steps(settings) == [3]
+
+
 def test_a_run_that_lost_its_lock_saves_nothing_more(make, monkeypatch):
     settings = make(checkpoint={"every": 2}, eval={"every": 0})
     lock, original, batches = Path(settings.workdir) / run_lock.FILE, data.BatchIterator.__next__, []
@@ -276,7 +337,7 @@ def test_the_command_line_refuses_with_a_message(capsys, tmp_path):
     assert command.main([]) == 2
     error = capsys.readouterr().err
     assert "--config is required" in error
-    assert "configs/" in error
+    assert "\n  tiny\n" in error
     assert command.main(["--config", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml" in capsys.readouterr().err
     bad = tmp_path / "bad.yaml"

@@ -13,7 +13,7 @@ from transmamba_jax.training.preemption import Preemption
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_to_stop_and_the_handlers_come_back(number, capsys):
+def test_a_signal_asks_to_stop_and_the_handlers_come_back(number, caplog):
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
     threads = threading.active_count()
     with Preemption() as preemption:
@@ -23,7 +23,7 @@ def test_a_signal_asks_to_stop_and_the_handlers_come_back(number, capsys):
     assert {each: signal.getsignal(each) for each in before} == before
     assert signal.set_wakeup_fd(-1) == -1
     assert threading.active_count() == threads
-    assert f"{signal.Signals(number).name}: saving and stopping" in capsys.readouterr().err
+    assert f"{signal.Signals(number).name}: saving and stopping" in caplog.text
 
 
 def test_other_signals_do_not_stop_the_run():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transmamba_jax.data.byte_models import baselines
+    from transmamba_jax.data.given import give_documents
     from transmamba_jax.data.pipeline import BatchIterator, eval_batches, held_out_text, train_batches, training_text
     from transmamba_jax.data.registry import register_source
     from transmamba_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_from_json
@@ -16,6 +17,7 @@ _MODULES = {
     "baselines": "byte_models",
     "BatchIterator": "pipeline",
     "eval_batches": "pipeline",
+    "give_documents": "given",
     "held_out_text": "pipeline",
     "train_batches": "pipeline",
     "training_text": "pipeline",
@@ -32,6 +34,7 @@ __all__ = [
     "baselines",
     "check_vocabulary",
     "eval_batches",
+    "give_documents",
     "held_out_text",
     "load_tokenizer",
     "register_source",

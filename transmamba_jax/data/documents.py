@@ -1,7 +1,13 @@
 """Documents: a random-access sequence of UTF-8 texts, whichever source they come from."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
+
+from transmamba_jax.config import DataConfig
+from transmamba_jax.data.tokenizers import Tokenizer, load_tokenizer
 
 _SIGNATURES = {
     b"\x1f\x8b": "gzip: unpack it with gunzip",
@@ -74,11 +80,34 @@ class LazyDocuments(Documents):
         return {**self.__dict__, "_reader": None}
 
 
-class GivenDocuments(Documents):
-    """Documents that a program gives: any sequence of str or UTF-8 bytes."""
+class TokenDocument(bytes):
+    """A document of token ids, int32 [T]; its bytes are the text that they decode to."""
 
-    def __init__(self, documents: Sequence[str | bytes], name: str):
-        """Keep the sequence; `name` stands for it in messages.
+    ids: np.ndarray
+
+    def __new__(cls, text: bytes, ids: np.ndarray) -> "TokenDocument":
+        """Keep both."""
+        document = super().__new__(cls, text)
+        document.ids = ids
+        return document
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle both."""
+        return TokenDocument, (bytes(self), self.ids)
+
+
+def encode_document(tokenizer: Tokenizer, document: bytes) -> np.ndarray:
+    """Return the ids of a document and the end-of-document id, int32 [T]; ids that are given stay as they are."""
+    if isinstance(document, TokenDocument):
+        return np.append(document.ids, np.int32(tokenizer.end_of_document))
+    return tokenizer.encode_document(document)
+
+
+class GivenDocuments(Documents):
+    """Documents that a program gives: any sequence of str, UTF-8 bytes or token ids."""
+
+    def __init__(self, documents: Any, name: str, config: DataConfig):
+        """Keep the sequence; `name` stands for it in messages, and token ids are those of the config's tokenizer.
 
         Raises:
             ValueError: it is one text, or has no length or no items by number.
@@ -91,7 +120,7 @@ class GivenDocuments(Documents):
                 f"{name} must be a sequence of documents, with len(documents) and documents[i], found "
                 f"{type(documents).__name__}; list(...) makes one of an iterator"
             )
-        self._documents, self._name = documents, name
+        self._documents, self._name, self._config = documents, name, config
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -107,9 +136,25 @@ class GivenDocuments(Documents):
                 return document.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise ValueError(f"{self.where(index)} is no Unicode text: {error.reason} at {error.start}") from None
-        if not isinstance(document, bytes):
-            raise ValueError(f"{self.where(index)} must be str or bytes, found {type(document).__name__}")
-        return document
+        return document if isinstance(document, bytes) else self._read_ids(index, document)
+
+    def _read_ids(self, index: int, document: Any) -> TokenDocument:
+        ids = np.asarray(document)
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise ValueError(
+                f"{self.where(index)} must be str, bytes or a list of token ids, found {type(document).__name__}"
+                + (f" of {ids.dtype} {list(ids.shape)}" if ids.ndim else "")
+            )
+        if ids.size and not 0 <= ids.min() <= ids.max() < self._tokenizer.vocab_size:
+            raise ValueError(
+                f"{self.where(index)} has token ids from {ids.min()} to {ids.max()}, but those of data.tokenizer "
+                f"{self._config.tokenizer!r} are 0 to {self._tokenizer.vocab_size - 1}; name the one that made them"
+            )
+        return TokenDocument(self._tokenizer.decode(ids.tolist()).encode("utf-8"), ids.astype(np.int32))
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self._config.tokenizer, self._config.end_of_document)
 
 
 def take(documents: Documents, max_bytes: int, stride: int = 1) -> Iterator[bytes]:

@@ -27,7 +27,7 @@ from grain.experimental import (
 )
 
 from transmamba_jax.config import DataConfig
-from transmamba_jax.data.documents import Documents, take
+from transmamba_jax.data.documents import Documents, encode_document, take
 from transmamba_jax.data.sources import open_documents
 from transmamba_jax.data.tokenizers import Tokenizer
 
@@ -251,7 +251,7 @@ def _batches(
 
 
 def _encode(tokenizer: Tokenizer, document: bytes) -> Batch:
-    return {"tokens": tokenizer.encode_document(document)}
+    return {"tokens": encode_document(tokenizer, document)}
 
 
 def _cut(length: int, packed: Batch) -> Batch:
@@ -290,7 +290,7 @@ def _check(documents: Documents, config: DataConfig, tokenizer: Tokenizer, strea
     for document in take(documents, CHECKED_BYTES):
         bytes_read += len(document) + 1
         if tokens <= config.seq_len:
-            tokens += len(tokenizer.encode_document(document))
+            tokens += len(encode_document(tokenizer, document))
             bytes_encoded = bytes_read
     _require_row(tokens, config, split)
     return max(1, min(WINDOW_BYTES, bytes_read) * tokens // bytes_encoded)
@@ -316,7 +316,7 @@ def eval_batches(config: DataConfig, tokenizer: Tokenizer, windows: int, batch_s
     Raises:
         ValueError: the source cannot be read or is too short for one window.
     """
-    documents = [tokenizer.encode_document(document) for document in _held_out(config)]
+    documents = [encode_document(tokenizer, document) for document in _held_out(config)]
     stream = np.concatenate(documents)
     _require_row(len(stream), config, config.eval_split)
     count = (len(stream) - 1) // config.seq_len

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transmamba_jax.config import DataConfig
 
-Opener = Callable[["DataConfig", str, str], Sequence[str | bytes]]
+Opener = Callable[["DataConfig", str, str], Sequence[str | bytes | Sequence[int]]]
 """(config, the part of data.source after the colon, split) -> documents."""
 
 
@@ -30,6 +30,7 @@ _SOURCES = {
     "text": _Source("text:<glob>", "text_files:open_text"),
     "tfds": _Source("tfds:<name>[/config][:version]", "tfds_source:open_tfds"),
     "array_record": _Source("array_record:<glob>", "records:open_records"),
+    "documents": _Source("documents:<name>", "given:open_given"),
 }
 _BUILT_IN = frozenset(_SOURCES)
 
@@ -39,9 +40,10 @@ def register_source(name: str, opener: Opener) -> None:
 
     `opener(config, rest, split)` gets the `DataConfig`, the part of `data.source` after the colon ("" without one) and
     the split that is asked for (`data.train_split` or `data.eval_split`). It returns a sequence: `len(documents)` and
-    `documents[i]`, a str or UTF-8 bytes, the same for the same i every time. The pipeline shuffles, packs and resumes
-    it as any other source. With `data.num_workers` > 0 it must be picklable, and each process of a run on several hosts
-    has to register it. To refuse a split, raise a ValueError that says which ones there are.
+    `documents[i]`, a str, UTF-8 bytes or a list of token ids, the same for the same i every time. The pipeline
+    shuffles, packs and resumes it as any other source. With `data.num_workers` > 0 it must be picklable, and each
+    process of a run on several hosts has to register it. To refuse a split, raise a ValueError that says which ones
+    there are.
 
         >>> from transmamba_jax.config import DataConfig
         >>> from transmamba_jax.data import load_tokenizer, register_source, train_batches

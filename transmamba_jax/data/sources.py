@@ -20,7 +20,7 @@ def open_documents(config: DataConfig, split: str) -> Documents:
     name, _, rest = config.source.partition(":")
     found = find_opener(name)(config, rest, split)
     source = f"split {split!r} of data.source '{show_path(config.source)}'"
-    documents = found if isinstance(found, Documents) else GivenDocuments(found, source)
+    documents = found if isinstance(found, Documents) else GivenDocuments(found, source, config)
     if len(documents) == 0:
         raise ValueError(f"{source} has no documents")
     return documents

@@ -7,7 +7,7 @@ lines beyond the restored step are taken back, and an evaluation that was due bu
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -45,7 +45,9 @@ class NonFiniteError(ArithmeticError):
     """The loss or the gradient was not finite for `train.max_nonfinite_steps` steps in a row."""
 
 
-def train(config: Config, model: nn.Module | None = None) -> int:
+def train(
+    config: Config, model: nn.Module | None = None, documents: Sequence[str | bytes | Sequence[int]] | None = None
+) -> int:
     """Train to `train.steps`, continuing the run in the work directory, and return the exit code of a command.
 
     0: the run is complete and its report is written. EXIT_PREEMPTED: a signal asked it to stop and it saved; the same
@@ -56,6 +58,8 @@ def train(config: Config, model: nn.Module | None = None) -> int:
         model: a module with the methods of `TransMamba`: `__call__(tokens, segment_ids)`, `hidden` and `logits`, and
             a parameter `embedding` or `lm_head` that `logits` uses. None: `TransMamba(config.model, config.kernels)`.
             Samples are written with `train.sample_tokens` > 0, which needs the layers of `TransMamba`.
+        documents: texts, UTF-8 bytes or lists of token ids, in place of `data.source`; to resume, give them again. Of
+            every 20 documents, number 9 is held out for validation and number 19 for test.
 
     Raises:
         ValueError: the configuration cannot run here, or is not that of the run in the work directory; or another run
@@ -63,6 +67,8 @@ def train(config: Config, model: nn.Module | None = None) -> int:
         OSError: a file cannot be read or written, other than for a checkpoint or a line of metrics.
         NonFiniteError: the run diverged; nothing was saved since.
     """
+    if documents is not None:
+        config = dataclasses.replace(config, data=data.give_documents(config.data, config.workdir, documents))
     with Preemption() as preemption, contextlib.ExitStack() as cleanup:
         # 1. What can be refused cheaply is refused first, everywhere: other hosts, devices, the earlier run, the data.
         mesh = _agreed_mesh(config)

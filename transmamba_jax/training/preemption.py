@@ -3,9 +3,10 @@
 import os
 import signal
 import socket
-import sys
 import threading
 from types import TracebackType
+
+from transmamba_jax.runtime.logs import LOGGER
 
 EXIT_PREEMPTED = 75
 """Exit code of a run that was asked to stop and saved: EX_TEMPFAIL, start the same command again to go on."""
@@ -20,11 +21,14 @@ class Preemption:
     Python runs signal handlers between bytecodes of the main thread, which never come while XLA compiles. The
     interpreter itself writes each signal's number to a socket, and a thread reads it there: so a request is
     acknowledged, and a second Ctrl-C obeyed, whatever the main thread is doing.
+
+    Another thread than the main one can install no handlers: signals do there what the program does with them.
     """
 
     def __init__(self) -> None:
-        """Install nothing yet; `with` does. Only the main thread may enter."""
+        """Install nothing yet; `with` does."""
         self._requested = threading.Event()
+        self._installed = threading.current_thread() is threading.main_thread()
 
     @property
     def requested(self) -> bool:
@@ -32,6 +36,9 @@ class Preemption:
         return self._requested.is_set()
 
     def __enter__(self) -> "Preemption":
+        if not self._installed:
+            LOGGER.info("not in the main thread: SIGTERM and Ctrl-C do not save and stop this run")
+            return self
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._thread = threading.Thread(target=self._listen, name="stop requests", daemon=True)
@@ -43,6 +50,8 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._installed:
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_fd)
@@ -66,4 +75,4 @@ class Preemption:
             self._requested.set()
             again = " again" if interrupts else " twice"
             name = signal.Signals(number).name
-            print(f"{name}: saving and stopping; Ctrl-C{again} ends the run at once", file=sys.stderr, flush=True)
+            LOGGER.warning("%s: saving and stopping; Ctrl-C%s ends the run at once", name, again)
