@@ -1,19 +1,14 @@
 """Exported folders: safetensors, config, tokenizer and StableHLO programs; the command is in `__main__`."""
 
-from transmamba_jax.export.folder import (
-    CONFIG,
+from transmamba_jax.export.folder import CONFIG, TOKENIZER, Loaded, abstract_params, load, save
+from transmamba_jax.export.stablehlo import (
     PLATFORMS,
     PROGRAMS,
-    TOKENIZER,
-    Loaded,
-    abstract_params,
     decode,
-    load,
     load_program,
     new_cache,
-    prepare,
+    pack_weights,
     programs,
-    save,
     save_programs,
 )
 
@@ -28,7 +23,7 @@ __all__ = [
     "load",
     "load_program",
     "new_cache",
-    "prepare",
+    "pack_weights",
     "programs",
     "save",
     "save_programs",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transmamba_jax import data
 from transmamba_jax.checkpoint import command_options
-from transmamba_jax.export import folder
+from transmamba_jax.export import folder, stablehlo
 from transmamba_jax.runtime import tensor_files
 
 
@@ -21,30 +21,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     command_options.add_arguments(parser)
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to write; it may hold none of this yet")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write, which must not hold an export yet")
     add(
         "--platforms",
         nargs="*",
-        default=list(folder.PLATFORMS),
+        default=list(stablehlo.PLATFORMS),
         metavar="NAME",
-        help="what programs run on; none: no programs",
+        help="platforms that the programs are compiled for; none: no programs",
     )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Export a checkpoint; returns 2 where that cannot be done."""
+    """Export a checkpoint and return the exit code: 0, or 2 with the reason printed."""
     options = _parser().parse_args(arguments)
     try:
         if options.platforms:
-            folder.check_platforms(options.platforms)
-        programs_too = [f"{name}.jax" for name in folder.PROGRAMS] if options.platforms else []
+            stablehlo.check_platforms(options.platforms)
+        programs_too = [f"{name}.jax" for name in stablehlo.PROGRAMS] if options.platforms else []
         tensor_files.claim(options.output, [folder.CONFIG, folder.TOKENIZER, *programs_too])
         saved = command_options.restore(options.checkpoint, options.step)
         config = dataclasses.replace(saved.config, model=command_options.apply(saved.config, options))
         folder.save(options.output, config, saved.params, data.tokenizer_from_json(saved.tokenizer_json))
         if options.platforms:
-            folder.save_programs(options.output, config.model, saved.params, options.platforms)
+            stablehlo.save_programs(options.output, config.model, saved.params, options.platforms)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,48 +1,30 @@
-"""A trained model as a folder of plain files, and as programs that need none of this package's code; also a command.
+"""A trained model as a folder of plain files, which are read without orbax.
 
     model.safetensors   the parameters, `layers/mixer/q/kernel`, stacked over the layers
     config.yaml         the config, as train.py reads it
     tokenizer.json      the tokenizer, where there is one
-    forward.jax         (params, tokens int32 [b, t]) -> logits float32 [b, t, V]
-    prepare.jax         (params) -> weights, laid out for single tokens
-    decode.jax          (weights, cache, tokens int32 [b]) -> (logits float32 [b, V], cache)
 
-The programs are StableHLO, written by `jax.export` for CPU, CUDA and TPU at once; batch b, length t and the cache's
-room s are whatever a call has. The schedule is the config's. Needs no orbax.
+`stablehlo.py` adds programs that need none of this package's code.
 """
 
-import dataclasses
-import os
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export as jax_export
 
-from transmamba_jax import cache as memory
-from transmamba_jax import config_io, data, schedule
-from transmamba_jax.cache import LayerCache
-from transmamba_jax.config import Config, KernelsConfig, ModelConfig
-from transmamba_jax.generate import decode_step
-from transmamba_jax.generate.decode_step import Branch, LayerMode, LayerWeights, MLPWeights
-from transmamba_jax.model import TransMamba, embed
+from transmamba_jax import config_io, data
+from transmamba_jax.config import Config, ModelConfig
+from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import tensor_files
-from transmamba_jax.shapes import Array, Float32, Int, least
 
 CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"
-PROGRAMS = ("forward", "prepare", "decode")
-PLATFORMS = ("cpu", "cuda", "tpu")
-
-# The implementations that run anywhere, and at any length.
-_PORTABLE = KernelsConfig(ssd="associative", attention="blockwise")
 
 
 class Loaded(NamedTuple):
-    """What a folder holds."""
+    """Contents of an exported folder."""
 
     config: Config
     params: dict[str, Any]
@@ -95,135 +77,6 @@ def _read_tokenizer(file: Path) -> data.Tokenizer | None:
         raise ValueError(f"{file} cannot be read: {error}") from None
 
 
-def save_programs(
-    folder: str | Path, config: ModelConfig, params: Mapping[str, Any], platforms: Sequence[str] = PLATFORMS
-) -> None:
-    """Write the programs; of the parameters only shapes and dtypes are read.
-
-    Raises:
-        ValueError: a platform that is unknown, or the folder cannot be written to.
-    """
-    folder = Path(folder)
-    tensor_files.make(folder)
-    for name, program in programs(config, params, platforms).items():
-        waiting = folder / f"{name}.jax.partial"
-        with tensor_files.explained(waiting):
-            waiting.write_bytes(program.serialize())
-            os.replace(waiting, folder / f"{name}.jax")
-
-
-def load_program(folder: str | Path, name: str) -> jax_export.Exported:
-    """Read a program; `load_program(folder, "forward").call(params, tokens)` runs it.
-
-    Raises:
-        ValueError: there is no such program, or the file is damaged.
-    """
-    if name not in PROGRAMS:
-        raise ValueError(f"name must be one of {', '.join(PROGRAMS)}, found {name!r}")
-    file = Path(folder) / f"{name}.jax"
-    if not file.is_file():
-        raise ValueError(f"{folder} must hold {file.name}, found {tensor_files.inside(Path(folder))}")
-    try:
-        return jax_export.deserialize(bytearray(file.read_bytes()))
-    except struct.error as error:  # of a file that ends too early
-        raise ValueError(f"{file} is damaged: {error}") from None
-
-
-def programs(
-    config: ModelConfig, params: Mapping[str, Any], platforms: Sequence[str] = PLATFORMS
-) -> dict[str, jax_export.Exported]:
-    """Return forward, prepare and decode by name (see the module's docstring).
-
-    Raises:
-        ValueError: a platform that is unknown.
-    """
-    check_platforms(platforms)
-    config = dataclasses.replace(config, remat="none")
-    model = TransMamba(config, _PORTABLE)
-    batch, time, room = jax_export.symbolic_shape("b, t, s")
-    tokens = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(params))
-    forward = lambda params, tokens: model.apply({"params": params}, tokens)
-    lay_out = lambda params: prepare(config, params)
-    step = lambda weights, cache, tokens: decode(config, weights, cache, tokens)
-    write = lambda function, *arguments: jax_export.export(jax.jit(function), platforms=platforms)(*arguments)
-    weights = jax.eval_shape(lay_out, abstract)
-    cache = _cache_shapes(config, batch, room)
-    return {
-        "forward": write(forward, abstract, tokens(batch, time)),
-        "prepare": write(lay_out, abstract),
-        "decode": write(step, weights, cache, tokens(batch)),
-    }
-
-
-def check_platforms(platforms: Sequence[str]) -> None:
-    """Raise a ValueError unless programs can be lowered for all of `platforms`."""
-    if not platforms or not set(platforms) <= {*PLATFORMS, "rocm"}:
-        raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)} and rocm, found {list(platforms)}")
-
-
 def abstract_params(config: ModelConfig) -> dict[str, Any]:
     """Return the shapes and dtypes of a model's parameters."""
     return jax.eval_shape(TransMamba(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-
-
-def new_cache(config: ModelConfig, batch: int, room: int) -> dict[str, Any]:
-    """Return the memory of `batch` empty rows for `decode`, as plain dicts.
-
-    A layer with TransPoint P > 0 has room for min(P, room) keys and values (the largest P: for `room`). `room` must be
-    at least the tokens that will be read, or the largest TransPoint: what there is no room for is forgotten.
-    """
-    return jax.tree.map(lambda leaf: jnp.array(np.zeros(leaf.shape, leaf.dtype)), _cache_shapes(config, batch, room))
-
-
-def _cache_shapes(config: ModelConfig, batch: Any, room: Any) -> dict[str, Any]:
-    """Return the shapes and dtypes of a cache; `batch` and `room` may be symbolic."""
-    points = schedule.expand(config.transpoints, config.num_layers)
-    wide = lambda *shape: jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
-    narrow = lambda *shape: jax.ShapeDtypeStruct((batch, *shape), jnp.dtype(config.dtype))
-    layers = []
-    for point in points:
-        # The state is carried along from the first token: rows of any lengths share a step, some before P, some beyond.
-        layer = {
-            "window": narrow(config.conv_width - 1, 2 * config.d_key + config.d_inner),
-            "state": wide(config.num_heads, config.head_dim, config.state_dim),
-        }
-        if point > 0:
-            size = room if point == max(points) else least(point, room)
-            layer["keys"] = narrow(config.num_groups, size, config.state_dim)
-            layer["values"] = narrow(config.num_heads, size, config.head_dim)
-        layers.append(layer)
-    return {"lengths": jax.ShapeDtypeStruct((batch,), jnp.int32), "layers": layers}
-
-
-def prepare(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay the parameters out for `decode`, as plain dicts."""
-    plain = lambda fields: {name: value for name, value in vars(fields).items() if value is not None}
-    weights = decode_step.pack_weights(config, params)
-    layers = [plain(layer) | ({} if layer.mlp is None else {"mlp": plain(layer.mlp)}) for layer in weights.layers]
-    return plain(weights) | {"layers": layers}
-
-
-def decode(
-    config: ModelConfig, weights: Mapping[str, Any], cache: Mapping[str, Any], tokens: Int[Array, "B"]
-) -> tuple[Float32[Array, "B V"], dict[str, Any]]:
-    """Read one more token of each row; rows may have different lengths.
-
-    Returns:
-        The logits of the token after it, and what is remembered then.
-    """
-    starts, first = cache["lengths"], jnp.int32(0)
-    x = embed(config, weights["embedding"], tokens)
-    layers = []
-    points = schedule.expand(config.transpoints, config.num_layers)
-    for point, fields, plain in zip(points, weights["layers"], cache["layers"], strict=True):
-        mlp = MLPWeights(**fields["mlp"]) if config.mlp_dim else None
-        layer_weights = LayerWeights(**{"skip": None, **fields, "mlp": mlp})
-        mode = LayerMode(Branch.MIXED, point) if point else LayerMode(Branch.SSM)
-        layer = LayerCache(**plain)
-        recent = memory.recent_layer(layer, 1)
-        x, layer, recent = decode_step.layer_step(config, layer_weights, x, layer, recent, starts, first, mode)
-        layer = memory.merge(layer, recent, starts, 1)
-        layers.append({name: value for name, value in vars(layer).items() if value is not None})
-    logits = decode_step.next_logits(config, x, weights["final_norm"], weights["embedding"], weights.get("head"))
-    return logits, {"lengths": starts + 1, "layers": layers}
