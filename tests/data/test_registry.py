@@ -86,7 +86,7 @@ def test_unknown_names_and_forms_are_refused_by_the_config(source: str):
         ("one text", "must be a sequence of documents, found one str"),
         (iter(["a"]), r"found list_iterator; list\(\.\.\.\) makes one of an iterator"),
         ({"a": 1}, "found dict"),
-        ([1], "document 0 of split 'train' of data.source 'mine' must be str or bytes, found int"),
+        ([1], "document 0 of split 'train' of data.source 'mine' must be str, bytes or a list of token ids, found int"),
         (["\udcff"], "document 0 .* is no Unicode text: surrogates not allowed at 0"),
         ([b"\xff"], "document 0 .* is not UTF-8: .* at byte offset 0"),
     ],
