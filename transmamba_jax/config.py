@@ -302,9 +302,9 @@ class HostsConfig:
 
     coordinator: str | None = None
     """HOST:PORT of the first process; None: what the environment says."""
-    processes: int | None = None
+    num_processes: int | None = None
     """Number of processes, one a host; None: what the environment says; 1: alone, whatever it says."""
-    process: int | None = None
+    process_id: int | None = None
     """Which of them this one is, from 0; None: what the environment says."""
     timeout: int = 300
     """Seconds that the processes wait for one another at the start."""
@@ -314,11 +314,12 @@ class HostsConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         _at_least("hosts", self, 1, "timeout", "heartbeat")
-        processes = math.inf if self.processes is None else self.processes
-        require(processes >= 1, f"hosts.processes must be >= 1, found {self.processes}")
+        processes = math.inf if self.num_processes is None else self.num_processes
+        require(processes >= 1, f"hosts.num_processes must be >= 1, found {self.num_processes}")
         require(
-            self.process is None or 0 <= self.process < processes,
-            f"hosts.process must be from 0 to hosts.processes - 1, found {self.process} of {self.processes}",
+            self.process_id is None or 0 <= self.process_id < processes,
+            "hosts.process_id must be from 0 to hosts.num_processes - 1, "
+            f"found {self.process_id} of {self.num_processes}",
         )
         port = "" if self.coordinator is None else self.coordinator.rpartition(":")[2]
         require(

@@ -119,8 +119,8 @@ class Runs(Server):
         addresses = _free_addresses(2)
         tasks = []
         for index, accidents in enumerate(processes):
-            own = ["--hosts.coordinator", addresses[accidents.pop("lost", 0)], "--hosts.processes", len(processes)]
-            own += ["--hosts.process", index, *accidents.pop("options", ())]
+            own = ["--hosts.coordinator", addresses[accidents.pop("lost", 0)], "--hosts.num-processes", len(processes)]
+            own += ["--hosts.process-id", index, *accidents.pop("options", ())]
             arguments = ["--config", self.config, "--workdir", self.folder / workdir, *options]
             arguments += own if len(processes) > 1 else []
             tasks.append({"arguments": [str(each) for each in arguments], "accidents": accidents, "little": little})
@@ -236,7 +236,7 @@ def test_whole_slices_lie_along_data_then_fsdp_and_hosts_read_the_rows_of_their_
     for sizes, parts in (({}, 4), ({"data": 4, "tensor": 4}, 2), ({"data": 1, "tensor": 16}, 1)):
         assert hosts.row_share(sharding.make_mesh(MeshConfig(**sizes), devices), 16) == (0, parts)
     crossed = Mesh(np.roll(np.array(devices), 1).reshape(8, 1, 1, 2), ("data", "fsdp", "context", "tensor"))
-    with pytest.raises(ValueError, match="cuts rows across processes"):
+    with pytest.raises(ValueError, match=r"cuts rows across processes; make mesh\.data"):
         hosts.row_share(crossed, 16)
 
 
@@ -249,13 +249,13 @@ def test_several_are_asked_for_and_the_environment_does_not_say_where(monkeypatc
 
     monkeypatch.setattr(jax.distributed, "initialize", nothing_found)
     hosts.start(HostsConfig())
-    for asked in (HostsConfig(processes=2), HostsConfig(process=0)):
-        with pytest.raises(ValueError, match=r"coordinator=None, .* --hosts.processes 1 trains with this process"):
+    for asked in (HostsConfig(num_processes=2), HostsConfig(process_id=0)):
+        with pytest.raises(ValueError, match=r"coordinator=None, .* --hosts.num-processes 1 trains with this process"):
             hosts.start(asked)
     monkeypatch.setenv("SLURM_NTASKS", "4")
     with pytest.raises(ValueError, match="SLURM_NTASKS=4, but only a process that srun starts knows the others"):
         hosts.start(HostsConfig())
-    hosts.start(HostsConfig(processes=1))
+    hosts.start(HostsConfig(num_processes=1))
 
 
 def test_every_part_of_the_program_and_its_runtime_is_compared(tmp_path, monkeypatch):
@@ -273,8 +273,11 @@ def test_every_part_of_the_program_and_its_runtime_is_compared(tmp_path, monkeyp
     ("options", "message"),
     [
         ({"coordinator": "localhost"}, "hosts.coordinator must be HOST:PORT, found 'localhost'"),
-        ({"processes": 0}, "hosts.processes must be >= 1"),
-        ({"process": 2, "processes": 2}, "hosts.process must be from 0 to hosts.processes - 1, found 2 of 2"),
+        ({"num_processes": 0}, "hosts.num_processes must be >= 1"),
+        (
+            {"process_id": 2, "num_processes": 2},
+            "hosts.process_id must be from 0 to hosts.num_processes - 1, found 2 of 2",
+        ),
         ({"timeout": 0}, "hosts.timeout must be >= 1"),
     ],
 )

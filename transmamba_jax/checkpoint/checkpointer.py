@@ -16,6 +16,7 @@ and a step that is not what was saved is never used.
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,7 +52,7 @@ class Checkpointer:
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         self._directory = Path(directory).absolute()
         self._config = config
-        with hosts.together(OSError):
+        with hosts.collective_errors(OSError):
             if hosts.is_first():
                 self._directory.mkdir(parents=True, exist_ok=True)
                 self._delete_unfinished("*")
@@ -83,7 +84,7 @@ class Checkpointer:
             SaveError: the previous save failed in the background; or there is no space for this one, or no permission.
         """
         self.wait()
-        with hosts.together():
+        with hosts.collective_errors():
             done = self.steps() if hosts.is_first() else []
             if done and step <= done[-1]:
                 raise ValueError(f"step must be newer than the newest checkpoint {done[-1]}, found {step}")
@@ -91,7 +92,7 @@ class Checkpointer:
         processes = trees.gather_json(data_state)
         # Only the errors of files: tensorstore reports those as ValueError.
         try:
-            with hosts.together(SaveError):
+            with hosts.collective_errors(SaveError):
                 if hosts.is_first():
                     nbytes = sum(array.nbytes for array in arrays.values())
                     steps.make_room(self._directory, step, nbytes, self._rejected)
@@ -101,12 +102,12 @@ class Checkpointer:
             texts = dict(zip(("data", "config", "tokenizer"), jsons, strict=True))
             items = {name: ocp.args.StandardSave(item) for name, item in trees.nested(arrays).items()}
             items |= {name: ocp.args.JsonSave(text) for name, text in texts.items()}
-            with self._writing() as (writer, meetings):
+            with self._writing() as (writer, barrier):
                 writer.save(self._directory / str(step), args=ocp.args.Composite(**items))
         except (OSError, ValueError) as error:
             raise self._failure(step, error) from error
         leaves = {path: Leaf(str(array.dtype), array.shape, "") for path, array in arrays.items()}
-        self._pending = step, self._thread.submit(self._complete, step, writer, meetings, finish, leaves, eval_loss)
+        self._pending = step, self._thread.submit(self._complete, step, writer, barrier, finish, leaves, eval_loss)
 
     @property
     def saving(self) -> bool:
@@ -126,12 +127,12 @@ class Checkpointer:
         """
         self.wait()
         lost = []
-        for step in hosts.of_first(steps.folders(self._directory)[::-1]):
+        for step in hosts.broadcast_from_first(steps.folders(self._directory)[::-1]):
             folder = self._directory / str(step)
             try:
                 restored = _restore(folder, abstract_state, partial)
             except DamagedError as error:
-                steps.say(f"checkpoint {step} skipped: {error}")
+                hosts.log_first(f"checkpoint {step} skipped: {error}", level=logging.WARNING)
                 self._rejected.add(step)
                 if not steps.saving_marker(self._directory, step).exists():
                     lost.append(step)
@@ -171,26 +172,26 @@ class Checkpointer:
             self._thread.shutdown()
 
     @contextmanager
-    def _writing(self) -> Iterator[tuple[ocp.AsyncCheckpointer, hosts.Meetings]]:
+    def _writing(self) -> Iterator[tuple[ocp.AsyncCheckpointer, hosts.Barrier]]:
         """Make a writer for one save, whose barriers a failing process can leave, and start to write in the body."""
-        meetings = hosts.Meetings("save")
+        barrier = hosts.Barrier("save")
         everyone = set(range(jax.process_count()))
         # Named processes: orbax then waits for them through the coordination service, not in a collective.
-        processes = ocp.options.MultiprocessingOptions(active_processes=everyone, barrier_sync_key_prefix=meetings.name)
+        processes = ocp.options.MultiprocessingOptions(active_processes=everyone, barrier_sync_key_prefix=barrier.name)
         background = ocp.AsyncOptions(
             timeout_secs=_SAVE_SECONDS,
-            barrier_sync_fn=lambda key, timeout_ms: meetings.meet(seconds=timeout_ms / 1000),  # noqa: ARG005
+            barrier_sync_fn=lambda key, timeout_ms: barrier.wait(seconds=timeout_ms / 1000),  # noqa: ARG005
         )
         options = ocp.CompositeOptions(multiprocessing_options=processes)
         handler = ocp.CompositeCheckpointHandler(composite_options=options)
         writer = ocp.AsyncCheckpointer(handler, async_options=background, multiprocessing_options=processes)
         try:
-            with hosts.together(SaveError):
-                yield writer, meetings
+            with hosts.collective_errors(SaveError):
+                yield writer, barrier
         except (OSError, ValueError) as error:
             # What others started meets this process's refusal in the background. Orbax raises no SaveError: theirs is.
             if not isinstance(error, SaveError):
-                meetings.leave(error)
+                barrier.abort(error)
             with suppress(Exception):
                 writer.close()
             raise
@@ -199,7 +200,7 @@ class Checkpointer:
         self,
         step: int,
         writer: ocp.AsyncCheckpointer,
-        meetings: hosts.Meetings,
+        barrier: hosts.Barrier,
         finish: manifests.Finish,
         leaves: dict[str, Leaf],
         loss: float | None,
@@ -209,15 +210,15 @@ class Checkpointer:
             digests, folder = finish(), self._directory / str(step)
             with closing(writer):
                 writer.wait_until_finished()
-            meetings.meet()
+            barrier.wait()
             if hosts.is_first():
                 described = {path: dataclasses.replace(leaf, digest=digests[path]) for path, leaf in leaves.items()}
                 manifests.write(folder, step, loss, described)
                 steps.tidy_up(self._directory, step, self._config)
             # No process takes the step for saved before the manifest is there.
-            meetings.meet()
+            barrier.wait()
         except BaseException as error:  # whatever it is, the others have to know
-            meetings.leave(error)
+            barrier.abort(error)
             raise
 
     def _delete_unfinished(self, step: str) -> None:
@@ -251,7 +252,7 @@ def restore(directory: str | Path, step: int | None = None, *, params_only: bool
         except DamagedError as error:
             if folder == older[-1]:
                 raise ValueError(f"checkpoint {folder} is not what was saved: {error}") from None
-            steps.say(f"checkpoint {folder.name} skipped: {error}")
+            hosts.log_first(f"checkpoint {folder.name} skipped: {error}", level=logging.WARNING)
     raise AssertionError("the loop returns or raises")
 
 
@@ -299,7 +300,7 @@ def _bad_leaves(folder: Path, manifest: Manifest, paths: Iterable[str]) -> list[
 
 
 def _restore(folder: Path, abstract_state: Any, partial: bool) -> Restored:
-    with hosts.together(DamagedError):
+    with hosts.collective_errors(DamagedError):
         manifest = _open(folder)
     entries = trees.entries(abstract_state)
     targets = trees.map_leaves(trees.target, entries)
@@ -341,7 +342,7 @@ def _read(folder: Path, params_only: bool) -> Checkpoint:
 def _load_verified(folder: Path, manifest: Manifest, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """Read arrays and compare their digests."""
     arrays: dict[str, Any] = {}
-    with hosts.together(DamagedError):
+    with hosts.collective_errors(DamagedError):
         for item in trees.ITEMS:
             of_item = {path: target for path, target in targets.items() if path.startswith(f"{item}/")}
             if of_item:

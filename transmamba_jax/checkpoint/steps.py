@@ -4,17 +4,16 @@ Knows no orbax. Beside `<step>/` lie `saving-<step>`, an empty file, while a ste
 damaged step that had to make way; `deleting-<step>`, for a moment.
 """
 
+import logging
 import math
 import shutil
-import sys
 from contextlib import suppress
 from pathlib import Path
-
-import jax
 
 from transmamba_jax.checkpoint import manifest as manifests
 from transmamba_jax.checkpoint.manifest import DamagedError
 from transmamba_jax.config import CheckpointConfig
+from transmamba_jax.runtime import hosts
 
 _COMPLETE = ("commit_success.txt", manifests.FILE)  # the first is orbax's, and missing in a copy that is not complete
 _HEADROOM_BYTES = 2**22  # of a step besides its arrays, about
@@ -77,7 +76,7 @@ def make_room(directory: Path, step: int, nbytes: int, rejected: set[int]) -> No
         shutil.rmtree(aside, ignore_errors=True)
         (directory / str(old)).rename(aside)
         saving_marker(directory, old).unlink(missing_ok=True)
-        say(f"checkpoint {old} was damaged or not complete: moved to {aside}")
+        hosts.log_first(f"checkpoint {old} was damaged or not complete: moved to {aside}", level=logging.WARNING)
     saving_marker(directory, step).touch()
 
 
@@ -87,7 +86,9 @@ def tidy_up(directory: Path, step: int, config: CheckpointConfig) -> None:
         saving_marker(directory, step).unlink()
         delete_superseded(directory, config)
     except OSError as error:
-        say(f"checkpoint {step} is saved; older checkpoints could not be deleted: {error}")
+        hosts.log_first(
+            f"checkpoint {step} is saved; older checkpoints could not be deleted: {error}", level=logging.WARNING
+        )
 
 
 def delete_superseded(directory: Path, config: CheckpointConfig) -> None:
@@ -111,9 +112,3 @@ def delete_leftovers(directory: Path) -> None:
     """Delete what a deletion left, now or when it was interrupted."""
     for doomed in directory.glob("deleting-*"):
         shutil.rmtree(doomed)
-
-
-def say(line: str) -> None:
-    """Print a line about a checkpoint that is not as it should be; one process does."""
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)

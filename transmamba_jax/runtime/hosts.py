@@ -1,11 +1,11 @@
-"""Several processes, one a host: how they find one another, agree, fail together, and which rows each one reads.
+"""Connect the processes of a run on several hosts: agree, fail together, split the rows of a batch.
 
-The only module that touches `jax.distributed`. Every process runs the same program on the same config; what one of them
-alone can see (a signal, a full disk, a missing file) is told to the others here, because a process that went another
-way would leave them waiting in a collective for ever. With one process everything here is immediate.
+The only module that touches `jax.distributed`. Every process runs the same program on the same config. An event that
+one process alone sees (a signal, a full disk, a missing file) is told to the others here: a process that took another
+branch would leave them in a collective for ever. With one process every function returns at once.
 
-Texts go through the key-value store of JAX's coordination service, which any thread may use and which needs no device;
-the answer to "was anyone asked to stop?", which every step needs, goes over the devices and is read a step late.
+Texts travel through the key-value store of JAX's coordination service. Any thread may use it, and it needs no device.
+The flag "was any process asked to stop?" is needed at every step. It is reduced on the devices and read a step late.
 """
 
 import collections
@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import logging
 import math
 import os
 import socket
@@ -26,35 +27,34 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # the key-value store has no public name; orbax uses it in the same way
+from jax._src import distributed  # the key-value store has no public name, to jax 0.12; orbax imports it too
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from transmamba_jax import sharding
 from transmamba_jax.config import Config, HostsConfig
 
-PATIENCE_SECONDS = 600
-"""How long processes wait for one another where a healthy one may be busy: writing a checkpoint, reading data."""
+BARRIER_SECONDS = 600
+"""Timeout of a barrier: a healthy process may be busy as long as this with a checkpoint or with data."""
 
-_numbers = itertools.count()
+_LOGGER = logging.getLogger("transmamba_jax.hosts")
+_calls = itertools.count()  # makes keys unique: every process calls the functions below in the same order
 
 
 def start(config: HostsConfig) -> None:
-    """Join the processes of this run, if it has several; before JAX is used for anything else.
+    """Join the processes of this run, if it has several. Call it before JAX is used.
 
-    Where they are comes from `hosts.coordinator`, `hosts.processes` and `hosts.process`, and what of it is missing from
-    the environment: that of Cloud TPU, Slurm, Open MPI or JAX_COORDINATOR_ADDRESS, which alone is reason enough to look
-    for others, or, where one of the options asks for several, of any that JAX knows (Kubernetes with `jax[k8s]`). A
-    process that dies later, or leaves with an error, ends the others: JAX stops them when it has been silent for
-    `hosts.heartbeat`.
+    `hosts.coordinator`, `hosts.num_processes` and `hosts.process_id` say where they are. The environment fills in what
+    is None: that of Cloud TPU, Slurm, Open MPI or JAX_COORDINATOR_ADDRESS. Kubernetes (`jax[k8s]`) is asked only where
+    one of the options is set. JAX ends the other processes when one is silent for `hosts.heartbeat` seconds.
 
-    A process that is alone after `hosts.timeout` says so and ends with exit code 2.
+    A process that is alone after `hosts.timeout` seconds prints the reason and exits with code 2.
 
     Raises:
-        ValueError: the environment does not say what is missing.
+        ValueError: an option is None and the environment does not give it.
     """
     coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    asked = coordinator is not None or config.processes is not None or config.process is not None
-    if config.processes == 1 or not (asked or _environment_has_several()):
+    asked = coordinator is not None or config.num_processes is not None or config.process_id is not None
+    if config.num_processes == 1 or not (asked or _environment_has_several()):
         return
     if coordinator and not coordinator.rpartition(":")[2].isdecimal():
         raise ValueError(f"JAX_COORDINATOR_ADDRESS must be HOST:PORT, found {coordinator!r}; or set hosts.coordinator")
@@ -67,8 +67,8 @@ def start(config: HostsConfig) -> None:
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator,
-            num_processes=config.processes,
-            process_id=config.process,
+            num_processes=config.num_processes,
+            process_id=config.process_id,
             initialization_timeout=config.timeout + 60,
             heartbeat_timeout_seconds=config.heartbeat,
             shutdown_timeout_seconds=config.heartbeat,
@@ -76,24 +76,24 @@ def start(config: HostsConfig) -> None:
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"this process cannot join the others: {error} (hosts.coordinator={coordinator}, "
-            f"hosts.processes={config.processes}, hosts.process={config.process}). What is None the environment must "
-            f"say{_outside_srun()}; --hosts.processes 1 trains with this process alone"
+            f"hosts.num_processes={config.num_processes}, hosts.process_id={config.process_id}). The environment "
+            f"must give what is None{_outside_srun()}; --hosts.num-processes 1 trains with this process alone"
         ) from error
     finally:
         alarm.cancel()
-    say(f"{jax.process_count()} processes; when one is silent for {config.heartbeat} s the others end too")
+    log_first(f"{jax.process_count()} processes; when one is silent for {config.heartbeat} s the others end too")
 
 
 def _environment_has_several() -> bool:
-    """Tell whether the environment names other processes: what JAX's own detection reads, where it finds several."""
+    """Tell whether the environment names several processes, by the variables that JAX's own detection reads."""
     counts = (os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    # JAX puts the TPU among its platforms on a Cloud TPU VM; what is around it is known to the VM's metadata alone.
+    # JAX puts the TPU among its platforms on a Cloud TPU VM; only the VM's metadata names the other hosts.
     platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
     return any(count != "1" for count in counts) or "tpu" in (platforms or "")
 
 
 def _outside_srun() -> str:
-    """Say what is missing where a Slurm job has several tasks, and this process is none of them."""
+    """Describe the mistake of a process that a Slurm job with several tasks starts without srun."""
     if "SLURM_NTASKS" not in os.environ or "SLURM_STEP_NODELIST" in os.environ:
         return ""
     return f": SLURM_NTASKS={os.environ['SLURM_NTASKS']}, but only a process that srun starts knows the others"
@@ -111,8 +111,8 @@ def _give_up(seconds: int) -> None:
         what = f"the coordinator {address} was not reached within {seconds} s"
     print(
         f"process {state.process_id} of {state.num_processes}: {what}; start every process, with the "
-        "same hosts.coordinator and hosts.processes and its own hosts.process, see that the port is open, or raise "
-        "hosts.timeout",
+        "same hosts.coordinator and hosts.num_processes and its own hosts.process_id, see that the port is open, or "
+        "raise hosts.timeout",
         file=sys.stderr,
         flush=True,
     )
@@ -129,45 +129,47 @@ def _reachable(address: str) -> bool:
 
 
 def is_first() -> bool:
-    """Tell whether this process is the one that prints and writes files."""
+    """Tell whether this is process 0, which logs and writes files."""
     return jax.process_index() == 0
 
 
-def say(*lines: str) -> None:
-    """Print lines from the first process alone."""
+def log_first(*lines: str, level: int = logging.INFO) -> None:
+    """Log one record of these lines from process 0."""
     if is_first():
-        print(*lines, sep="\n  ", flush=True)
+        _LOGGER.log(level, "%s", "\n  ".join(lines))
 
 
-def exchange(key: str, text: str, seconds: float = PATIENCE_SECONDS) -> list[str]:
-    """Give a text to every process and return those of all, in order. Any thread may call it; a key is used once.
+def all_gather_text(key: str, text: str, seconds: float = BARRIER_SECONDS) -> list[str]:
+    """Return the texts of all processes, in the order of their ids. Any thread may call it; a key is used once.
 
     Raises:
-        TimeoutError: some process did not come in time.
+        TimeoutError: a process did not call it within `seconds`.
     """
     if jax.process_count() == 1:
         return [text]
     client = distributed.global_state.client
     if client is None:
-        raise ValueError(f"jax has {jax.process_count()} processes that did not join; start them with train.py")
+        raise ValueError(
+            f"jax has {jax.process_count()} processes that did not join; call hosts.start first, as train.py does"
+        )
     folder = f"transmamba_jax/{key}/"
     client.key_value_set(f"{folder}{jax.process_index()}", text)
     try:
         client.wait_at_barrier(folder, math.ceil(1000 * seconds))
     except jax.errors.JaxRuntimeError as error:
-        raise TimeoutError(f"not every process came to {key!r} within {seconds:.0f} s: {one_line(error)}") from error
+        raise TimeoutError(f"not every process reached {key!r} within {seconds:.0f} s: {one_line(error)}") from error
     found = {int(name.rpartition("/")[2]): value for name, value in client.key_value_dir_get(folder)}
     return [found[index] for index in range(jax.process_count())]
 
 
-def of_first(value: Any) -> Any:
-    """Return what the first process has, as JSON keeps it; every process calls it, from its main thread."""
-    return json.loads(exchange(f"value-{next(_numbers)}", json.dumps(value if is_first() else None))[0])
+def broadcast_from_first(value: Any) -> Any:
+    """Return the value of process 0, as JSON keeps it. Every process calls it, from its main thread."""
+    return json.loads(all_gather_text(f"value-{next(_calls)}", json.dumps(value if is_first() else None))[0])
 
 
 @contextlib.contextmanager
-def together(kind: type[Exception] = ValueError) -> Iterator[None]:
-    """Fail everywhere when the body fails anywhere: the process where it did raises its own error, the others `kind`.
+def collective_errors(error_type: type[Exception] = ValueError) -> Iterator[None]:
+    """Raise in every process when the body raises in any: its own error there, an `error_type` in the others.
 
     Every process enters it, from its main thread. The body must not wait for other processes.
     """
@@ -176,52 +178,52 @@ def together(kind: type[Exception] = ValueError) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         mine = error
-    failed = _failures(exchange(f"together-{next(_numbers)}", one_line(mine)))
+    failed = _failures(all_gather_text(f"errors-{next(_calls)}", one_line(mine)))
     if mine is not None:
         raise mine
     if failed:
-        raise kind(failed)
+        raise error_type(failed)
 
 
-class Meetings:
-    """A row of points where all processes wait for one another, on any thread; a failure ends it for all of them."""
+class Barrier:
+    """A barrier of all processes, used many times and from any thread; a failure of one process breaks it for all."""
 
     def __init__(self, name: str) -> None:
         """Make it in every process, from its main thread; `name` is made unique."""
-        self.name = f"{name}-{next(_numbers)}"
+        self.name = f"{name}-{next(_calls)}"
         self._count = 0
         self._failure = ""
 
-    def meet(self, problem: str = "", seconds: float = PATIENCE_SECONDS) -> None:
+    def wait(self, problem: str = "", seconds: float = BARRIER_SECONDS) -> None:
         """Wait for all processes.
 
         Raises:
-            OSError: one of them has a problem, or did not come; the message says which, and no further meeting is held.
+            OSError: a process has a problem or timed out. The message names it, and the barrier stays broken.
         """
         if not self._failure:
             self._count += 1
             try:
-                self._failure = _failures(exchange(f"{self.name}/{self._count}", problem, seconds))
+                self._failure = _failures(all_gather_text(f"{self.name}/{self._count}", problem, seconds))
             except TimeoutError as error:
                 self._failure = str(error)
         if self._failure:
             raise OSError(self._failure)
 
-    def leave(self, error: BaseException) -> None:
-        """Tell the others, at the next point, that this process failed; nothing where they know of a failure."""
+    def abort(self, error: BaseException) -> None:
+        """Break the barrier: the others raise at their next wait."""
         if not self._failure:
             with contextlib.suppress(OSError):
-                self.meet(one_line(error))
+                self.wait(one_line(error))
 
 
 def one_line(error: BaseException | None) -> str:
-    """Write an error as one line; what happened is at its end, where a long one is cut in the middle."""
+    """Write an error as one line. A long one is cut in the middle: its end says what happened."""
     text = "" if error is None else " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:100]} ... {text[-195:]}"
 
 
 def _failures(problems: list[str]) -> str:
-    """Describe who failed: "process 1: no space left on device"."""
+    """List failures with the processes that had them: "process 1: no space left on device"."""
     by_text: dict[str, list[int]] = {}
     for index, problem in enumerate(problems):
         if problem:
@@ -235,8 +237,8 @@ def _processes(indices: list[int]) -> str:
 
 
 def config_facts(config: Config) -> dict[str, str]:
-    """Return every option but `hosts.process`, which is each process's own."""
-    shared = dataclasses.replace(config, hosts=dataclasses.replace(config.hosts, process=None))
+    """Return every option but `hosts.process_id`, which differs between processes."""
+    shared = dataclasses.replace(config, hosts=dataclasses.replace(config.hosts, process_id=None))
     return {
         f"{section}.{name}" if isinstance(values, dict) else section: repr(value)
         for section, values in dataclasses.asdict(shared).items()
@@ -244,18 +246,18 @@ def config_facts(config: Config) -> dict[str, str]:
     }
 
 
-def require_same(facts: Mapping[str, str], seconds: float = PATIENCE_SECONDS) -> None:
-    """Compare facts that have to be the same in every process.
+def require_same(facts: Mapping[str, str], seconds: float = BARRIER_SECONDS) -> None:
+    """Compare facts that must be the same in every process.
 
     Raises:
-        ValueError: one differs; the message has every value and who found it.
+        ValueError: one differs; the message has every value and the processes that have it.
     """
-    found = [json.loads(text) for text in exchange(f"facts-{next(_numbers)}", json.dumps(dict(facts)), seconds)]
+    found = [json.loads(text) for text in all_gather_text(f"facts-{next(_calls)}", json.dumps(dict(facts)), seconds)]
     lines = []
     for name in dict.fromkeys(itertools.chain.from_iterable(found)):
         values: dict[str, list[int]] = {}
         for index, each in enumerate(found):
-            values.setdefault(each.get(name, "nothing"), []).append(index)
+            values.setdefault(each.get(name, "missing"), []).append(index)
         if len(values) > 1:
             lines.append(f"{name}: {'; '.join(f'{value} in {_processes(who)}' for value, who in values.items())}")
     if lines:
@@ -263,15 +265,15 @@ def require_same(facts: Mapping[str, str], seconds: float = PATIENCE_SECONDS) ->
 
 
 def machine_facts() -> dict[str, str]:
-    """Return what has to be the same on every host before they compute together: code, versions, local devices."""
+    """Return the facts that must be the same on every host: code, versions, local devices."""
     root = Path(__file__).parents[1]
-    digest = hashlib.blake2b(digest_size=8)
+    checksum = hashlib.blake2b(digest_size=8)
     kernels, command = (root.parent / "pallas_kernels").rglob("*.py"), root.parent.glob("train.py")
     for path in sorted([*root.rglob("*.py"), *kernels, *command]):
-        digest.update(path.relative_to(root.parent).as_posix().encode() + b"\0" + path.read_bytes())
+        checksum.update(path.relative_to(root.parent).as_posix().encode() + b"\0" + path.read_bytes())
     kinds = collections.Counter(device.device_kind for device in jax.local_devices())
     return {
-        "code": f"digest {digest.hexdigest()}",
+        "code": f"checksum {checksum.hexdigest()}",
         **{name: _version(name) for name in ("jax", "jaxlib", "libtpu")},
         "local devices": ", ".join(f"{count} x {kind}" for kind, count in kinds.items()),
     }
@@ -285,7 +287,7 @@ def _version(package: str) -> str:
 
 
 def row_share(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """Return which of how many parts of a batch's rows this process reads; processes with the same rows share a part.
+    """Return (part, parts): the part of a batch's rows that this process reads. Processes with the same rows share one.
 
     Raises:
         ValueError: the mesh gives two processes overlapping but different rows.
@@ -297,14 +299,14 @@ def row_share(mesh: Mesh, rows: int) -> tuple[int, int]:
     parts = sorted({tuple(sorted(span)) for span in spans.values()})
     if sum(map(len, parts)) != len(set().union(*parts)) or len({len(part) for part in parts}) > 1:
         raise ValueError(
-            f"the mesh {dict(mesh.shape)} cuts rows across processes: {parts}; make mesh.data * mesh.fsdp a multiple "
+            f"the mesh {dict(mesh.shape)} cuts rows across processes; make mesh.data * mesh.fsdp a multiple "
             f"of the {len(spans)} processes, or mesh.context * mesh.tensor a multiple of the devices of each"
         )
     return parts.index(tuple(sorted(spans[jax.process_index()]))), len(parts)
 
 
-class Vote:
-    """Asks all processes a yes-no question over and over; the answer is yes when one says yes."""
+class AnyProcess:
+    """Reduce a flag over all processes, again and again: true where it is true in any of them."""
 
     def __init__(self, mesh: Mesh) -> None:
         """Compile nothing yet; with one process nothing ever is."""
@@ -312,18 +314,18 @@ class Vote:
         self._any = jax.jit(lambda flags: flags.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._pending: jax.Array | None = None
 
-    def now(self, yes: bool) -> bool:
-        """Ask and wait for the answer."""
+    def now(self, flag: bool) -> bool:
+        """Reduce this flag and wait for the result."""
         self._pending = None
-        return self.later(yes)
+        return self.lagged(flag)
 
-    def later(self, yes: bool) -> bool:
-        """Ask and return the answer to the question before, which nobody waits for; the first time, wait.
+    def lagged(self, flag: bool) -> bool:
+        """Start to reduce this flag and return the result of the call before; the first call waits for its own.
 
-        Every process calls it as often, so all of them get the same answer at the same place.
+        Every process calls it equally often, so all of them get the same result at the same call.
         """
         if jax.process_count() == 1:
-            return yes
-        flags = jax.make_array_from_callback((self._split.mesh.size,), self._split, lambda _: np.array([yes]))
-        answer, self._pending = self._pending, self._any(flags)
-        return bool(self._pending if answer is None else answer)
+            return flag
+        flags = jax.make_array_from_callback((self._split.mesh.size,), self._split, lambda _: np.array([flag]))
+        result, self._pending = self._pending, self._any(flags)
+        return bool(self._pending if result is None else result)

@@ -76,11 +76,11 @@ def train(
         model = TransMamba(config.model, config.kernels) if model is None else model
         workdir = Path(config.workdir)
         lock = None
-        with hosts.together():
+        with hosts.collective_errors():
             if hosts.is_first():
                 lock = cleanup.enter_context(run_lock.hold(workdir))
         hosts.require_same({f"workdir {workdir}, which all processes share": run_lock.shown(workdir)})
-        with hosts.together():
+        with hosts.collective_errors():
             resume.compare_with_earlier_run(config, model, mesh, workdir)
             tokenizer, batches = _open_data(config, mesh)
             cleanup.callback(batches.close)
@@ -91,7 +91,7 @@ def train(
         cleanup.callback(checkpointer.close)
         state, start = resume.newest_state(checkpointer, batches, config, model, mesh, tokenizer)
         writer = None
-        with hosts.together(OSError):
+        with hosts.collective_errors(OSError):
             if hosts.is_first():
                 (workdir / "config.yaml").write_text(config_io.to_yaml(config), encoding="utf-8")
                 writer = cleanup.enter_context(MetricsWriter(workdir, start))
@@ -105,7 +105,7 @@ def train(
             batches=batches,
             checkpointer=checkpointer,
             preemption=preemption,
-            vote=hosts.Vote(mesh),
+            any_process=hosts.AnyProcess(mesh),
             writer=writer,
             console=cleanup.enter_context(Console(start, config.train.steps)),
             evaluator=evaluator,
@@ -115,7 +115,7 @@ def train(
         if checkpointer.newest != step:
             run.console.say(f"step {step} is NOT saved; the checkpoints are {checkpointer.steps()}")
             return EXIT_NOT_SAVED
-        if run.vote.now(preemption.requested):
+        if run.any_process.now(preemption.requested):
             run.console.say(f"stopped at step {step}; the same command goes on from there")
             return EXIT_PREEMPTED
         run.finish(state, step, trained=step > start)
@@ -126,7 +126,7 @@ def _agreed_mesh(config: Config) -> Mesh:
     """Return the mesh of this run, on which the processes agree as on all else."""
     hosts.require_same({**hosts.machine_facts(), **hosts.config_facts(config)}, config.hosts.timeout)
     for warning in config.warnings():
-        hosts.say(f"warning: {warning}")
+        hosts.log_first(f"warning: {warning}")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divides(config, mesh)
     return mesh
@@ -154,7 +154,7 @@ class _Run:
     batches: data.BatchIterator
     checkpointer: Checkpointer
     preemption: Preemption
-    vote: hosts.Vote
+    any_process: hosts.AnyProcess
     writer: MetricsWriter | None
     """Of the first process."""
     console: Console
@@ -167,14 +167,14 @@ class _Run:
         log = _Log(self)
 
         # A stop during the evaluation of the restored step left it undone.
-        missing = hosts.of_first(self.writer is not None and not self.writer.has_evaluation(start))
+        missing = hosts.broadcast_from_first(self.writer is not None and not self.writer.has_evaluation(start))
         if start > 0 and self._evaluation_due(start) and missing:
             self._evaluate(state, start)
-        if start < steps and not self.vote.now(self.preemption.requested):
+        if start < steps and not self.any_process.now(self.preemption.requested):
             train_step = self._compile(state, log)
 
         step = start
-        while step < steps and not self.vote.later(self.preemption.requested):
+        while step < steps and not self.any_process.lagged(self.preemption.requested):
             # a. The batch is read and the step is queued; the device works while the host goes on.
             batch = sharding.place_batch(next(self.batches), self.mesh)
             state, metrics = train_step(state, batch)
@@ -209,10 +209,10 @@ class _Run:
         report = self.workdir / "report"
         samples, index = report / "sample.txt", report / "index.html"
         text = None
-        if self.config.train.sample_tokens > 0 and hosts.of_first(trained or not samples.exists()):
+        if self.config.train.sample_tokens > 0 and hosts.broadcast_from_first(trained or not samples.exists()):
             text = sample_text(self.config, self.model, self.tokenizer, state, step)
         # The others wait: JAX takes a process that waits at the end of the program for one that was left alone.
-        with hosts.together(OSError):
+        with hosts.collective_errors(OSError):
             try:
                 if hosts.is_first() and text is not None:
                     report.mkdir(exist_ok=True)
@@ -273,7 +273,9 @@ class _Run:
         if self.evaluator is None:
             return None
         try:
-            result = self.evaluator(state.params, should_stop=lambda: self.vote.later(self.preemption.requested))
+            result = self.evaluator(
+                state.params, should_stop=lambda: self.any_process.lagged(self.preemption.requested)
+            )
         except EvaluationStopped:
             return None
         record = {"step": step, **result.metrics()}
@@ -287,7 +289,7 @@ class _Run:
     def _save(self, state: TrainState, step: int, eval_loss: float | None) -> None:
         """Start to save; what breaks is an alarm, and the next step that is due tries again."""
         self._settle(step)
-        with hosts.together():
+        with hosts.collective_errors():
             if self.lock is not None:
                 self.lock.check()
         texts = config_io.checkpoint_yaml(self.config), self.tokenizer.to_json()

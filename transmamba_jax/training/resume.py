@@ -36,7 +36,7 @@ def compare_with_earlier_run(config: Config, model: nn.Module, mesh: Mesh, workd
     lines = config_io.differences(config_io.read_config_file(saved), config)
     differences = [line for line in lines if not line.startswith(("hosts.", "kernels."))]
     if differences:
-        hosts.say(f"{saved} differs from this run:", *differences)
+        hosts.log_first(f"{saved} differs from this run:", *differences)
     stored = _stored_leaves(workdir / "checkpoints")
     if config.checkpoint.partial or not stored:
         return
@@ -95,7 +95,7 @@ def newest_state(
     restored = checkpointer.restore_newest(asked, partial=config.checkpoint.partial)
     if restored is None:
         return create_state(config, model, mesh), 0
-    with hosts.together():
+    with hosts.collective_errors():
         _proceed(restored, batches, tokenizer, config)
     state = restored.state
     if restored.differences:
@@ -126,10 +126,10 @@ def _proceed(restored: Restored, batches: data.BatchIterator, tokenizer: data.To
             ) from None
         left.append(f"{error}: the data start from the beginning")
     if left:
-        hosts.say(f"not loaded from checkpoint {restored.step}:", *left)
+        hosts.log_first(f"not loaded from checkpoint {restored.step}:", *left)
     steps = config.train.steps
     beyond = f", beyond train.steps={steps}: nothing is left to train" if restored.step > steps else ""
-    hosts.say(f"continuing from step {restored.step}{beyond}")
+    hosts.log_first(f"continuing from step {restored.step}{beyond}")
 
 
 def _say_new_rate(earlier: Config, config: Config, state: TrainState) -> None:
@@ -143,7 +143,7 @@ def _say_new_rate(earlier: Config, config: Config, state: TrainState) -> None:
             float(learning_rate_schedule(each, peak)(count)) for each, peak in zip((earlier, config), pair, strict=True)
         )
         if not math.isclose(before, after, rel_tol=1e-3):
-            hosts.say(
+            hosts.log_first(
                 f"the {name} of step {int(state.step) + 1} changes from {before:.3g} to {after:.3g}: train.steps or "
                 "optimizer.* differ from the earlier run. For a constant rate: --optimizer.schedule constant, with "
                 "--optimizer.learning-rate; for a new warm-up and decay over the added steps: "

@@ -44,7 +44,7 @@ def sample_text(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        hosts.say(f"no sample: there is no room for it beside the training state: {hosts.one_line(error)}")
+        hosts.log_first(f"no sample: there is no room for it beside the training state: {hosts.one_line(error)}")
         return None
     heading = f"step {step}, temperature {TEMPERATURE}: up to {PROMPT_TOKENS} tokens of prompt, then the model's own"
     decoded = [(tokenizer.decode(prompt), tokenizer.decode(row)) for prompt, row in zip(prompts, rows, strict=True)]
