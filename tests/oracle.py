@@ -3,7 +3,7 @@
 It runs inside `jax.enable_x64(True)` and is differentiable, so it serves values and gradients.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -82,9 +82,14 @@ def grouped_norm(y: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def mixer(
-    params: Mapping[str, Any], cfg: ModelConfig, x: jax.Array, points: jax.Array, ids: jax.Array | None = None
+    params: Mapping[str, Any],
+    cfg: ModelConfig,
+    x: jax.Array,
+    points: jax.Array,
+    ids: jax.Array | None = None,
+    attend: Callable[..., jax.Array] = attention,
 ) -> jax.Array:
-    """where(t < P, attention, ssd), both branches over the whole row; `points` [B]."""
+    """where(t < P, attend, ssd), both branches over the whole row; `points` [B]."""
     ids = jnp.ones(x.shape[:2], jnp.int32) if ids is None else ids
     heads = lambda y, count: y.reshape(*y.shape[:2], count, -1)
     project = lambda name: short_conv(params[f"conv_{name}"], x @ params[name]["kernel"], ids)
@@ -92,9 +97,9 @@ def mixer(
     v = heads(project("v"), cfg.num_heads)
     if cfg.rotary == "both":
         q, k = rotate(q, cfg.rope_theta), rotate(k, cfg.rope_theta)
-        attended = attention(q, k, v, ids)
+        attended = attend(q, k, v, ids)
     else:
-        attended = attention(rotate(q, cfg.rope_theta), rotate(k, cfg.rope_theta), v, ids)
+        attended = attend(rotate(q, cfg.rope_theta), rotate(k, cfg.rope_theta), v, ids)
     attended = attended.reshape(*x.shape[:2], -1)
     if cfg.attention_norm:
         attended = grouped_norm(attended, params["norm"]["scale"], cfg.norm_eps)

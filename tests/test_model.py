@@ -1,6 +1,7 @@
 """The model: one parameter tree under every schedule, and what packing and padding promise."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -64,14 +65,16 @@ def apply_either(config: ModelConfig, params: Any, tokens: Any, points: Any, ids
     return (apply_static if isinstance(points, tuple) else apply_traced)(config, params, tokens, points, ids)
 
 
-@partial(jax.jit, static_argnums=0)
-def oracle_in_double(config: ModelConfig, params: Any, tokens: Any, points: Any) -> jax.Array:
-    ids = jnp.ones(tokens.shape, jnp.int32)
+@partial(jax.jit, static_argnums=(0, 5))
+def oracle_in_double(
+    config: ModelConfig, params: Any, tokens: Any, points: Any, ids: Any, attend: Callable[..., jax.Array]
+) -> jax.Array:
     norm = lambda x, scale: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + config.norm_eps) * scale
     x = params["embedding"][tokens]
     for layer in range(config.num_layers):
         block = jax.tree.map(lambda leaf: leaf[layer], params["layers"])  # noqa: B023
-        x = x + oracle.mixer(block["mixer"], config, norm(x, block["mixer_norm"]["scale"]), points[layer], ids)
+        normed = norm(x, block["mixer_norm"]["scale"])
+        x = x + oracle.mixer(block["mixer"], config, normed, points[layer], ids, attend)
         if config.mlp_dim:
             y = norm(x, block["mlp_norm"]["scale"])
             gate, up, down = (block["mlp"][name]["kernel"] for name in ("gate", "up", "down"))
@@ -80,11 +83,14 @@ def oracle_in_double(config: ModelConfig, params: Any, tokens: Any, points: Any)
     return norm(x, params["final_norm"]["scale"]) @ head
 
 
-def oracle_logits(config: ModelConfig, params: Any, tokens: Any, points: Any) -> np.ndarray:
+def oracle_logits(
+    config: ModelConfig, params: Any, tokens: Any, points: Any, ids: Any = None, attend: Any = oracle.attention
+) -> np.ndarray:
     """The whole model in float64, layer by layer, from the equations; points [L, B]."""
+    ids = np.ones(tokens.shape, np.int32) if ids is None else ids
     with jax.enable_x64(True):
         double = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-        return np.asarray(oracle_in_double(config, double, np.asarray(tokens), np.asarray(points)))
+        return np.asarray(oracle_in_double(config, double, np.asarray(tokens), np.asarray(points), ids, attend))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -112,6 +118,38 @@ def test_options_equal_the_oracle(change: dict[str, Any]) -> None:
     per_row = np.array(config.transpoints)[:, None] * np.ones((1, 2), np.int32)
     logits = apply_static(config, params, tokens)
     assert oracle.relative_error(logits, oracle_logits(config, params, tokens, per_row)) < 5e-6
+
+
+def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
+    """y_t = Σ_s (q_t · k_s) v_s / (t + 1), over s <= t of the same document: no softmax."""
+    length, shared = q.shape[1], v.shape[2] // q.shape[2]
+    scores = jnp.einsum("btgn,bsgn->bgts", q, k)
+    seen = jnp.tril(jnp.ones((1, 1, length, length), bool))
+    if ids is not None:
+        seen = seen & (ids[:, None, :, None] == ids[:, None, None, :])
+    weights = jnp.where(seen, scores, 0) / jnp.arange(1, length + 1)[None, None, :, None]
+    return jnp.einsum("bhts,bshp->bthp", jnp.repeat(weights, shared, axis=1), v)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
+def test_an_attention_of_ones_own_replaces_softmax(traced: bool, packed: bool) -> None:
+    params, tokens = make()[1], tokens_of()
+    ids = np.array([[1] * 9 + [2] * 15, [3] * 24], np.int32) if packed else None
+    model = tm.TransMamba(CONFIG, KERNELS, attention=linear_attention)
+    points = np.array(CONFIG.transpoints) if traced else CONFIG.transpoints
+    logits = jax.jit(lambda params: model.apply({"params": params}, tokens, points, ids))(params)
+    per_row = np.array(CONFIG.transpoints)[:, None] * np.ones((1, 2), np.int32)
+    expected = oracle_logits(CONFIG, params, tokens, per_row, ids, linear_attention)
+    assert oracle.relative_error(logits, expected) < 5e-6
+    softmax = oracle_logits(CONFIG, params, tokens, per_row, ids)
+    assert oracle.relative_error(softmax, expected) > 0.1
+
+
+def test_an_attention_of_another_shape_is_refused() -> None:
+    model = tm.TransMamba(CONFIG, attention=lambda *arrays: arrays[0])
+    with pytest.raises(ValueError, match=r"must return the shape \[B, T, H, P\] of v, .* found \(2, \d+, 1, 4\)"):
+        model.apply({"params": make()[1]}, tokens_of())
 
 
 @pytest.mark.parametrize("residual_in_fp32", [False, True])

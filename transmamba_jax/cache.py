@@ -13,19 +13,15 @@ first token (eager) or computed from keys, values and steps when P is reached (l
 
 import dataclasses
 import math
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import target
 from transmamba_jax import schedule, sharding
+from transmamba_jax.attention import Keys, Values, matmul_dtype
 from transmamba_jax.config import ModelConfig
-from transmamba_jax.shapes import Array, Float, Float32, HeadScalar, Int, QueryKey, State, Step, Value
-
-Keys: TypeAlias = Float[Array, "B G S N"]
-Values: TypeAlias = Float[Array, "B H S P"]
+from transmamba_jax.shapes import Array, Dt, Float, Float32, HeadScalar, Int, QueryKey, State, Value
 
 # Names of the dimensions, as sharding.ACTIVATIONS has them.
 _LAYOUTS = {
@@ -35,8 +31,6 @@ _LAYOUTS = {
     "values": ("rows", "heads", None, None),
     "steps": ("rows", None, "heads"),
 }
-
-_BLOCK = 512  # keys, and queries, that scores exist for at one time
 
 # Tokens. Attention reads all of a room: the first costs little to read, and the second little to keep.
 _LEAST_ROOM, _FIRST_ROOM = 256, 2048
@@ -178,7 +172,7 @@ def resize(layer: LayerCache, room: int) -> LayerCache:
     )
 
 
-def write(layer: LayerCache, keys: QueryKey, values: Value, dt: Step, start: Int[Array, ""]) -> LayerCache:
+def write(layer: LayerCache, keys: QueryKey, values: Value, dt: Dt, start: Int[Array, ""]) -> LayerCache:
     """Store n tokens of every row from place `start` on; there must be room for them."""
     if layer.keys is None or layer.values is None:
         return layer
@@ -248,7 +242,7 @@ def attend_once(
     if layer.keys is None or layer.values is None or recent.keys is None or recent.values is None:
         raise ValueError("cache must have room for the keys and values of a layer that attends")
     shared = layer.values.shape[1] // layer.keys.shape[1]
-    operand = _operand(q.dtype)
+    operand = matmul_dtype(q.dtype)
     dot = lambda equation, x, y: jnp.einsum(
         equation, x.astype(operand), y.astype(operand), preferred_element_type=jnp.float32
     )
@@ -265,68 +259,6 @@ def attend_once(
     read = dot("bhs,bhsp->bhp", weight[..., : layer.room], layer.values)
     read += dot("bhs,bhsp->bhp", weight[..., layer.room :], recent.values)
     return read.astype(layer.values.dtype)
-
-
-def _operand(dtype: jnp.dtype) -> jnp.dtype:
-    # XLA's CPU products of bfloat16 take 1.5 times as long as a cast to float32 and its product.
-    return jnp.promote_types(dtype, jnp.float32) if target.platform() == "cpu" else dtype
-
-
-def cached_attention(q: QueryKey, keys: Keys, values: Values, start: Int[Array, ""]) -> Value:
-    """Attend from the tokens at start + i to the cached tokens up to and including each.
-
-        y_i = Σ_{s <= start + i} softmax_s(q_i · k_s / √N) v_s
-
-    Online softmax over blocks of keys, of which only those are visited that a query can see. Scores, statistics and
-    accumulation are float32. The queries' own keys and values are in the cache already.
-
-    Returns:
-        [B, n, H, P] in the dtype of `values`.
-    """
-    batch, length = q.shape[:2]
-    positions = jnp.broadcast_to(start + jnp.arange(length), (batch, length))
-    if length <= _BLOCK:
-        return _attend(q, keys, values, positions)
-    count = math.ceil(length / _BLOCK)
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, count * _BLOCK - length)) + ((0, 0),) * (x.ndim - 2), mode="edge")
-    split = lambda x: jnp.moveaxis(pad(x).reshape(batch, count, _BLOCK, *x.shape[2:]), 1, 0)
-    out = jax.lax.map(lambda xs: _attend(xs[0], keys, values, xs[1]), (split(q), split(positions)))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, count * _BLOCK, *out.shape[3:])[:, :length]
-
-
-def _attend(q: QueryKey, keys: Keys, values: Values, positions: Int[Array, "B n"]) -> Value:
-    batch, length, groups, width = q.shape
-    heads, room, channels = values.shape[1:]
-    operand = _operand(q.dtype)
-    block = min(room, _BLOCK)
-    query = q.swapaxes(1, 2).astype(operand)
-    values = values.reshape(batch, groups, heads // groups, room, channels)
-
-    def visit(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        top, total, out = carry
-        # The last block begins early where blocks do not fill the room; what it shares with the one before is masked.
-        first = jnp.minimum(index * block, room - block)
-        key = jax.lax.dynamic_slice_in_dim(keys, first, block, axis=2).astype(operand)
-        value = jax.lax.dynamic_slice_in_dim(values, first, block, axis=3).astype(operand)
-        score = jnp.einsum("bgqn,bgsn->bgqs", query, key, preferred_element_type=jnp.float32) / math.sqrt(width)
-        slots = first + jnp.arange(block)
-        seen = (slots >= index * block) & (slots <= positions[..., None])  # [B, n, S]
-        score = jnp.where(seen[:, None], score, -jnp.inf)
-        higher = jnp.maximum(top, score.max(-1))
-        weight, keep = jnp.exp(score - higher[..., None]), jnp.exp(top - higher)
-        read = jnp.einsum("bgqs,bgrsp->bgrqp", weight.astype(operand), value, preferred_element_type=jnp.float32)
-        return higher, total * keep + weight.sum(-1), out * keep[:, :, None, :, None] + read
-
-    # Block 0 holds slot 0, which every query sees: the maximum is finite from the first visit on.
-    top = jnp.full((batch, groups, length), -jnp.inf)
-    carry = top, jnp.zeros_like(top), jnp.zeros((batch, groups, heads // groups, length, channels))
-    if block == room:
-        _, total, out = visit(jnp.int32(0), carry)
-    else:
-        stop = jnp.minimum(jnp.max(positions), room - 1) // block + 1
-        _, total, out = jax.lax.fori_loop(0, stop, visit, carry)
-    out = (out / total[:, :, None, :, None]).reshape(batch, heads, length, channels)
-    return out.swapaxes(1, 2).astype(values.dtype)
 
 
 def step_state(

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.ssd import ssd_state
-from transmamba_jax.shapes import HeadScalar, QueryKey, SegmentIds, State, Step, TransPoint, Value
+from transmamba_jax.shapes import Dt, HeadScalar, QueryKey, SegmentIds, State, TransPoint, Value
 
 
 def memory_converter(
     k: QueryKey,
     v: Value,
-    dt: Step,
+    dt: Dt,
     a: HeadScalar,
     transpoint: TransPoint | None = None,
     initial_state: State | None = None,
@@ -81,7 +81,7 @@ def memory_converter(
 def _convert(
     k: QueryKey,
     v: Value,
-    dt: Step,
+    dt: Dt,
     a: HeadScalar,
     initial_state: State | None,
     segment_ids: SegmentIds | None,

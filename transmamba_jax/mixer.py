@@ -9,6 +9,7 @@ output:  y W_o                                              arXiv 2503.24067 §3
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from pallas_kernels.ssd import starts_in_passing
 from transmamba_jax import cache as memory
 from transmamba_jax import parallel
+from transmamba_jax.attention import Attention, causal_attention
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import KernelsConfig, ModelConfig
 from transmamba_jax.convolution import causal_conv
@@ -24,13 +26,13 @@ from transmamba_jax.norm import RMSNorm
 from transmamba_jax.rotary import rotate
 from transmamba_jax.shapes import (
     Array,
+    Dt,
     Float,
     Hidden,
     Int,
     QueryKey,
     SegmentIds,
     State,
-    Step,
     TransPoint,
     Value,
     known,
@@ -68,7 +70,7 @@ def over_tokens(dense: nn.Dense, x: Float[Array, "B T _"]) -> Float[Array, "B T 
     return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
-def step_size(config: ModelConfig, projected: Float[Array, "... H"], bias: Float[Array, "H"]) -> Float[Array, "... H"]:
+def compute_dt(config: ModelConfig, projected: Float[Array, "... H"], bias: Float[Array, "H"]) -> Float[Array, "... H"]:
     """Return Δ = clip(softplus(projected + bias), dt_limit), in float32."""
     dt = nn.softplus(projected.astype(jnp.float32) + bias.astype(jnp.float32))
     return dt if config.dt_limit == (0, math.inf) else jnp.clip(dt, *config.dt_limit)
@@ -106,6 +108,7 @@ class Mixer(nn.Module):
 
     config: ModelConfig
     kernels: KernelsConfig = KernelsConfig()
+    attention: Attention | None = None
 
     def setup(self) -> None:
         """Declare the parameters, which are the same under every schedule."""
@@ -143,7 +146,7 @@ class Mixer(nn.Module):
         ids = None if segment_ids is None else segment_ids[:, :stop]
         attended = self._attend(q[:, :stop], k[:, :stop], v[:, :stop], ids)
         attended = jnp.pad(attended, ((0, 0), (0, length - stop), (0, 0)))
-        scanned = self._scan(x, q, k, v, self._step(x), None, segment_ids)
+        scanned = self._gate(x, self._scan(q, k, v, self._compute_dt(x), None, segment_ids)[0])
         before = jnp.arange(length) < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
         return over_tokens(self.out, jnp.where(before[..., None], attended, scanned))
 
@@ -175,7 +178,7 @@ class Mixer(nn.Module):
         q, k, v, window = self._continue(x, cache.window, positions, valid)
         cache = dataclasses.replace(cache, window=window)
         real = jnp.arange(length) < valid[:, None]
-        dt = jnp.where(real[..., None], self._step(x), 0)
+        dt = jnp.where(real[..., None], self._compute_dt(x), 0)
         parts = []
         if split > 0:
             past = slice(None), slice(split)
@@ -189,8 +192,8 @@ class Mixer(nn.Module):
                     "cache must hold the SSM state of the tokens before; convert what attention kept first"
                 )
             rest = slice(None), slice(split, None)
-            scanned, state = self._scan_to_state(x[rest], q[rest], k[rest], v[rest], dt[rest], cache.state, None)
-            parts.append(scanned)
+            y, state = self._scan(q[rest], k[rest], v[rest], dt[rest], cache.state, None)
+            parts.append(self._gate(x[rest], y))
             cache = dataclasses.replace(cache, state=state)
         return over_tokens(self.out, jnp.concatenate(parts, axis=1)), cache
 
@@ -216,28 +219,19 @@ class Mixer(nn.Module):
         q: QueryKey,
         k: QueryKey,
         v: Value,
-        dt: Step,
+        dt: Dt,
         positions: Int[Array, "T"],
         cache: LayerCache,
         fresh: bool,
     ) -> tuple[Float[Array, "B T HP"], LayerCache]:
         state = cache.state
         if state is not None:
-            state = parallel.convert(
-                k,
-                v,
-                dt,
-                self._decay(),
-                None,
-                state,
-                chunk_size=self.kernels.chunk_size,
-                implementation=self.kernels.ssd,
-            )
+            state = self._convert(k, v, dt, None, state)
         if self.config.rotary == "attention":
             q, k = self._rotate(q, k, positions)
         cache = memory.write(dataclasses.replace(cache, state=state), k, v, dt, positions[0])
         if fresh:
-            y = parallel.attend(q, k, v, None, implementation=self.kernels.attention)
+            y = parallel.attend(q, k, v, None, self._attention())
         elif cache.keys is None or cache.values is None:
             raise ValueError("cache must hold the keys and values of the tokens before; it was made without room")
         else:
@@ -250,33 +244,25 @@ class Mixer(nn.Module):
     ) -> Float[Array, "B T HP"]:
         if point == x.shape[1]:
             return self._attend(q, k, v, segment_ids)
-        dt = self._step(x)
+        dt = self._compute_dt(x)
         if point == 0:
-            return self._scan(x, q, k, v, dt, None, segment_ids)
+            return self._gate(x, self._scan(q, k, v, dt, None, segment_ids)[0])
         before = None if segment_ids is None else segment_ids[:, :point]
         after = None if segment_ids is None else segment_ids[:, point:]
         past, rest = slice(None, point), slice(point, None)
         if starts_in_passing(v, k, self.kernels.ssd):
             (q, q_past), (k, k_past), (v, v_past) = (_with_first(array, point) for array in (q, k, v))
             attended = self._attend(q_past, k_past, v_past, before)
-            y, _ = self._ssd(q, k, v, dt, None, segment_ids, point)
+            y, _ = self._scan(q, k, v, dt, None, segment_ids, point)
             return jnp.concatenate([attended, self._gate(x[:, rest], y)], axis=1)
         k_past, v_past = _slice_tokens(k, past), _slice_tokens(v, past)
         attended = self._attend(_slice_tokens(q, past), k_past, v_past, before)
-        state = parallel.convert(
-            k_past,
-            v_past,
-            dt[:, past],
-            self._decay(),
-            before,
-            chunk_size=self.kernels.chunk_size,
-            implementation=self.kernels.ssd,
-        )
+        state = self._convert(k_past, v_past, dt[:, past], before)
         if before is not None and after is not None:
             state = jnp.where(_same_document(before, after)[:, None, None, None], state, 0)
         q, k, v = (_slice_tokens(array, rest) for array in (q, k, v))
-        scanned = self._scan(x[:, rest], q, k, v, dt[:, rest], state, after)
-        return jnp.concatenate([attended, scanned], axis=1)
+        y, _ = self._scan(q, k, v, dt[:, rest], state, after)
+        return jnp.concatenate([attended, self._gate(x[:, rest], y)], axis=1)
 
     def _project(self, x: Hidden, segment_ids: SegmentIds | None) -> tuple[QueryKey, QueryKey, Value]:
         """Project and convolve once over the whole row, so that the convolution never sees the TransPoint."""
@@ -291,70 +277,43 @@ class Mixer(nn.Module):
         positions = jnp.arange(q.shape[1]) if positions is None else positions
         return rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta)
 
-    def _step(self, x: Hidden) -> Step:
-        return step_size(self.config, over_tokens(self.dt, x), self.dt_bias)
+    def _compute_dt(self, x: Hidden) -> Dt:
+        return compute_dt(self.config, over_tokens(self.dt, x), self.dt_bias)
 
     def _decay(self) -> Float[Array, "H"]:
         return -jnp.exp(self.a_log.astype(jnp.float32))
 
+    def _attention(self) -> Attention:
+        if self.attention is not None:
+            return self.attention
+        return partial(causal_attention, implementation=self.kernels.attention)
+
     def _attend(self, q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None) -> Float[Array, "B T HP"]:
         if self.config.rotary == "attention":
             q, k = self._rotate(q, k)
-        y = parallel.attend(q, k, v, segment_ids, implementation=self.kernels.attention)
+        y = parallel.attend(q, k, v, segment_ids, self._attention())
         y = y.reshape(*y.shape[:2], -1)
         return self.norm(y) if self.config.attention_norm else y
 
+    def _convert(
+        self, k: QueryKey, v: Value, dt: Dt, segment_ids: SegmentIds | None, state: State | None = None
+    ) -> State:
+        options: dict[str, Any] = {"chunk_size": self.kernels.chunk_size, "implementation": self.kernels.ssd}
+        return parallel.convert(k, v, dt, self._decay(), segment_ids, state, **options)
+
     def _scan(
         self,
-        x: Hidden,
         q: QueryKey,
         k: QueryKey,
         v: Value,
-        dt: Step,
-        state: State | None,
-        segment_ids: SegmentIds | None,
-    ) -> Float[Array, "B T HP"]:
-        return self._scan_to_state(x, q, k, v, dt, state, segment_ids)[0]
-
-    def _scan_to_state(
-        self,
-        x: Hidden,
-        q: QueryKey,
-        k: QueryKey,
-        v: Value,
-        dt: Step,
-        state: State | None,
-        segment_ids: SegmentIds | None,
-    ) -> tuple[Float[Array, "B T HP"], State]:
-        y, final = self._ssd(q, k, v, dt, state, segment_ids)
-        return self._gate(x, y), final
-
-    def _ssd(
-        self,
-        q: QueryKey,
-        k: QueryKey,
-        v: Value,
-        dt: Step,
+        dt: Dt,
         state: State | None,
         segment_ids: SegmentIds | None,
         start: int = 0,
     ) -> tuple[Value, State]:
-        return parallel.scan(
-            v,
-            dt,
-            self._decay(),
-            k,
-            q,
-            self._skip(),
-            state,
-            segment_ids,
-            chunk_size=self.kernels.chunk_size,
-            implementation=self.kernels.ssd,
-            start=start,
-        )
-
-    def _skip(self) -> Float[Array, "H"] | None:
-        return self.skip.astype(jnp.float32) if self.config.use_d_skip else None
+        options: dict[str, Any] = {"chunk_size": self.kernels.chunk_size, "implementation": self.kernels.ssd}
+        skip = self.skip.astype(jnp.float32) if self.config.use_d_skip else None
+        return parallel.scan(v, dt, self._decay(), k, q, skip, state, segment_ids, start=start, **options)
 
     def _gate(self, x: Hidden, y: Value) -> Float[Array, "B T HP"]:
         return self.norm(y.reshape(*y.shape[:2], -1) * nn.silu(over_tokens(self.z, x)), flat=True)

@@ -16,7 +16,8 @@ import numpy as np
 
 from pallas_kernels import target
 from pallas_kernels.ssd import kernel_vjp
-from transmamba_jax import attention, schedule, sharding
+from transmamba_jax import schedule, sharding
+from transmamba_jax.attention import NAME, Attention
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import KernelsConfig, ModelConfig
 from transmamba_jax.mixer import Mixer, fan_in_uniform, over_tokens, residual_uniform
@@ -29,7 +30,7 @@ MLP = ("rows", "time", "width")
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(attention.NAME, kernel_vjp.NAME),
+        jax.checkpoint_policies.save_only_these_names(NAME, kernel_vjp.NAME),
     ),
     "full": None,
 }
@@ -78,12 +79,13 @@ class Block(nn.Module):
 
     config: ModelConfig
     kernels: KernelsConfig = KernelsConfig()
+    attention: Attention | None = None
 
     def setup(self) -> None:
         """Declare the parts."""
         cfg = self.config
         norm = partial(RMSNorm, cfg.norm_eps, cfg.dtype, cfg.param_dtype)
-        self.mixer_norm, self.mixer = norm(), Mixer(cfg, self.kernels)
+        self.mixer_norm, self.mixer = norm(), Mixer(cfg, self.kernels, self.attention)
         if cfg.mlp_dim:
             self.mlp_norm, self.mlp = norm(), GatedMLP(cfg)
 
@@ -109,10 +111,15 @@ class TransMamba(nn.Module):
     Attributes:
         config: the architecture.
         kernels: the implementations that run; any of them reads the same parameters.
+        attention: fn(q, k, v, segment_ids) -> y in place of `causal_attention`. q and k [B, T, G, N] are rotated, v is
+            [B, T, H, P], segment_ids int32 [B, T] or None; y has the shape of v. It sees the first P tokens of a row
+            under a static TransPoint P and all T under a traced one: the two agree where it is causal. Over a mesh it
+            gets whole rows and some of the heads, inside `jax.shard_map`. `Decoder` refuses such a model.
     """
 
     config: ModelConfig
     kernels: KernelsConfig = KernelsConfig()
+    attention: Attention | None = None
 
     def setup(self) -> None:
         """Declare the parameters."""
@@ -225,7 +232,7 @@ class TransMamba(nn.Module):
 
     def _block(self) -> Block:
         # Detached from this module: its parameters are slices of the stack, handed over explicitly.
-        return Block(self.config, self.kernels, parent=None)
+        return Block(self.config, self.kernels, self.attention, parent=None)
 
     def _layer(self, segment_ids: SegmentIds | None) -> Callable[[Any, Hidden, TransPoint], Hidden]:
         def apply(params: Any, x: Hidden, transpoint: TransPoint) -> Hidden:

@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ssd import decay, ssd, ssd_state
-from transmamba_jax.attention import causal_attention
-from transmamba_jax.cache import Keys, Values, cached_attention
+from transmamba_jax.attention import Attention, Keys, Values, cached_attention
 from transmamba_jax.convolution import causal_conv
 from transmamba_jax.memory_converter import memory_converter
-from transmamba_jax.shapes import Array, Float, HeadScalar, Int, QueryKey, SegmentIds, State, Step, Value
+from transmamba_jax.shapes import Array, Dt, Float, HeadScalar, Int, QueryKey, SegmentIds, State, Value
 from transmamba_jax.sharding import constrain, parts, per_shard
 
 _TOKENS = ("rows", "time")
@@ -67,11 +66,19 @@ def convolve(
     return per_shard(shard, layouts, channels, x, kernel, bias, segment_ids)
 
 
-def attend(
-    q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None, *, implementation: str | None = None
-) -> Value:
-    """Apply `causal_attention` to whole rows, which are spread over heads."""
-    run = partial(causal_attention, implementation=implementation)
+def attend(q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None, attention: Attention) -> Value:
+    """Apply `attention` to whole rows, which are spread over heads.
+
+    Raises:
+        ValueError: its result has another shape than `v`.
+    """
+
+    def run(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+        y = attention(q, k, v, segment_ids)
+        if y.shape != v.shape:
+            raise ValueError(f"attention must return the shape [B, T, H, P] of v, {v.shape}, found {y.shape}")
+        return y.astype(v.dtype)
+
     heads, groups = v.shape[2], q.shape[2]
     if parts("spread_heads", heads) > parts("spread_heads", groups):
         # A group's queries and keys serve several heads; here those live on different devices, and all get all groups:
@@ -93,7 +100,7 @@ def attend_cached(q: QueryKey, keys: Keys, values: Values, start: Int[Array, ""]
 def convert(
     k: QueryKey,
     v: Value,
-    dt: Step,
+    dt: Dt,
     a: HeadScalar,
     segment_ids: SegmentIds | None,
     initial_state: State | None = None,
@@ -114,7 +121,7 @@ def convert(
 
 def scan(
     x: Value,
-    dt: Step,
+    dt: Dt,
     a: HeadScalar,
     b: QueryKey,
     c: QueryKey,
@@ -148,7 +155,7 @@ def scan(
 
 def _scan_shard(
     x: Value,
-    dt: Step,
+    dt: Dt,
     a: HeadScalar,
     b: QueryKey,
     c: QueryKey,

@@ -40,7 +40,7 @@ def attention_only(mixer: Mixer, x: jax.Array) -> jax.Array:
 def ssm_only(mixer: Mixer, x: jax.Array) -> jax.Array:
     """A plain Mamba-2 mixer: no TransPoint."""
     q, k, v = mixer._project(x, None)
-    return over_tokens(mixer.out, mixer._scan(x, q, k, v, mixer._step(x), None, None))
+    return over_tokens(mixer.out, mixer._gate(x, mixer._scan(q, k, v, mixer._compute_dt(x), None, None)[0]))
 
 
 def contender(function: Function, backward: bool, *arguments: Any) -> timing.Contender:
@@ -57,14 +57,14 @@ def parts(params: Any, x: jax.Array, point: int) -> dict[str, tuple[Any, ...]]:
     """The pieces of a mixer at TransPoint `point`: name -> function and its arguments."""
     apply = lambda method: lambda params, *arrays: Mixer(CONFIG).apply({"params": params}, *arrays, method=method)
     q, k, v = apply(lambda m, x: m._project(x, None))(params, x)
-    dt = apply(lambda m, x: m._step(x))(params, x)
+    dt = apply(lambda m, x: m._compute_dt(x))(params, x)
     state = tm.memory_converter(k[:, :point], v[:, :point], dt[:, :point], -jnp.exp(params["a_log"]))
     inner = jnp.ones((*x.shape[:2], CONFIG.d_inner))
     convert = lambda params, k, v, dt: tm.memory_converter(
         k, v, dt, -jnp.exp(params["a_log"]), chunk_size=KernelsConfig().chunk_size
     )
     return {
-        "projections": (apply(lambda m, x: (m._project(x, None), m._step(x))), params, x),
+        "projections": (apply(lambda m, x: (m._project(x, None), m._compute_dt(x))), params, x),
         "attention": (
             apply(lambda m, q, k, v: m._attend(q, k, v, None)),
             params,
@@ -74,7 +74,7 @@ def parts(params: Any, x: jax.Array, point: int) -> dict[str, tuple[Any, ...]]:
         ),
         "converter": (convert, params, k[:, :point], v[:, :point], dt[:, :point]),
         "ssm": (
-            apply(lambda m, *arrays: m._scan(*arrays, None)),
+            apply(lambda m, x, *arrays: m._gate(x, m._scan(*arrays, None)[0])),
             *(params, x[:, point:], q[:, point:], k[:, point:], v[:, point:], dt[:, point:], state),
         ),
         "output": (apply(lambda m, y: over_tokens(m.out, y)), params, inner),

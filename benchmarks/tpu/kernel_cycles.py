@@ -33,7 +33,7 @@ from benchmarks import timing
 from benchmarks.tpu import compile as tpu_compile
 from pallas_kernels.causal_conv1d.pallas_tpu import causal_conv1d
 from pallas_kernels.ssd import ssd, ssd_state
-from transmamba_jax import attention
+from transmamba_jax.attention import causal_attention, library
 from transmamba_jax.compile_only.program import read_program
 from transmamba_jax.runtime import hardware
 
@@ -48,7 +48,7 @@ def gradients(x: Any, dt: Any, a: Any, k: Any, q: Any) -> Any:
         channels = HEADS * WIDTH
         taps = jnp.ones((4, channels), jnp.float32)
         convolved = causal_conv1d(x.reshape(*x.shape[:2], channels), taps, taps[0], silu=True)
-        attended = attention.causal_attention(q, k, x, implementation="splash")
+        attended = causal_attention(q, k, x, implementation="splash")
         scanned, _ = ssd(x, dt, a, k, q, implementation="pallas_tpu")
         return attended, scanned, ssd_state(x, dt, a, k, implementation="pallas_tpu"), convolved
 
@@ -93,9 +93,9 @@ def main() -> None:
     """Count, one process a chip, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs=2, metavar=("CHIP", "FOLDER"), help="one chip, dumped into a folder")
-    parser.add_argument("--splash-block", type=int, default=attention._SPLASH_BLOCK, help="edge, tokens")
+    parser.add_argument("--splash-block", type=int, default=library._SPLASH_BLOCK, help="edge, tokens")
     args = parser.parse_args()
-    chosen, attention._SPLASH_BLOCK = attention._SPLASH_BLOCK, args.splash_block
+    chosen, library._SPLASH_BLOCK = library._SPLASH_BLOCK, args.splash_block
     if args.one:
         print(json.dumps(count(args.one[0], Path(args.one[1]))))
         return

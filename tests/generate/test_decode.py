@@ -390,5 +390,7 @@ def test_bad_arguments_are_refused() -> None:
         decoder.extend(uneven, [[1], [2, 3]])
     with pytest.raises(ValueError, match="batch must be >= 1 and room >= 0"):
         memory.init_cache(CONFIG, 0, 4)
+    with pytest.raises(ValueError, match=r"softmax, which is how the cache is read, found TransMamba\(attention"):
+        tm.Decoder(tm.TransMamba(CONFIG, attention=lambda *arrays: arrays[2]), {})
     with pytest.raises(ValueError, match="keys, values and steps"):
         decode_step.convert(CONFIG, KERNELS, decoder._weights.layers[0], memory.init_layer(CONFIG, 1, 0, True))

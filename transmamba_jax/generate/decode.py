@@ -77,9 +77,14 @@ class Decoder:
                 ids from `vocab_size` on are never sampled. None: every id of the model may be.
 
         Raises:
-            ValueError: the schedule is invalid, `vocab_size` is not in 1..the model's, or the parameters are placed on
-                several meshes.
+            ValueError: the schedule is invalid, `vocab_size` is not in 1..the model's, the parameters are placed on
+                several meshes, or the model has an attention function of its own.
         """
+        if model.attention is not None:
+            raise ValueError(
+                "model must attend by softmax, which is how the cache is read, found TransMamba(attention=...); "
+                "call the model on the whole row for each token instead"
+            )
         self.config = model.config
         if vocab_size is not None and not 1 <= vocab_size <= model.config.vocab_size:
             size = model.config.vocab_size

@@ -16,7 +16,7 @@ from transmamba_jax import cache as memory
 from transmamba_jax import parallel, sharding
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import KernelsConfig, ModelConfig
-from transmamba_jax.mixer import step_size
+from transmamba_jax.mixer import compute_dt
 from transmamba_jax.norm import rms_norm
 from transmamba_jax.rotary import rotate
 from transmamba_jax.shapes import Array, Float, Float32, HeadScalar, Int, State
@@ -203,7 +203,7 @@ def _mix(
     q, k = (y.reshape(-1, config.num_groups, config.state_dim) for y in (q, k))
     v = v.reshape(-1, config.num_heads, config.head_dim)
     q, k, v = (sharding.constrain(y, _HEADS) for y in (q, k, v))
-    dt = step_size(config, projected[:, channels:], weights.dt_bias)
+    dt = compute_dt(config, projected[:, channels:], weights.dt_bias)
     turn = lambda y: rotate(y[:, None], positions[:, None], config.rope_theta)[:, 0]
     if config.rotary == "both":
         q, k = turn(q), turn(k)

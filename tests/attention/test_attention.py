@@ -13,8 +13,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from tests import oracle
-from transmamba_jax import attention
-from transmamba_jax.attention import causal_attention
+from transmamba_jax.attention import api, blockwise, causal_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,7 @@ def blocked(
 
 def with_gradients(arrays: list[Any], ids: np.ndarray | None, implementation: str | None = None) -> tuple:
     """Value and gradients; what a fixture may patch is part of the key of the compilation cache."""
-    patched = (attention._BLOCK, jax.default_backend())
+    patched = (blockwise._BLOCK, jax.default_backend())
     return blocked(*map(jnp.asarray, arrays), None if ids is None else jnp.asarray(ids), implementation, patched)
 
 
@@ -99,7 +98,7 @@ def assert_close(
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_BLOCK", 16)
+    monkeypatch.setattr(blockwise, "_BLOCK", 16)
 
 
 # Blocks of 16: one block, its edges, several blocks; one spec serves several tests, which share its compilation.
@@ -114,6 +113,12 @@ SHAPES = [
     Spec(64, groups=3, heads=3, state_dim=5),
     SEVERAL,
 ]
+
+
+@pytest.mark.parametrize("spec", [SHAPES[1], SEVERAL], ids=lambda spec: f"T{spec.length}")
+def test_values_and_gradients_of_the_reference(spec: Spec) -> None:
+    arrays, ids = spec.arrays()
+    assert_close(arrays, ids, 1e-6, 2e-6, "reference")
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -157,7 +162,7 @@ def test_any_ids_may_attend_not_only_contiguous_rising_ones() -> None:
 
 def test_blocks_of_other_documents_are_skipped() -> None:
     ids = jnp.asarray([np.repeat([1, 1, 2, 3, 3, 3, 0], 8), np.repeat([1, 2, 2, 3, 3, 0, 0], 8)])
-    first = lambda rows: attention._split_ids(rows, 7, 8)[1].tolist()
+    first = lambda rows: blockwise._split_ids(rows, 7, 8)[1].tolist()
     assert first(ids[:1]) == [0, 0, 2, 3, 3, 3, 6]
     assert first(ids[1:]) == [0, 1, 1, 3, 3, 5, 5]
     assert first(ids) == [0, 0, 1, 3, 3, 3, 5]
@@ -356,7 +361,7 @@ def test_splash_numbers_in_interpret_mode() -> None:
 def test_automatic_choice(backend: str, dtype: str, packed: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     (q, _, v, _), ids = Spec(8, packed=packed).arrays()
-    assert attention._choose(q.astype(jnp.dtype(dtype)), v, ids, None) == name
+    assert api._choose(q.astype(jnp.dtype(dtype)), v, ids, None) == name
 
 
 @pytest.mark.parametrize(
@@ -370,7 +375,10 @@ def test_automatic_choice(backend: str, dtype: str, packed: bool, name: str, mon
         ({"v": np.ones((2, 8, 2, 6), np.float16)}, "must share one floating-point dtype"),
         ({"segment_ids": np.ones((2, 7), np.int32)}, "segment_ids must have shape"),
         ({"segment_ids": np.ones((2, 8))}, "segment_ids must be integers"),
-        ({"implementation": "flash"}, "unknown implementation 'flash'; use one of blockwise, cudnn, splash"),
+        (
+            {"implementation": "flash"},
+            "unknown implementation 'flash'; use one of reference, blockwise, cudnn, splash or None",
+        ),
         ({"implementation": "cudnn"}, r"cudnn.*needs bfloat16 or float16, found float32"),
         ({"implementation": "cudnn", "segment_ids": np.ones((2, 8), np.int32)}, "not segment_ids"),
     ],

@@ -1,0 +1,257 @@
+"""Causal attention in plain JAX for every device: online softmax over blocks, of whole rows or with a cache."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels import target
+from transmamba_jax.shapes import Array, Float, Int, QueryKey, Value, known
+
+Keys: TypeAlias = Float[Array, "B G S N"]
+Values: TypeAlias = Float[Array, "B H S P"]
+
+NAME = "attention"
+"""Name of the residuals, for the policies of `jax.checkpoint` that keep them."""
+
+# Block edge: 512 has the fastest forward on a CPU and ties with 256 for the backward (128 takes 1.4 times as long).
+_BLOCK = 512
+_BLOCK_MULTIPLE = 8
+
+
+def attend(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: float) -> Array:
+    """Attend to whole rows; arguments as for `causal_attention`."""
+    shape, length = v.shape, q.shape[1]
+    v = v.reshape(*q.shape[:3], -1)
+    count = -(-length // _BLOCK)
+    if not known(length):
+        block = _BLOCK
+    else:
+        block = -(-length // (count * _BLOCK_MULTIPLE)) * _BLOCK_MULTIPLE if count > 1 else length
+    # Keys that pad the last block lie in the future of every real query, and their ids need not differ from real ones.
+    if not known(length) or count * block > length:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, count * block - length), (0, 0), (0, 0))) for x in (q, k, v))
+    if segment_ids is not None:
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, count * block - length)), mode="edge")
+    # A program for any length is for any device too.
+    operand = matmul_dtype(q.dtype) if known(length) else q.dtype
+    return _attend(q, k, v, segment_ids, float(scale), block, jnp.dtype(operand))[:, :length].reshape(shape)
+
+
+def matmul_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Return the dtype to cast operands of matmuls to."""
+    # XLA's CPU matmuls of bfloat16 take 1.5 times as long as a cast to float32 and its matmul.
+    return jnp.promote_types(dtype, jnp.float32) if target.platform() == "cpu" else dtype
+
+
+def _split(x: Array, block: int) -> Array:
+    """[B, T, G, N] -> [blocks, B, G, block, N]."""
+    batch, length, groups, width = x.shape
+    return x.reshape(batch, length // block, block, groups, width).transpose(1, 0, 3, 2, 4)
+
+
+def _join(x: Array) -> Array:
+    """[blocks, B, G, block, N] -> [B, T, G, N]."""
+    count, batch, groups, block, width = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(batch, count * block, groups, width)
+
+
+def _dot(equation: str, a: Array, b: Array, operand: jnp.dtype) -> Array:
+    wide = jnp.promote_types(operand, jnp.float32)
+    return jnp.einsum(equation, a.astype(operand), b.astype(operand), preferred_element_type=wide)
+
+
+def _visible(ids_q: Array | None, ids_k: Array | None, block: int, diagonal: bool) -> Array | None:
+    """Mask [B or 1, 1, block, block] of the pairs that see each other; None when all do."""
+    same = None if ids_q is None or ids_k is None else (ids_q[:, None, :, None] == ids_k[:, None, None, :])
+    if not diagonal:
+        return same
+    causal = jnp.tril(jnp.ones((1, 1, block, block), bool))
+    return causal if same is None else causal & same
+
+
+def _first_block(ids: Array) -> Array:
+    """First key block that each query block has to visit: an earlier one shares no id with it, in any row.
+
+    Blocks whose ranges of ids do not overlap share none. For contiguous documents with rising ids the bound is exact.
+    """
+    low, high = ids.min(-1), ids.max(-1)  # [blocks, B]
+    overlap = (low[:, None] <= high[None, :]) & (low[None, :] <= high[:, None])
+    return jnp.argmax(overlap.any(-1), axis=1)
+
+
+def _split_ids(ids: Array | None, count: int, block: int) -> tuple[Array | None, Array]:
+    if ids is None:
+        return None, jnp.zeros(count, jnp.int32)
+    blocks = ids.reshape(ids.shape[0], count, block).swapaxes(0, 1)
+    return blocks, _first_block(blocks)
+
+
+def _at(blocks: Array | None, index: Array) -> Array | None:
+    return None if blocks is None else blocks[index]
+
+
+def _online_softmax(
+    query: Array,
+    load: Callable[[Any, bool], tuple[Array, Array, Array | None]],
+    first: Any,
+    others: tuple[Any, Any],
+    scale: float,
+    operand: jnp.dtype,
+) -> tuple[Array, Array]:
+    """Attend from a block of queries to one block of keys after another.
+
+    m <- max(m, max_s score_s),  l <- l·exp(m_old - m) + Σ_s exp(score_s - m),  out likewise with v_s (arXiv 2205.14135)
+
+    Args:
+        query: [B, G, q, N].
+        load: number of a block -> keys [B, G, k, N], values [B, G, k, P], and the mask of the pairs that see each
+            other, [B or 1, 1, q, k] or None (all). Its second argument tells whether the block is `first`.
+        first: number of a block in which every query sees a key, so that the maximum is finite from the start on.
+        others: numbers of the first block that follows and of the one after the last.
+        scale: factor on the scores.
+        operand: dtype of the operands of matmuls; they accumulate in float32 at least.
+
+    Returns:
+        Output [B, G, q, P] and log-sum-exp of the scores [B, G, q].
+    """
+
+    def visit(column: Any, is_first: bool) -> tuple[Array, Array]:
+        key, value, mask = load(column, is_first)
+        score = _dot("bgqn,bgkn->bgqk", query, key, operand) * scale
+        return score if mask is None else jnp.where(mask, score, -jnp.inf), value
+
+    score, value = visit(first, True)
+    top = score.max(-1)
+    weight = jnp.exp(score - top[..., None])
+    state = top, weight.sum(-1), _dot("bgqk,bgkp->bgqp", weight, value, operand)
+
+    def key_block(column: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, out = state
+        score, value = visit(column, False)
+        higher = jnp.maximum(top, score.max(-1))
+        weight, keep = jnp.exp(score - higher[..., None]), jnp.exp(top - higher)
+        out = out * keep[..., None] + _dot("bgqk,bgkp->bgqp", weight, value, operand)
+        return higher, total * keep + weight.sum(-1), out
+
+    start, stop = others
+    none = isinstance(start, int) and isinstance(stop, int) and start >= stop
+    top, total, out = state if none else lax.fori_loop(start, stop, key_block, state)
+    return out / total[..., None], top + jnp.log(total)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attend(q: Array, k: Array, v: Array, ids: Array | None, scale: float, block: int, operand: jnp.dtype) -> Array:
+    return _attend_forward(q, k, v, ids, scale, block, operand)[0]
+
+
+def _attend_forward(
+    q: Array, k: Array, v: Array, ids: Array | None, scale: float, block: int, operand: jnp.dtype
+) -> tuple[Array, Any]:
+    qs, ks, vs = (_split(x, block) for x in (q, k, v))
+    count = qs.shape[0]
+    ids_b, first = _split_ids(ids, count, block)
+
+    def query_block(_: None, xs: tuple) -> tuple[None, tuple[Array, Array]]:
+        index, start, query, ids_q = xs
+
+        def load(column: Array, diagonal: bool) -> tuple[Array, Array, Array | None]:
+            return ks[column], vs[column], _visible(ids_q, _at(ids_b, column), block, diagonal)
+
+        # The diagonal block comes first: every query sees itself.
+        out, log_total = _online_softmax(query, load, index, (start, index), scale, operand)
+        return None, (out.astype(v.dtype), log_total)
+
+    _, (out, log_total) = lax.scan(query_block, None, (jnp.arange(count), first, qs, ids_b))
+    out, log_total = checkpoint_name((_join(out), log_total), NAME)
+    return out, (q, k, v, ids, out, log_total)
+
+
+def _attend_backward(scale: float, block: int, operand: jnp.dtype, saved: Any, grad: Array) -> tuple:
+    """Recompute each block's weights w from the saved log-sum-exp, then
+
+    dv_s = Σ_t w_ts g_t,  ds_ts = w_ts (g_t · v_s - g_t · y_t),  dq_t = scale Σ_s ds_ts k_s,  dk_s = scale Σ_t ds_ts q_t
+    """
+    q, k, v, ids, out, log_total = saved
+    qs, ks, vs, outs, grads = (_split(x, block) for x in (q, k, v, out, grad))
+    ids_b, first = _split_ids(ids, len(qs), block)
+    wide = log_total.dtype
+    mean = jnp.einsum("ibgqp,ibgqp->ibgq", grads.astype(wide), outs.astype(wide))
+
+    def visit(row: Sequence, column: Array, diagonal: bool) -> tuple[Array, Array, Array]:
+        query, gradient, log_sum, center, ids_q = row
+        key, value = ks[column], vs[column]
+        score = _dot("bgqn,bgkn->bgqk", query, key, operand) * scale - log_sum[..., None]
+        mask = _visible(ids_q, _at(ids_b, column), block, diagonal)
+        weight = jnp.exp(score if mask is None else jnp.where(mask, score, -jnp.inf))
+        slope = weight * (_dot("bgqp,bgkp->bgqk", gradient, value, operand) - center[..., None])
+        return (
+            _dot("bgqk,bgkn->bgqn", slope, key, operand),
+            _dot("bgqk,bgqn->bgkn", slope, query, operand),
+            _dot("bgqk,bgqp->bgkp", weight, gradient, operand),
+        )
+
+    def query_block(sums: tuple, xs: tuple) -> tuple[tuple, Array]:
+        index, start, *row = xs
+
+        def key_block(column: Array, carry: tuple, diagonal: bool = False) -> tuple:
+            dq, dk, dv = carry
+            to_q, to_k, to_v = visit(row, column, diagonal)
+            return dq + to_q, dk.at[column].add(to_k), dv.at[column].add(to_v)
+
+        carry = key_block(index, (jnp.zeros_like(row[0], wide), *sums), diagonal=True)
+        dq, dk, dv = lax.fori_loop(start, index, key_block, carry)
+        return (dk, dv), dq
+
+    # zeros_like, here and above: inside shard_map a carry has to vary over the mesh as what is added to it does.
+    zeros = jnp.zeros_like(ks, wide), jnp.zeros_like(vs, wide)
+    xs = (jnp.arange(len(qs)), first, qs, grads, log_total, mean, ids_b)
+    (dk, dv), dq = lax.scan(query_block, zeros, xs)
+    return _join(dq * scale).astype(q.dtype), _join(dk * scale).astype(k.dtype), _join(dv).astype(v.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def cached_attention(q: QueryKey, keys: Keys, values: Values, start: Int[Array, ""]) -> Value:
+    """Attend from the tokens at positions start + i to the cached tokens up to and including each.
+
+        y_i = Σ_{s <= start + i} softmax_s(q_i · k_s / √N) v_s
+
+    Only blocks of keys are visited that a query can see. Scores, statistics and accumulation are float32. The queries'
+    own keys and values are in the cache already, at slot start + i.
+
+    Returns:
+        [B, n, H, P] in the dtype of `values`.
+    """
+    batch, length, groups, width = q.shape
+    heads, capacity, channels = values.shape[1:]
+    count, block = -(-length // _BLOCK), min(capacity, _BLOCK)
+    edge = length if count == 1 else _BLOCK
+    values = values.reshape(batch, groups, heads // groups, capacity, channels)
+
+    def query_block(xs: tuple[Array, Array]) -> Array:
+        index, query = xs
+        positions = start + jnp.minimum(index * edge + jnp.arange(edge), length - 1)
+
+        def load(column: Array, _: bool) -> tuple[Array, Array, Array]:
+            # The last block begins early where blocks do not fill the cache; it shares some keys, which are masked.
+            begin = jnp.minimum(column * block, capacity - block)
+            key = lax.dynamic_slice_in_dim(keys, begin, block, axis=2)
+            value = lax.dynamic_slice_in_dim(values, begin, block, axis=3).swapaxes(2, 3)
+            slots = begin + jnp.arange(block)
+            seen = (slots >= column * block) & (slots <= positions[:, None])
+            return key, value.reshape(batch, groups, block, -1), seen[None, None]
+
+        # Block 0 holds slot 0, which every query sees.
+        stop = 1 if block == capacity else jnp.minimum(positions[-1], capacity - 1) // block + 1
+        return _online_softmax(query, load, 0, (1, stop), 1 / math.sqrt(width), matmul_dtype(q.dtype))[0]
+
+    queries = _split(jnp.pad(q, ((0, 0), (0, count * edge - length), (0, 0), (0, 0))), edge)
+    out = _join(lax.map(query_block, (jnp.arange(count), queries)))[:, :length]
+    return out.reshape(batch, length, heads, channels).astype(values.dtype)
