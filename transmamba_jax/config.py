@@ -150,7 +150,8 @@ class DataConfig:
     """What is read, how it becomes tokens, and how tokens become rows."""
 
     source: str = "stdlib"
-    """`stdlib`, `text:<glob>`, `tfds:<name>[/config][:version]`, `array_record:<glob>`, or a registered source."""
+    """`stdlib`, `text:<glob>`, `tfds:<name>[/config][:version]`, `array_record:<glob>`, a task such as
+    `synthetic:recall?keys=32`, or a registered source."""
     cache_dir: str | None = None
     """Where prepared data sets live; None: ~/.cache/transmamba_jax (a tfds: source: TFDS's own default)."""
     text_field: str = "text"

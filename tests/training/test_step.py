@@ -71,6 +71,24 @@ def test_accumulation_equals_the_large_batch(initial):
     assert relative(jax.tree.map(lambda *g: sum(g) / 4, *means), large) > 1e-2
 
 
+def test_weights_of_a_batch_scale_its_losses(initial):
+    batch, params = packed_batch(2), initial.params
+    weights = np.random.default_rng(0).choice([0.0, 0.5, 2.0], batch["tokens"].shape).astype(np.float32)
+    weighted = {**batch, "weights": weights}
+    run = jax.jit(lambda batch, count: loss_and_gradient(params, MODEL, batch, count, 24), static_argnums=1)
+
+    ids = batch["segment_ids"]
+    real = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != 0)
+    logits = np.asarray(MODEL.apply({"params": params}, batch["tokens"][:, :-1], ids[:, :-1]), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, batch["tokens"][:, 1:, None], axis=-1)[..., 0]
+    w = np.where(real, weights[:, 1:], 0)
+    assert float(run(weighted, 1)[0]) == pytest.approx((nll * w).sum() / w.sum(), rel=1e-6)
+    assert relative(run(weighted, 4), run(weighted, 1)) < 1e-6
+    ones = {**batch, "weights": np.ones_like(weights)}
+    assert relative(run(ones, 1), run(batch, 1)) == 0
+
+
 def _with_a_log(state, value):
     layers = {**state.params["layers"], "mixer": {"a_log": jnp.full((2, 3), value)}}
     return dataclasses.replace(state, params={**state.params, "layers": layers})

@@ -115,7 +115,7 @@ def _token_bytes(config: Config) -> np.ndarray:
     if config.data.tokenizer != "bytes" and not Path(config.data.tokenizer).exists():
         print(f"{config.data.tokenizer} is not there: taken to have model.vocab_size={config.model.vocab_size} tokens")
         return np.ones(config.model.vocab_size)
-    tokenizer = data.load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+    tokenizer = data.open_tokenizer(config.data)
     data.check_vocabulary(tokenizer, config.model.vocab_size)
     return tokenizer.token_bytes
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transmamba_jax.data.given import give_documents
     from transmamba_jax.data.pipeline import BatchIterator, eval_batches, held_out_text, train_batches, training_text
     from transmamba_jax.data.registry import register_source
+    from transmamba_jax.data.task_batches import open_tokenizer
     from transmamba_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_from_json
 
 _MODULES = {
@@ -22,6 +23,7 @@ _MODULES = {
     "train_batches": "pipeline",
     "training_text": "pipeline",
     "register_source": "registry",
+    "open_tokenizer": "task_batches",
     "Tokenizer": "tokenizers",
     "check_vocabulary": "tokenizers",
     "load_tokenizer": "tokenizers",
@@ -37,6 +39,7 @@ __all__ = [
     "give_documents",
     "held_out_text",
     "load_tokenizer",
+    "open_tokenizer",
     "register_source",
     "tokenizer_from_json",
     "train_batches",

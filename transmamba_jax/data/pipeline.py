@@ -27,8 +27,10 @@ from grain.experimental import (
 )
 
 from transmamba_jax.config import DataConfig
+from transmamba_jax.data import task_batches
 from transmamba_jax.data.documents import Documents, encode_document, take
 from transmamba_jax.data.sources import open_documents
+from transmamba_jax.data.synthetic import is_synthetic
 from transmamba_jax.data.tokenizers import Tokenizer
 
 WINDOW_BYTES = 2**20
@@ -182,6 +184,8 @@ def train_batches(
             f"data.streams={plan.streams} must be a multiple of the {process_count} processes and divide "
             f"data.batch_size={config.batch_size}"
         )
+    if is_synthetic(config.source):
+        return BatchIterator(functools.partial(_open_task_stream, config), plan)
     documents = open_documents(config, config.train_split)
     window_tokens = _check(documents, config, tokenizer, plan.streams)
     if config.num_workers > 0 and not flags.FLAGS.is_parsed():
@@ -202,6 +206,13 @@ def train_batches(
         return dataset, settings
 
     return BatchIterator(open_stream, plan)
+
+
+def _open_task_stream(config: DataConfig, index: int, count: int) -> tuple[grain.IterDataset, dict[str, Any]]:
+    """Open a stream of a synthetic task, whose rows are drawn in the training process."""
+    dataset = task_batches.training_stream(config, config.batch_size // count, slice(index, None, count))
+    names = ("source", "seq_len", "seed", "train_split")
+    return dataset, {"stream": [index, count], **{name: getattr(config, name) for name in names}}
 
 
 def _start_worker(_index: int, _count: int) -> None:
@@ -316,6 +327,8 @@ def eval_batches(config: DataConfig, tokenizer: Tokenizer, windows: int, batch_s
     Raises:
         ValueError: the source cannot be read or is too short for one window.
     """
+    if is_synthetic(config.source):
+        return task_batches.held_out_batches(config, windows, batch_size)
     documents = [encode_document(tokenizer, document) for document in _held_out(config)]
     stream = np.concatenate(documents)
     _require_row(len(stream), config, config.eval_split)

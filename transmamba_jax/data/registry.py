@@ -30,6 +30,7 @@ _SOURCES = {
     "text": _Source("text:<glob>", "text_files:open_text"),
     "tfds": _Source("tfds:<name>[/config][:version]", "tfds_source:open_tfds"),
     "array_record": _Source("array_record:<glob>", "records:open_records"),
+    "synthetic": _Source("synthetic:<task>[?key=value&...]", "task_batches:open_task"),
     "documents": _Source("documents:<name>", "given:open_given"),
 }
 _BUILT_IN = frozenset(_SOURCES)

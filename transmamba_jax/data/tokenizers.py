@@ -88,6 +88,44 @@ class ByteTokenizer:
         return json.dumps({"tokenizer": "bytes"})
 
 
+class SymbolTokenizer:
+    """The ids of a synthetic task, written as numbers with spaces between them; each counts as one byte."""
+
+    end_of_document = 0
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """Return ones: bits per byte of a task are bits per token."""
+        return np.ones(self.vocab_size, np.int32)
+
+    def encode(self, text: str) -> list[int]:
+        """Read numbers with spaces between them.
+
+        Raises:
+            ValueError: something else is in the text, or a number is not an id.
+        """
+        words = text.split()
+        bad = [word for word in words if not word.isdecimal() or int(word) >= self.vocab_size]
+        if bad:
+            raise ValueError(f"text of a synthetic task must be ids 0..{self.vocab_size - 1}, found {bad[0]!r}")
+        return [int(word) for word in words]
+
+    def encode_document(self, document: bytes) -> np.ndarray:
+        """Return the ids of a document and the end-of-document id, int32 [T]."""
+        return np.array([*self.encode(document.decode()), self.end_of_document], np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Write ids as numbers."""
+        return " ".join(str(int(token)) for token in ids)
+
+    def to_json(self) -> str:
+        """Return a text that `tokenizer_from_json` reads back."""
+        return json.dumps({"type": "symbols", "vocab_size": self.vocab_size})
+
+
 class JsonTokenizer:
     """A `tokenizer.json` of the tokenizers library.
 
@@ -259,7 +297,8 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     """Return the tokenizer whose `to_json` gave `text`."""
     if text == ByteTokenizer().to_json():
         return ByteTokenizer()
-    return JsonTokenizer(text, "the tokenizer")
+    tree = json.loads(text) if text.startswith('{"type": "symbols"') else {}
+    return SymbolTokenizer(tree["vocab_size"]) if tree else JsonTokenizer(text, "the tokenizer")
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool
 
 from transmamba_jax import data, sharding
 from transmamba_jax.config import Config
+from transmamba_jax.evaluate.answers import AnswerCounter, AnswerResult
 from transmamba_jax.evaluate.scoring import token_scores
 from transmamba_jax.model import TransMamba
 from transmamba_jax.shapes import Array, Float32, Int
@@ -50,6 +52,8 @@ class EvalResult:
     tokens: int
     """Predictions that the figures average over."""
     by_position: tuple[PositionLoss, ...]
+    answers: AnswerResult | None = None
+    """Accuracy on the answers of a synthetic task."""
 
     def metrics(self) -> dict[str, Any]:
         """Return the values of an evaluation line of metrics.jsonl; positions as [start, stop, loss]."""
@@ -58,6 +62,7 @@ class EvalResult:
             "eval/bits_per_byte": self.bits_per_byte,
             "eval/tokens": self.tokens,
             "eval/by_position": [[span.start, span.stop, span.loss] for span in self.by_position],
+            **({} if self.answers is None else self.answers.metrics()),
         }
 
 
@@ -79,7 +84,8 @@ class Evaluator:
             for batch in batches
         ]
         self._token_bytes = np.asarray(tokenizer.token_bytes, np.float64)
-        self._nll = jax.jit(
+        self._transpoints = config.model.transpoints
+        self._score = jax.jit(
             functools.partial(_nll_by_position, model, config.train.loss_chunk),
             out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
         )
@@ -91,13 +97,16 @@ class Evaluator:
             EvaluationStopped: `should_stop()` turned true between two batches.
         """
         nll, counts = np.zeros((2, self._seq_len), np.float64)  # [T]
-        byte_count = 0.0
+        byte_count, answers = 0.0, AnswerCounter()
         for index, batch in enumerate(self._batches):
             if should_stop():
                 raise EvaluationStopped(f"evaluation stopped after {index} of {len(self._batches)} batches")
             weights = _target_weights(batch)
-            inputs = {name: self._place(rows) for name, rows in batch.items() if name != "weights"}
-            nll += np.asarray(self._nll(params, inputs, self._place(weights)), np.float64)
+            inputs = {name: self._place(batch[name]) for name in ("tokens", "segment_ids") if name in batch}
+            losses, right = self._score(params, inputs, self._place(weights))
+            nll += np.asarray(losses, np.float64)
+            if "answers" in batch:
+                answers.add(np.asarray(right), batch["answers"], batch["facts"])
             counts += weights.sum(axis=0, dtype=np.float64)
             byte_count += float(np.sum(self._token_bytes[batch["tokens"][:, 1:]] * weights))
         return EvalResult(
@@ -109,6 +118,7 @@ class Evaluator:
                 for start, stop in spans(nll.size)
                 if counts[start:stop].any()
             ),
+            answers=answers.result(self._seq_len, self._transpoints) if "answers" in self._batches[0] else None,
         )
 
     def _place(self, rows: np.ndarray) -> Any:
@@ -117,9 +127,14 @@ class Evaluator:
 
 
 def _target_weights(batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Weigh the targets of a batch, float32 [B, T]: 0 in rows that fill up, or where another document begins."""
-    tokens = batch["tokens"]
-    weights = np.broadcast_to(batch["weights"][:, None], (len(tokens), tokens.shape[1] - 1))
+    """Weigh the targets of a batch, float32 [B, T]: 0 in rows that fill up, or where another document begins.
+
+    The batch has a weight for each row, or for each token.
+    """
+    tokens, weights = batch["tokens"], batch["weights"]
+    if weights.ndim == 2:
+        return weights[:, 1:]
+    weights = np.broadcast_to(weights[:, None], (len(tokens), tokens.shape[1] - 1))
     if "segment_ids" not in batch:
         return weights
     ids = batch["segment_ids"]
@@ -140,7 +155,7 @@ def _nll_by_position(
     params: Any,
     batch: dict[str, Int[Array, "B T+1"]],
     weights: Float32[Array, "B T"],
-) -> Float32[Array, "T"]:
-    """Sum the weighted negative log-likelihoods of the rows at each position, in float32."""
-    scores, _ = token_scores(model, chunk, params, batch["tokens"], batch.get("segment_ids"))
-    return -jnp.sum(scores * weights, axis=0)
+) -> tuple[Float32[Array, "T"], Bool[Array, "B T"]]:
+    """Sum the weighted negative log-likelihoods of the rows at each position; tell which tokens are the likeliest."""
+    scores, right = token_scores(model, chunk, params, batch["tokens"], batch.get("segment_ids"))
+    return -jnp.sum(scores * weights, axis=0), right

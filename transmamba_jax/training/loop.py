@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from transmamba_jax import config_io, data, sharding
 from transmamba_jax.checkpoint import Checkpointer, SaveError
 from transmamba_jax.config import Config
+from transmamba_jax.data.synthetic import is_synthetic
 from transmamba_jax.evaluate import EvaluationStopped, Evaluator
 from transmamba_jax.model import TransMamba
 from transmamba_jax.report import read_metrics, write_report
@@ -134,7 +135,7 @@ def _agreed_mesh(config: Config) -> Mesh:
 
 def _open_data(config: Config, mesh: Mesh) -> tuple[data.Tokenizer, data.BatchIterator]:
     """Return the tokenizer and the rows of the batches that this process reads."""
-    tokenizer = data.load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+    tokenizer = data.open_tokenizer(config.data)
     data.check_vocabulary(tokenizer, config.model.vocab_size)
     part, parts = hosts.row_share(mesh, config.data.batch_size)
     return tokenizer, data.train_batches(config.data, tokenizer, part, parts)
@@ -209,7 +210,8 @@ class _Run:
         report = self.workdir / "report"
         samples, index = report / "sample.txt", report / "index.html"
         text = None
-        if self.config.train.sample_tokens > 0 and hosts.broadcast_from_first(trained or not samples.exists()):
+        wanted = self.config.train.sample_tokens > 0 and not is_synthetic(self.config.data.source)
+        if wanted and hosts.broadcast_from_first(trained or not samples.exists()):
             text = sample_text(self.config, self.model, self.tokenizer, state, step)
         # The others wait: JAX takes a process that waits at the end of the program for one that was left alone.
         with hosts.collective_errors(OSError):
@@ -279,7 +281,7 @@ class _Run:
         except EvaluationStopped:
             return None
         record = {"step": step, **result.metrics()}
-        if step == self.config.train.steps and hosts.is_first():
+        if step == self.config.train.steps and hosts.is_first() and not is_synthetic(self.config.data.source):
             texts = data.training_text(self.config.data), data.held_out_text(self.config.data)
             record |= {f"baseline/{name}": value for name, value in data.baselines(*texts).items()}
         self.write(record)

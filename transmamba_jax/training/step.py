@@ -2,7 +2,7 @@
 
     loss = sum_i w_i · (logsumexp(z_i) - z_i[target_i]) / sum_i w_i      z = logits in float32, nats per token
 
-The weight of a token is 1, or 0 where its target belongs to another document or is padding.
+The weight of a token is that of the batch or 1, and 0 where its target belongs to another document or is padding.
 """
 
 import dataclasses
@@ -21,11 +21,14 @@ from jax.sharding import PartitionSpec as P
 
 from transmamba_jax import sharding
 from transmamba_jax.config import Config
+from transmamba_jax.data.synthetic import is_synthetic
 from transmamba_jax.runtime.token_loss import chunked_cross_entropy
 from transmamba_jax.shapes import Array, Float32, Int
 from transmamba_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
-Batch = dict[str, jax.Array]  # "tokens" int32 [B, T+1], and "segment_ids" of the same shape where rows are packed
+Batch = dict[str, jax.Array]
+"""`tokens` int32 [B, T+1]; `segment_ids` of that shape where rows are packed; `weights` float32 of that shape where
+tokens are not all to be learned, such as the answers of a task."""
 Metrics = dict[str, jax.Array]
 
 
@@ -85,9 +88,12 @@ def abstract_state(config: Config, model: nn.Module, mesh: Mesh) -> TrainState:
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes, dtypes and shardings of a batch without reading one."""
-    names = ("tokens", "segment_ids") if config.data.packing == "first_fit" else ("tokens",)
     shape = (config.data.batch_size, config.data.seq_len + 1)
-    return dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh)))
+    array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+    if is_synthetic(config.data.source):
+        return {"tokens": array(jnp.int32), "weights": array(jnp.float32)}
+    names = ("tokens", "segment_ids") if config.data.packing == "first_fit" else ("tokens",)
+    return dict.fromkeys(names, array(jnp.int32))
 
 
 def create_state(config: Config, model: nn.Module, mesh: Mesh) -> TrainState:
@@ -97,18 +103,20 @@ def create_state(config: Config, model: nn.Module, mesh: Mesh) -> TrainState:
 
 
 def token_weights(batch: Batch) -> Float32[Array, "B T"]:
-    """Weigh the targets of a batch: 0 where the next token is padding or starts another document, else 1."""
+    """Weigh the targets of a batch: its own weights or 1, and 0 for padding and the first token of a document."""
+    given = batch["weights"][:, 1:] if "weights" in batch else None
+    weights = jnp.ones(batch["tokens"][:, 1:].shape, jnp.float32) if given is None else given
     if "segment_ids" not in batch:
-        return jnp.ones(batch["tokens"][:, 1:].shape, jnp.float32)
+        return weights
     ids = batch["segment_ids"]
-    return ((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != 0)).astype(jnp.float32)
+    return jnp.where((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != 0), weights, 0)
 
 
 def _loss_and_gradient(
     params: Any, model: nn.Module, batch: Batch, weights: Float32[Array, "B T"], chunk: int
 ) -> tuple[Float32[Array, ""], Any]:
     """Return the weighted sum of the cross-entropies of a batch in nats, and its gradient."""
-    inputs = {name: rows[:, :-1] for name, rows in batch.items()}
+    inputs = {name: rows[:, :-1] for name, rows in batch.items() if name != "weights"}
     run = partial(model.apply, tokens=inputs["tokens"], segment_ids=inputs.get("segment_ids"), method="hidden")
     hidden, pullback = jax.vjp(lambda params: run({"params": params}), params)
     name = "lm_head" if "lm_head" in params else "embedding"
