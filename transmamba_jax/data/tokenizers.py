@@ -118,12 +118,16 @@ class SymbolTokenizer:
         return np.array([*self.encode(document.decode()), self.end_of_document], np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Write ids as numbers."""
-        return " ".join(str(int(token)) for token in ids)
+        """Write ids as numbers; those from `vocab_size` on, which a padded vocabulary has, are left out."""
+        return " ".join(str(int(token)) for token in ids if 0 <= token < self.vocab_size)
+
+    def decode_stable(self, ids: Sequence[int]) -> str:
+        """Write ids as numbers: what stands there stays."""
+        return self.decode(ids)
 
     def to_json(self) -> str:
         """Return a text that `tokenizer_from_json` reads back."""
-        return json.dumps({"type": "symbols", "vocab_size": self.vocab_size})
+        return json.dumps({"tokenizer": "symbols", "vocab_size": self.vocab_size})
 
 
 class JsonTokenizer:
@@ -297,7 +301,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     """Return the tokenizer whose `to_json` gave `text`."""
     if text == ByteTokenizer().to_json():
         return ByteTokenizer()
-    tree = json.loads(text) if text.startswith('{"type": "symbols"') else {}
+    tree = json.loads(text) if text.startswith('{"tokenizer": "symbols"') else {}
     return SymbolTokenizer(tree["vocab_size"]) if tree else JsonTokenizer(text, "the tokenizer")
 
 
