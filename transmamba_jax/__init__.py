@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from transmamba_jax.config_io import load_config
     from transmamba_jax.generate import Decoder, Sampling, generate, stream
+    from transmamba_jax.generate.loaded import LanguageModel, load
     from transmamba_jax.memory_converter import memory_converter
     from transmamba_jax.model import TransMamba
     from transmamba_jax.training.loop import train
@@ -39,6 +40,7 @@ __all__ = [
     "Decoder",
     "EvalConfig",
     "KernelsConfig",
+    "LanguageModel",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -50,6 +52,7 @@ __all__ = [
     "convert",
     "export",
     "generate",
+    "load",
     "load_config",
     "make_optimizer",
     "make_train_step",
@@ -69,6 +72,7 @@ _HOMES = {
     "Decoder": "generate",
     "EvalConfig": "config",
     "KernelsConfig": "config",
+    "LanguageModel": "generate.loaded",
     "MeshConfig": "config",
     "ModelConfig": "config",
     "OptimizerConfig": "config",
@@ -77,6 +81,7 @@ _HOMES = {
     "TrainState": "training.step",
     "TransMamba": "model",
     "generate": "generate",
+    "load": "generate.loaded",
     "load_config": "config_io",
     "make_optimizer": "training.optimizer",
     "make_train_step": "training.step",

@@ -17,6 +17,7 @@ from transmamba_jax import data
 from transmamba_jax.data.tokenizers import ByteTokenizer
 from transmamba_jax.evaluate import scoring
 from transmamba_jax.evaluate.scoring import Scorer, windows
+from transmamba_jax.generate import text as text_stream
 from transmamba_jax.generate.sampling import Sampling
 
 PAIRS = [
@@ -309,7 +310,7 @@ def test_continuations_of_characters_of_several_bytes_are_whole(tokenizer, monke
     for block in (1, 2, 3, 5, 8, 16):
         monkeypatch.setattr(scoring, "BLOCK_STEPS", block)
         cuts = lambda *_, block, **__: ([tokens[i : i + block]] for i in range(0, len(tokens), block))
-        monkeypatch.setattr(scoring, "stream", cuts)
+        monkeypatch.setattr(text_stream, "stream", cuts)
         scorer = Scorer(*make(model), tokenizer, max_length=100, batch_size=1)
         assert scorer.continuations(["a"], max_tokens=50) == [text]
         assert scorer.continuations(["a"], ["宙"], max_tokens=50) == ["天地玄黄宇"]

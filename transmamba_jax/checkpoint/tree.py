@@ -17,7 +17,7 @@ ITEMS = ("params", "state")
 """The parts of a checkpoint that hold arrays; the path of a leaf starts with one of them."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Restored:
     """What a training run continues from."""
 
@@ -36,8 +36,12 @@ class Restored:
         """Return that of this process, where as many saved."""
         return self.data_states[jax.process_index()]
 
+    def __repr__(self) -> str:
+        """Return a few lines: the step, the size of the state, and what was left out."""
+        return f"Restored of step {self.step}\n  state: {_size(self.state)}\n  differences: {len(self.differences)}"
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Checkpoint:
     """What a notebook or a command reads; `checkpoint["params"]` is `checkpoint.params`."""
 
@@ -52,6 +56,16 @@ class Checkpoint:
     def __getitem__(self, name: str) -> Any:
         """Return a field by name."""
         return vars(self)[name]
+
+    def __repr__(self) -> str:
+        """Return a few lines: the step and the sizes of the trees."""
+        state = f"{len(jax.tree.leaves(self.state))} arrays" if self.state else "not read"
+        return f"Checkpoint of step {self.step}\n  params: {_size(self.params)}\n  state: {state}"
+
+
+def _size(tree: Any) -> str:
+    leaves = jax.tree.leaves(tree)
+    return f"{len(leaves)} arrays, {sum(leaf.size for leaf in leaves):,} numbers"
 
 
 class Entry(NamedTuple):

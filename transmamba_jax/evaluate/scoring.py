@@ -21,8 +21,7 @@ from transmamba_jax.checkpoint import command_options
 from transmamba_jax.generate.decode import Decoder
 from transmamba_jax.generate.prompts import check_prompt
 from transmamba_jax.generate.sampling import Sampling, fold_rows
-from transmamba_jax.generate.streaming import stream
-from transmamba_jax.generate.text import TextStream
+from transmamba_jax.generate.text import stream_text
 from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import serving_mesh
 from transmamba_jax.runtime.token_loss import chunked_log_likelihoods
@@ -234,14 +233,9 @@ class Scorer:
     def _continue(
         self, rows: list[list[int]], until: list[str], max_tokens: int, sampling: Sampling, keys: jax.Array
     ) -> list[str]:
-        streams = [TextStream(self.tokenizer, row, until) for row in rows]
-        pieces: list[list[str]] = [[] for _ in rows]
-        for news in stream(self.decoder, rows, max_tokens, sampling, keys, block=BLOCK_STEPS):
-            for text, parts, new in zip(streams, pieces, news, strict=True):
-                parts.append(text.add(new))
-            if all(text.ended for text in streams):
-                break
-        return ["".join([*parts, text.add([], last=True)]) for text, parts in zip(streams, pieces, strict=True)]
+        options: Any = {"stop": until, "block": BLOCK_STEPS}
+        pieces = stream_text(self.decoder, self.tokenizer, rows, max_tokens, sampling, keys, **options)
+        return ["".join(parts) for parts in zip(*pieces, strict=True)]
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Cut the rows' numbers into batches of like lengths, the longest first."""

@@ -1,8 +1,13 @@
 """Text from tokens as they come: characters when they are final, up to a stop string or the end of the document."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import jax
 
 from transmamba_jax import data
+from transmamba_jax.generate.decode import Decoder
+from transmamba_jax.generate.sampling import Sampling
+from transmamba_jax.generate.streaming import stream
 
 
 class TextStream:
@@ -81,3 +86,33 @@ class TextStream:
             if self._held.endswith(text[:length])
         ]
         return max(lengths, default=0)
+
+
+def stream_text(
+    decoder: Decoder,
+    tokenizer: data.Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    key: jax.Array | None,
+    *,
+    stop: Sequence[str] = (),
+    block: int = 8,
+) -> Iterator[list[str]]:
+    """Yield the new text of every row after every `block` tokens; each row's pieces joined are its continuation.
+
+    A row ends at the first stop string, which is left out, at the end of the document, or after `max_new_tokens`.
+
+    Raises:
+        ValueError: as for `stream`, or a stop string is empty; when called and not at the first text.
+    """
+    rows = [TextStream(tokenizer, prompt, stop) for prompt in prompts]
+    return _stream_text(rows, stream(decoder, prompts, max_new_tokens, sampling, key, block=block))
+
+
+def _stream_text(rows: list[TextStream], tokens: Iterator[list[list[int]]]) -> Iterator[list[str]]:
+    for news in tokens:
+        yield [row.add(new) for row, new in zip(rows, news, strict=True)]
+        if all(row.ended for row in rows):
+            return
+    yield [row.add([], last=True) for row in rows]
