@@ -1,8 +1,8 @@
 """What the manifest of a checkpoint costs beside the save: `python -m benchmarks.cpu.checkpoint`.
 
 Saves the training state of a paper config (float32 parameters and the optimizer's two moments, random numbers) with and
-without the digests of its arrays, in turn, and prints for each: the time until the training thread goes on, and until
-the step is on disk; then the ratio of the time that the digests take alone to the save's. The disk's cache is flushed
+without the checksums of its arrays, in turn, and prints for each: the time until the training thread goes on, and until
+the step is on disk; then the ratio of the time that the checksums take alone to the save's. The disk's cache is flushed
 before each save is timed, so that one does not pay for another's writes. Goal: 0.10, off the training thread.
 """
 
@@ -55,13 +55,13 @@ def make_state(config: Config) -> State:
     return State(jax.tree.map(fill, shapes.params), jax.tree.map(fill, shapes.opt_state))
 
 
-def save(folder: Path, state: State, config: Config, step: int, digests: bool) -> tuple[float, float]:
+def save(folder: Path, state: State, config: Config, step: int, checksums: bool) -> tuple[float, float]:
     """Save a step; return the seconds until the caller goes on and until all is on disk."""
     os.sync()
     nothing = lambda arrays: lambda: dict.fromkeys(arrays, "")
-    start = manifests.start_digests if digests else nothing
+    start = manifests.start_checksums if checksums else nothing
     writer = checkpoint.Checkpointer(folder, CheckpointConfig(keep_latest=1))
-    with mock.patch.object(manifests, "start_digests", start):
+    with mock.patch.object(manifests, "start_checksums", start):
         begin = time.perf_counter()
         writer.save(step, state, {"position": step}, config_io.to_yaml(config), "{}")
         blocked = time.perf_counter() - begin
@@ -71,11 +71,11 @@ def save(folder: Path, state: State, config: Config, step: int, digests: bool) -
     return blocked, finished
 
 
-def digest(state: State) -> float:
-    """Return the seconds that the digests take alone."""
+def checksum(state: State) -> float:
+    """Return the seconds that the checksums take alone."""
     arrays = {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(state))}
     begin = time.perf_counter()
-    manifests.start_digests(arrays)()
+    manifests.start_checksums(arrays)()
     return time.perf_counter() - begin
 
 
@@ -96,9 +96,9 @@ def main() -> None:
             both: dict[bool, tuple[float, float]] = {}
             for kind in ((True, False), (False, True))[turn % 2]:
                 both[kind] = save(Path(folder), state, config, 2 * turn + 1 + len(both), kind)
-            rows.append((*both[True], *both[False], digest(state)))
+            rows.append((*both[True], *both[False], checksum(state)))
             print(
-                "with digests {:.2f} s, then {:.2f} s; without {:.2f} s, then {:.2f} s; digests alone {:.2f} s".format(
+                "with checksums {:.2f} s, then {:.2f} s; without {:.2f} s, then {:.2f} s; checksums alone {:.2f} s".format(
                     *rows[-1]
                 ),
                 flush=True,
@@ -106,7 +106,7 @@ def main() -> None:
     alone = statistics.median(row[4] / row[3] for row in rows)
     more = statistics.median(row[1] / row[3] for row in rows)
     thread = statistics.median(row[0] / row[2] for row in rows)
-    print(f"digests alone over the save {alone:.3f}; save with over without {more:.3f}; training thread {thread:.3f}")
+    print(f"checksums alone over the save {alone:.3f}; save with over without {more:.3f}; training thread {thread:.3f}")
     print(f"peak memory of the process {metrics.peak_memory_bytes() / 2**30:.2f} GiB")
 
 

@@ -29,7 +29,7 @@ def test_the_commands_say_what_is_wrong_with_a_step(tmp_path, capsys):
     _, first, second, third = capsys.readouterr().out.splitlines()
     assert "it has no manifest.json: its save did not finish, or the file was deleted" in first
     assert "not complete: verify says what is missing" in second
-    assert "manifest.json is damaged: its digest differs" in third
+    assert "manifest.json is damaged: its checksum differs" in third
     assert checkpoint_command.main(["inspect", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"step 3 of {tmp_path} is not what was saved: manifest.json is damaged")
     assert checkpoint_command.main(["list", str(tmp_path / "3" / "manifest.json")]) == 2

@@ -1,4 +1,4 @@
-"""The digest of an array against its definition in Python's own integers, however the array is cut."""
+"""The checksum of an array against its definition in Python's own integers, however the array is cut."""
 
 import itertools
 import math
@@ -56,14 +56,14 @@ def random(dtype: type, shape: tuple[int, ...]) -> np.ndarray:
 
 @pytest.mark.parametrize(("dtype", "shape"), CASES)
 @pytest.mark.parametrize(("slab", "block"), [(2**22, 2**18), (2**22, 1200), (1500, 600), (700, 300)])
-def test_a_digest_is_its_definition(
+def test_a_checksum_is_its_definition(
     monkeypatch: pytest.MonkeyPatch, dtype: type, shape: tuple[int, ...], slab: int, block: int
 ) -> None:
     """Whole, and in slabs of several blocks the last of which is a part."""
     monkeypatch.setattr(manifests, "_SLAB", slab)
     monkeypatch.setattr(manifests, "_BLOCK", block)
     array = random(dtype, shape)
-    assert manifests.describe(array).digest == definition(array)
+    assert manifests.describe(array).checksum == definition(array)
 
 
 @pytest.mark.parametrize("spec", [("x", None), (None, "x")])
@@ -71,5 +71,5 @@ def test_devices_sum_what_the_host_does(spec: tuple[str | None, ...]) -> None:
     array = np.random.default_rng(1).random((16, 24), np.float32)
     mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
-    assert f"{int(manifests._digest_on_device({'a': sharded})['a']):016x}" == definition(array)
-    assert manifests.start_digests({"a": sharded})() == {"a": definition(array)}
+    assert f"{int(manifests._checksum_on_device({'a': sharded})['a']):016x}" == definition(array)
+    assert manifests.start_checksums({"a": sharded})() == {"a": definition(array)}

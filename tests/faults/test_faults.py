@@ -55,7 +55,7 @@ LEAF_SAID = {
     "flip array at 0.99": "params/large has other values than were saved",
     "truncate array": "params/large cannot be read",
     "delete array": "params/large cannot be read",
-    "flip manifest": r"manifest\.json is damaged: its digest differs",
+    "flip manifest": r"manifest\.json is damaged: its checksum differs",
     "truncate manifest": r"manifest\.json is damaged: JSONDecodeError",
     "delete manifest": r"it has no manifest\.json: its save did not finish, or the file was deleted",
     "wrong values": "params/small has other values than were saved",
@@ -68,7 +68,7 @@ LEAF_SAID = {
 def said(name):
     """Return what the line of a case has to match: what it says of leaves, then of the file that was changed."""
     harm, _, file = name.partition(" ")
-    # A flipped bit in an array does not change the size of its file, which has no digest of its own.
+    # A flipped bit in an array does not change the size of its file, which has no checksum of its own.
     if file not in damage.FILES or file == "manifest" or name == "flip array":
         return LEAF_SAID[name]
     pattern = re.escape(damage.FILES[file]).replace(r"\*", "[0-9a-f]+")

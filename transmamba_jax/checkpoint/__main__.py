@@ -14,8 +14,8 @@ from transmamba_jax.checkpoint.manifest import DamagedError
 
 _COMMANDS = {
     "list": "steps, dates, sizes, held-out losses",
-    "inspect": "path, dtype, shape and digest of the arrays of a step",
-    "verify": "compare every array and file with its digest; exit code 1 where something differs",
+    "inspect": "path, dtype, shape and checksum of the arrays of a step",
+    "verify": "compare every array and file with its checksum; exit code 1 where something differs",
 }
 
 
@@ -78,7 +78,7 @@ def _inspect(directory: Path, step: int | None) -> list[str]:
     lines = [f"step {folder.name} of {directory}"]
     for item in checkpoint_tree.ITEMS:
         leaves = {path: leaf for path, leaf in manifest.leaves.items() if path.startswith(f"{item}/")}
-        lines += [f"{path}  {leaf.kind}  {leaf.digest}" for path, leaf in leaves.items()]
+        lines += [f"{path}  {leaf.kind}  {leaf.checksum}" for path, leaf in leaves.items()]
         numbers = sum(leaf.size for leaf in leaves.values())
         size = sum(leaf.nbytes for leaf in leaves.values()) / 2**20
         lines.append(f"{item}: {len(leaves)} arrays, {numbers:,} numbers, {size:.2f} MiB")

@@ -97,7 +97,7 @@ class Checkpointer:
                     nbytes = sum(array.nbytes for array in arrays.values())
                     steps.make_room(self._directory, step, nbytes, self._rejected)
             self._rejected.clear()
-            finish = manifests.start_digests(arrays)
+            finish = manifests.start_checksums(arrays)
             jsons = {"processes": processes}, {"yaml": config_yaml}, {"json": tokenizer_json}
             texts = dict(zip(("data", "config", "tokenizer"), jsons, strict=True))
             items = {name: ocp.args.StandardSave(item) for name, item in trees.nested(arrays).items()}
@@ -205,14 +205,14 @@ class Checkpointer:
         leaves: dict[str, Leaf],
         loss: float | None,
     ) -> None:
-        """Finish a save, in the background: digests, the last of orbax's files, the manifest; then delete old steps."""
+        """Finish a save, in the background: checksums, the last of orbax's files, the manifest; then delete old steps."""
         try:
-            digests, folder = finish(), self._directory / str(step)
+            checksums, folder = finish(), self._directory / str(step)
             with closing(writer):
                 writer.wait_until_finished()
             barrier.wait()
             if hosts.is_first():
-                described = {path: dataclasses.replace(leaf, digest=digests[path]) for path, leaf in leaves.items()}
+                described = {path: dataclasses.replace(leaf, checksum=checksums[path]) for path, leaf in leaves.items()}
                 manifests.write(folder, step, loss, described)
                 steps.tidy_up(self._directory, step, self._config)
             # No process takes the step for saved before the manifest is there.
@@ -340,7 +340,7 @@ def _read(folder: Path, params_only: bool) -> Checkpoint:
 
 
 def _load_verified(folder: Path, manifest: Manifest, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """Read arrays and compare their digests."""
+    """Read arrays and compare their checksums."""
     arrays: dict[str, Any] = {}
     with hosts.collective_errors(DamagedError):
         for item in trees.ITEMS:
@@ -351,8 +351,8 @@ def _load_verified(folder: Path, manifest: Manifest, targets: dict[str, jax.Shap
                 except DamagedError:
                     manifests.raise_if(_bad_leaves(folder, manifest, of_item))
                     raise
-    found = manifests.start_digests(arrays)()
-    different = [path for path in arrays if found[path] != manifest.leaves[path].digest]
+    found = manifests.start_checksums(arrays)()
+    different = [path for path in arrays if found[path] != manifest.leaves[path].checksum]
     manifests.raise_if([f"{path} has other values than were saved" for path in different])
     return arrays
 

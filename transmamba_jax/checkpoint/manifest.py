@@ -3,16 +3,16 @@
 `manifest.json` is written into the folder of a step after everything else there, and gets its name only when all of it
 is on disk. A step without one was never saved completely. It holds
 
-    leaves   path -> dtype, shape and digest of every array
-    files    path -> size of every file, and the digest of those up to 1 MiB (metadata, JSON); arrays have their own
-    step, eval_loss, and the digest of the manifest itself
+    leaves   path -> dtype, shape and checksum of every array
+    files    path -> size of every file, and the checksum of those up to 1 MiB (metadata, JSON); arrays have their own
+    step, eval_loss, and the checksum of the manifest itself
 
-The digest of an array x of 32-bit words is a multilinear hash,
+The checksum of an array x of 32-bit words is a multilinear hash,
 
-    digest = sum_i x[i_1, ..., i_n] a_1[i_1] ... a_n[i_n]   (mod 2^64),    a_k odd, pseudorandom, fixed
+    checksum = sum_i x[i_1, ..., i_n] a_1[i_1] ... a_n[i_n]   (mod 2^64),    a_k odd, pseudorandom, fixed
 
 A sum does not depend on how the array is cut: every shard contributes its part, on any mesh. A change of one word
-changes the digest for certain (its weight is odd), anything else with probability 1 - 2^-32 or more. It is a check
+changes the checksum for certain (its weight is odd), anything else with probability 1 - 2^-32 or more. It is a check
 against accidents, not against an attacker.
 """
 
@@ -33,7 +33,7 @@ import numpy as np
 
 FILE = "manifest.json"
 
-_DIGESTED_BYTES = 2**20
+_CHECKED_BYTES = 2**20
 _ROW = 2**8  # words of a row that the host multiplies with its weights, at least
 _BLOCK = 2**18  # words that it multiplies at one time, about: their 64-bit copy, 2 MiB, stays in the cache
 _SLAB = 2**22  # words of an array that a thread treats as one
@@ -53,7 +53,7 @@ class Leaf:
 
     dtype: str
     shape: tuple[int, ...]
-    digest: str
+    checksum: str
 
     @property
     def kind(self) -> str:
@@ -79,11 +79,11 @@ class Manifest:
     eval_loss: float | None
     leaves: dict[str, Leaf]
     files: dict[str, tuple[int, str | None]]
-    """Size in bytes, and digest of a small file."""
+    """Size in bytes, and checksum of a small file."""
 
 
-def start_digests(arrays: Mapping[str, Any]) -> Finish:
-    """Start to digest arrays and return the function that waits for the digests; another thread may call it.
+def start_checksums(arrays: Mapping[str, Any]) -> Finish:
+    """Start to checksum arrays and return the function that waits for the checksums; another thread may call it.
 
     The arrays may be donated as soon as this returns. On the CPU of one process the finishing thread does the work on
     the arrays' own memory (numpy, which is several times faster there than compiled code, and nothing is compiled);
@@ -96,19 +96,19 @@ def start_digests(arrays: Mapping[str, Any]) -> Finish:
     on_device = {path: array for path, array in arrays.items() if path not in on_host}
     # One program for all of them. Each of many would be an exchange between processes, and a CPU has few threads for
     # programs under way: where those of two processes come in different orders, they wait for one another for ever.
-    totals = _digest_on_device(on_device) if on_device else {}
+    totals = _checksum_on_device(on_device) if on_device else {}
 
     def finish() -> dict[str, str]:
-        found = {path: digest() for path, digest in on_host.items()} | jax.device_get(totals)
-        return {path: f"{int(digest):016x}" for path, digest in found.items()}
+        found = {path: checksum() for path, checksum in on_host.items()} | jax.device_get(totals)
+        return {path: f"{int(checksum):016x}" for path, checksum in found.items()}
 
     return finish
 
 
 def describe(array: np.ndarray) -> Leaf:
     """Describe an array in host memory."""
-    digest = _digest_regions([(array, [0] * array.ndim)])
-    return Leaf(str(array.dtype), array.shape, f"{digest:016x}")
+    checksum = _checksum_regions([(array, [0] * array.ndim)])
+    return Leaf(str(array.dtype), array.shape, f"{checksum:016x}")
 
 
 def _is_on_host(array: Any) -> bool:
@@ -119,13 +119,13 @@ def _is_on_host(array: Any) -> bool:
 
 def _start_on_host(array: Any) -> Callable[[], int]:
     if isinstance(array, np.ndarray):
-        return functools.partial(_digest_regions, [(array.copy(), [0] * array.ndim)])
+        return functools.partial(_checksum_regions, [(array.copy(), [0] * array.ndim)])
     once = [shard for shard in array.addressable_shards if shard.replica_id == 0]
     regions = [(np.asarray(shard.data), [part.start or 0 for part in shard.index]) for shard in once]
-    return functools.partial(_digest_regions, regions)
+    return functools.partial(_checksum_regions, regions)
 
 
-def _digest_on_device(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _checksum_on_device(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Compute the same sums where the arrays are, whole or in shards; the results are on every device."""
     with jax.enable_x64(True):
         weights = {
@@ -135,9 +135,9 @@ def _digest_on_device(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return _weighted_sums(dict(arrays), weights)
 
 
-def _digest_regions(regions: Sequence[_Region]) -> int:
+def _checksum_regions(regions: Sequence[_Region]) -> int:
     with ThreadPoolExecutor(_THREADS) as pool:
-        parts = pool.map(lambda slab: _digest_slab(*slab), (slab for region in regions for slab in _slabs(*region)))
+        parts = pool.map(lambda slab: _checksum_slab(*slab), (slab for region in regions for slab in _slabs(*region)))
         return sum(parts) % 2**64
 
 
@@ -151,7 +151,7 @@ def _slabs(data: np.ndarray, start: Sequence[int]) -> Iterator[_Region]:
         yield data[top : top + length], [start[0] + top, *start[1:]]
 
 
-def _digest_slab(data: np.ndarray, start: Sequence[int]) -> int:
+def _checksum_slab(data: np.ndarray, start: Sequence[int]) -> int:
     """Sum the words of part of an array times their weights; `start` is where it lies in the whole array."""
     shape = _word_shape(data.shape, data.dtype)
     words = np.ascontiguousarray(data).reshape(-1).view(_word_type(data.dtype))
@@ -195,7 +195,7 @@ def _word_type(dtype: Any) -> Any:
     """Return the unsigned type that the bits of an element are read as; 8 bytes are two words."""
     size = np.dtype(dtype).itemsize
     if size not in (1, 2, 4, 8):
-        raise ValueError(f"an array of dtype {dtype} cannot be digested: elements must have 1, 2, 4 or 8 bytes")
+        raise ValueError(f"an array of dtype {dtype} cannot be checksummed: elements must have 1, 2, 4 or 8 bytes")
     return {1: np.uint8, 2: np.uint16}.get(size, np.uint32)
 
 
@@ -227,7 +227,7 @@ def write(folder: Path, step: int, eval_loss: float | None, leaves: dict[str, Le
     }
     partial = folder / f"{FILE}.partial"
     with partial.open("w", encoding="utf-8") as stream:
-        json.dump({**content, "digest": _digest_content(content)}, stream, indent=1)
+        json.dump({**content, "checksum": _checksum_content(content)}, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(folder / FILE)
@@ -246,10 +246,10 @@ def read(folder: Path) -> Manifest:
     """
     try:
         content = json.loads((folder / FILE).read_bytes())
-        if content.pop("digest", None) != _digest_content(content):
-            raise DamagedError(f"{FILE} is damaged: its digest differs")
+        if content.pop("checksum", None) != _checksum_content(content):
+            raise DamagedError(f"{FILE} is damaged: its checksum differs")
         leaves = {
-            path: Leaf(leaf["dtype"], tuple(leaf["shape"]), leaf["digest"]) for path, leaf in content["leaves"].items()
+            path: Leaf(leaf["dtype"], tuple(leaf["shape"]), leaf["checksum"]) for path, leaf in content["leaves"].items()
         }
         files = {name: (size, hashed) for name, (size, hashed) in content["files"].items()}
         return Manifest(content["step"], content["eval_loss"], leaves, files)
@@ -299,8 +299,8 @@ def raise_if(reasons: Sequence[str]) -> None:
 
 def _describe(path: Path) -> tuple[int, str | None]:
     size = path.stat().st_size
-    return size, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if size <= _DIGESTED_BYTES else None
+    return size, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if size <= _CHECKED_BYTES else None
 
 
-def _digest_content(content: dict[str, Any]) -> str:
+def _checksum_content(content: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
