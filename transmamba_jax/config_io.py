@@ -17,6 +17,7 @@ import tyro
 import yaml
 
 from transmamba_jax.config import Config, KernelsConfig, require, suggestion
+from transmamba_jax.runtime.paths import expand_path
 
 Options = TypeVar("Options")
 
@@ -77,8 +78,9 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def _locate(path: str | Path) -> Path:
     """Return the file of an experiment that is named by its path, or by its name in the package."""
-    if Path(path).suffix in (".yaml", ".yml") or Path(path).is_file():
-        return Path(path)
+    file = expand_path(path)
+    if file.suffix in (".yaml", ".yml") or file.is_file():
+        return file
     names, name = config_names(), str(path)
     known = ", ".join(names)
     require(name in names, f"--config must be a YAML file or one of {known}; found {name!r}{suggestion(name, names)}")

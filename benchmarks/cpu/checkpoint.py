@@ -98,7 +98,7 @@ def main() -> None:
                 both[kind] = save(Path(folder), state, config, 2 * turn + 1 + len(both), kind)
             rows.append((*both[True], *both[False], checksum(state)))
             print(
-                "with checksums {:.2f} s, then {:.2f} s; without {:.2f} s, then {:.2f} s; checksums alone {:.2f} s".format(
+                "with checksums {:.2f} s, then {:.2f} s; without {:.2f} s, then {:.2f} s; alone {:.2f} s".format(
                     *rows[-1]
                 ),
                 flush=True,

@@ -375,12 +375,9 @@ def test_restore_reads_the_newest_or_the_step_asked_for(saved):
 
 
 def test_restore_says_what_is_there(saved, tmp_path):
-    with pytest.raises(ValueError, match=r"no complete checkpoint of step 4 .* complete steps are \[3, 8\]"):
+    with pytest.raises(ValueError, match=r"no complete checkpoint of step 4 .* complete steps are 3, 8$"):
         checkpoint.restore(saved, 4)
-    with pytest.raises(ValueError, match=r"no complete checkpoint in .* steps are \[\]; there is no such"):
+    with pytest.raises(ValueError, match=r"no complete checkpoint in .*: there is no such folder"):
         checkpoint.restore(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"no complete checkpoint in .*; it is a step itself, of .*: give that folder"):
-        checkpoint.restore(saved / "8")
     (tmp_path / "checkpoints").symlink_to(saved)
-    with pytest.raises(ValueError, match=r"checkpoints has the steps \[3, 8\]"):
-        checkpoint.restore(tmp_path)
+    assert checkpoint.restore(tmp_path).step == 8

@@ -33,4 +33,4 @@ def test_the_commands_say_what_is_wrong_with_a_step(tmp_path, capsys):
     assert checkpoint_command.main(["inspect", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"step 3 of {tmp_path} is not what was saved: manifest.json is damaged")
     assert checkpoint_command.main(["list", str(tmp_path / "3" / "manifest.json")]) == 2
-    assert "its complete steps are []; it is a file" in capsys.readouterr().err
+    assert f"no complete checkpoint in {tmp_path}/3/manifest.json: it is a file" in capsys.readouterr().err

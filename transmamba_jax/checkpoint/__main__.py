@@ -11,6 +11,7 @@ from transmamba_jax.checkpoint import manifest as checkpoint_manifest
 from transmamba_jax.checkpoint import steps as checkpoint_steps
 from transmamba_jax.checkpoint import tree as checkpoint_tree
 from transmamba_jax.checkpoint.manifest import DamagedError
+from transmamba_jax.runtime.paths import option_path
 
 _COMMANDS = {
     "list": "steps, dates, sizes, held-out losses",
@@ -25,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("directory", type=Path, metavar="DIR", help="folder of checkpoints: <workdir>/checkpoints")
+        command.add_argument(
+            "directory", type=option_path, metavar="DIR", help="run, its folder of checkpoints, or one step"
+        )
         if name != "list":
             default = "the newest" if name == "inspect" else "all"
             command.add_argument("--step", type=int, default=None, help=f"step to look at (default: {default})")
@@ -33,12 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "verify":
             return _verify(options.directory, options.step)
-        if options.command == "inspect":
-            lines = _inspect(options.directory, options.step)
-        else:
-            if not checkpoint_steps.folders(options.directory):
-                checkpoint_steps.step_folder(options.directory)  # says what is there
-            lines = _list(options.directory)
+        inspect = options.command == "inspect"
+        lines = _inspect(options.directory, options.step) if inspect else _list(options.directory)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -48,9 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _list(directory: Path) -> list[str]:
     """Describe each step that has a folder, complete or not, on a line."""
+    directory, only = checkpoint_steps.locate(directory)
+    found = [step for step in checkpoint_steps.folders(directory) if only in (None, step)]
+    if not found:
+        checkpoint_steps.step_folder(directory, only)  # raises
     lines = [f"{'step':>10}  {'saved (UTC)':<19}  {'MiB':>10}  held-out loss"]
-    complete = checkpoint_steps.complete_steps(directory)
-    for step in checkpoint_steps.folders(directory):
+    complete = checkpoint_steps.complete(directory)
+    for step in found:
         folder = directory / str(step)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
         saved = "-"
@@ -73,9 +76,9 @@ def _inspect(directory: Path, step: int | None) -> list[str]:
         manifest = checkpoint_manifest.read(folder)
     except DamagedError as error:
         raise ValueError(
-            f"step {folder.name} of {directory} is not what was saved: {error}; --step N takes another"
+            f"step {folder.name} of {folder.parent} is not what was saved: {error}; --step N takes another"
         ) from None
-    lines = [f"step {folder.name} of {directory}"]
+    lines = [f"step {folder.name} of {folder.parent}"]
     for item in checkpoint_tree.ITEMS:
         leaves = {path: leaf for path, leaf in manifest.leaves.items() if path.startswith(f"{item}/")}
         lines += [f"{path}  {leaf.kind}  {leaf.checksum}" for path, leaf in leaves.items()]
@@ -87,14 +90,14 @@ def _inspect(directory: Path, step: int | None) -> list[str]:
 
 def _verify(directory: Path, step: int | None) -> int:
     """Verify every step that has a folder, complete or not, or the one asked for."""
-    found = checkpoint_steps.folders(directory.absolute())
-    steps = found if step is None else [each for each in found if each == step]
+    directory, step = checkpoint_steps.locate(directory, step)
+    steps = [each for each in checkpoint_steps.folders(directory) if step in (None, each)]
     if not steps:
-        checkpoint_steps.step_folder(directory, step)  # says what is there
+        checkpoint_steps.step_folder(directory, step)  # raises
     bad = 0
     for each in steps:
         try:
-            manifest = checkpoint.verify(directory.absolute() / str(each))
+            manifest = checkpoint.verify(directory / str(each))
         except DamagedError as error:
             bad += 1
             print(f"step {each}: DAMAGED: {error}")

@@ -38,6 +38,7 @@ from transmamba_jax.checkpoint.steps import SaveError, complete_steps
 from transmamba_jax.checkpoint.tree import Checkpoint, Restored
 from transmamba_jax.config import CheckpointConfig
 from transmamba_jax.runtime import hosts
+from transmamba_jax.runtime.paths import expand_path
 
 _SAVE_SECONDS = 1200  # after which orbax gives a save up
 _UNFINISHED = f"{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"
@@ -50,7 +51,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
-        self._directory = Path(directory).absolute()
+        self._directory = expand_path(directory).absolute()
         self._config = config
         with hosts.collective_errors(OSError):
             if hosts.is_first():
@@ -141,14 +142,14 @@ class Checkpointer:
                 return restored
         if lost:
             raise ValueError(
-                f"none of the checkpoints {lost} in {self._directory} is what was saved (see above); "
+                f"none of the checkpoints {steps.listed(lost)} in {self._directory} is what was saved (see above); "
                 "restore the folder from a copy, or use another --workdir"
             )
         return None
 
     def steps(self) -> list[int]:
         """Return the complete steps on disk, oldest first, without those that `restore_newest` found damaged."""
-        return [step for step in complete_steps(self._directory) if step not in self._rejected]
+        return [step for step in steps.complete(self._directory) if step not in self._rejected]
 
     def wait(self) -> None:
         """Block until the save under way is complete.
@@ -205,7 +206,7 @@ class Checkpointer:
         leaves: dict[str, Leaf],
         loss: float | None,
     ) -> None:
-        """Finish a save, in the background: checksums, the last of orbax's files, the manifest; then delete old steps."""
+        """Finish a save in the background: checksums, orbax's last files, the manifest; then delete old steps."""
         try:
             checksums, folder = finish(), self._directory / str(step)
             with closing(writer):
@@ -223,7 +224,8 @@ class Checkpointer:
 
     def _delete_unfinished(self, step: str) -> None:
         for leftover in self._directory.glob(f"{step}{_UNFINISHED}"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            if steps.is_step(leftover.name.partition(".")[0]):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _failure(self, step: int, error: BaseException) -> SaveError:
         """Count a failed save, remove what is left of it (the next one needs the space), and say what happened."""
@@ -245,7 +247,7 @@ def restore(directory: str | Path, step: int | None = None, *, params_only: bool
             damaged, and the message names the leaf.
     """
     newest = steps.step_folder(directory, step)
-    older = [newest] if step is not None else [newest.parent / str(s) for s in reversed(complete_steps(directory))]
+    older = [newest.parent / str(each) for each in reversed(complete_steps(directory))] if step is None else [newest]
     for folder in older:
         try:
             return _read(folder, params_only)

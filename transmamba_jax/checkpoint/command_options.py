@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from transmamba_jax import schedule
 from transmamba_jax.config import Config, ModelConfig
 from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime.paths import expand_path, option_path
 
 if TYPE_CHECKING:
     from transmamba_jax.checkpoint import Checkpoint
@@ -15,7 +16,13 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--checkpoint`, `--step`, `--schedule` and `--seq-len`."""
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="<workdir>/checkpoints")
+    parser.add_argument(
+        "--checkpoint",
+        type=option_path,
+        required=True,
+        metavar="DIR",
+        help="run, its folder of checkpoints, or one step",
+    )
     parser.add_argument("--step", type=int, help="step of the checkpoint; without it: the newest")
     names = ", ".join(schedule.NAMED)
     parser.add_argument("--schedule", metavar="NAME", help=f"run under {names}; without it: the config's TransPoints")
@@ -24,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def restore(directory: Path, step: int | None) -> "Checkpoint":
+def restore(path: str | Path, step: int | None) -> "Checkpoint":
     """Restore the parameters of a checkpoint.
 
     Raises:
@@ -32,6 +39,7 @@ def restore(directory: Path, step: int | None) -> "Checkpoint":
     """
     from transmamba_jax import checkpoint  # orbax takes seconds to import
 
+    directory = expand_path(path)
     if any((directory / name).exists() for name in (tensor_files.FILE, tensor_files.INDEX)):
         first = f"convert from-mamba2 {directory} FOLDER, then " if (directory / "config.json").exists() else ""
         folder = "FOLDER" if first else directory

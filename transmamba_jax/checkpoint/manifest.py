@@ -249,7 +249,8 @@ def read(folder: Path) -> Manifest:
         if content.pop("checksum", None) != _checksum_content(content):
             raise DamagedError(f"{FILE} is damaged: its checksum differs")
         leaves = {
-            path: Leaf(leaf["dtype"], tuple(leaf["shape"]), leaf["checksum"]) for path, leaf in content["leaves"].items()
+            path: Leaf(leaf["dtype"], tuple(leaf["shape"]), leaf["checksum"])
+            for path, leaf in content["leaves"].items()
         }
         files = {name: (size, hashed) for name, (size, hashed) in content["files"].items()}
         return Manifest(content["step"], content["eval_loss"], leaves, files)

@@ -1,12 +1,14 @@
-"""The folder of checkpoints: which steps are there, which are complete, room for the next, which may go.
+"""Manage the folder of checkpoints: list its steps, make space for the next, delete superseded ones. Knows no orbax.
 
-Knows no orbax. Beside `<step>/` lie `saving-<step>`, an empty file, while a step is being saved; `rejected-<step>`, a
-damaged step that had to make way; `deleting-<step>`, for a moment.
+Only names equal to `str(int(name))` are steps; other files and folders are left alone. Beside `<step>/` there may be
+`saving-<step>`, an empty file during a save; `rejected-<step>`, a damaged step that was moved out of the way; and
+`deleting-<step>`, for a moment.
 """
 
 import logging
 import math
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from transmamba_jax.checkpoint import manifest as manifests
 from transmamba_jax.checkpoint.manifest import DamagedError
 from transmamba_jax.config import CheckpointConfig
 from transmamba_jax.runtime import hosts
+from transmamba_jax.runtime.paths import expand_path, show_path
 
 _COMPLETE = ("commit_success.txt", manifests.FILE)  # the first is orbax's, and missing in a copy that is not complete
 _HEADROOM_BYTES = 2**22  # of a step besides its arrays, about
@@ -24,36 +27,71 @@ class SaveError(OSError):
 
 
 def folders(directory: Path) -> list[int]:
-    """Return the steps that have a folder, whatever is in it, oldest first."""
+    """Return the steps that have a folder, complete or not, oldest first."""
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
+    return sorted(int(path.name) for path in directory.iterdir() if is_step(path.name) and path.is_dir())
+
+
+def is_step(name: str) -> bool:
+    """Tell whether a file name is that of a step: `4`, not `0004` or `٤`."""
+    return name.isdecimal() and str(int(name)) == name
+
+
+def complete(directory: Path) -> list[int]:
+    """Return the steps in exactly this folder whose save finished, oldest first."""
+    return [step for step in folders(directory) if all((directory / str(step) / name).exists() for name in _COMPLETE)]
+
+
+def locate(path: str | Path, step: int | None = None) -> tuple[Path, int | None]:
+    """Return the folder of checkpoints and the step that a path names: a run, its folder of checkpoints, or one step.
+
+    Raises:
+        ValueError: the path names another step than `step`.
+    """
+    given = expand_path(path).absolute()
+    if (given / "checkpoints").is_dir() and not folders(given):
+        return given / "checkpoints", step
+    if is_step(given.name) and any((given / name).exists() for name in ("params", *_COMPLETE)):
+        own = int(given.name)
+        if step not in (None, own):
+            raise ValueError(f"step {step} is asked for, and {given} is step {own}; name the folder {given.parent}")
+        return given.parent, own
+    return given, step
 
 
 def complete_steps(directory: str | Path) -> list[int]:
-    """Return the steps whose save finished, oldest first; none for a folder that does not exist."""
-    folder = Path(directory).absolute()
-    return [step for step in folders(folder) if all((folder / str(step) / name).exists() for name in _COMPLETE)]
+    """Return the steps whose save finished, oldest first; none for a folder that does not exist.
+
+    `directory` is a run, its folder of checkpoints, or one step.
+    """
+    folder, only = locate(directory)
+    return [step for step in complete(folder) if only in (None, step)]
 
 
 def step_folder(directory: str | Path, step: int | None = None) -> Path:
-    """Return the folder of a complete step, the newest unless `step` is given.
+    """Return the folder of a complete step, the newest unless `step` or `directory` names one.
 
     Raises:
         ValueError: there is none.
     """
-    folder = Path(directory).absolute()
-    done = complete_steps(folder)
+    folder, step = locate(directory, step)
+    done = complete(folder)
     if not done or (step is not None and step not in done):
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        if inside := complete_steps(folder / "checkpoints"):
-            found = f"; {folder / 'checkpoints'} has the steps {inside}"
-        elif folder.name.isdigit() and int(folder.name) in complete_steps(folder.parent):
-            found = f"; it is a step itself, of {folder.parent}: give that folder"
+        if done:
+            found = f"its complete steps are {listed(done)}"
+        elif folder.is_dir():
+            found = "it has no complete step"
         else:
-            found = "" if folder.is_dir() else "; it is a file" if folder.exists() else "; there is no such folder"
-        raise ValueError(f"no complete {wanted} in {folder}: its complete steps are {done}{found}")
+            found = "it is a file" if folder.exists() else "there is no such folder"
+        raise ValueError(f"no complete {wanted} in {show_path(folder)}: {found}")
     return folder / str(done[-1] if step is None else step)
+
+
+def listed(steps: Iterable[int]) -> str:
+    """Write steps for a message: `4, 8`, or none."""
+    return ", ".join(map(str, steps)) or "none"
 
 
 def saving_marker(directory: Path, step: int) -> Path:
@@ -71,11 +109,13 @@ def make_room(directory: Path, step: int, nbytes: int, rejected: set[int]) -> No
     needed, free = nbytes + _HEADROOM_BYTES, shutil.disk_usage(directory).free
     if free < needed:
         raise SaveError(f"{needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free in {directory}")
-    for old in {step, *rejected} & set(folders(directory)):
+    for old in {step, *rejected}:
+        if not (directory / str(old)).exists():
+            continue
         aside = directory / f"rejected-{old}"
-        shutil.rmtree(aside, ignore_errors=True)
+        delete(aside)
         (directory / str(old)).rename(aside)
-        saving_marker(directory, old).unlink(missing_ok=True)
+        delete(saving_marker(directory, old))
         hosts.log_first(f"checkpoint {old} was damaged or not complete: moved to {aside}", level=logging.WARNING)
     saving_marker(directory, step).touch()
 
@@ -83,7 +123,7 @@ def make_room(directory: Path, step: int, nbytes: int, rejected: set[int]) -> No
 def tidy_up(directory: Path, step: int, config: CheckpointConfig) -> None:
     """Remove the marker of a step that has its manifest, and older steps. The step is saved, whatever fails here."""
     try:
-        saving_marker(directory, step).unlink()
+        delete(saving_marker(directory, step))
         delete_superseded(directory, config)
     except OSError as error:
         hosts.log_first(
@@ -97,7 +137,7 @@ def delete_superseded(directory: Path, config: CheckpointConfig) -> None:
     A step whose manifest cannot be read is neither counted nor deleted.
     """
     losses: dict[int, float | None] = {}
-    for step in complete_steps(directory):
+    for step in complete(directory):
         with suppress(DamagedError):
             losses[step] = manifests.read(directory / str(step)).eval_loss
     measured = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
@@ -109,6 +149,15 @@ def delete_superseded(directory: Path, config: CheckpointConfig) -> None:
 
 
 def delete_leftovers(directory: Path) -> None:
-    """Delete what a deletion left, now or when it was interrupted."""
+    """Delete the steps that a deletion renamed, now or when it was interrupted."""
     for doomed in directory.glob("deleting-*"):
-        shutil.rmtree(doomed)
+        if is_step(doomed.name.removeprefix("deleting-")):
+            delete(doomed)
+
+
+def delete(path: Path) -> None:
+    """Delete a folder, a file or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ import dataclasses
 import math
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from transmamba_jax.compile_only.program import Program, read_program
 from transmamba_jax.config import Config
 from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import hardware
+from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.training.metrics import flops_per_token
 from transmamba_jax.training.optimizer import make_optimizer
 from transmamba_jax.training.step import abstract_batch, abstract_state, make_train_step
@@ -112,7 +112,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
 
 def _token_bytes(config: Config) -> np.ndarray:
     """Return the bytes of every token; where the tokenizer is not made yet, ones: the program is the same."""
-    if config.data.tokenizer != "bytes" and not Path(config.data.tokenizer).exists():
+    if config.data.tokenizer != "bytes" and not expand_path(config.data.tokenizer).exists():
         print(f"{config.data.tokenizer} is not there: taken to have model.vocab_size={config.model.vocab_size} tokens")
         return np.ones(config.model.vocab_size)
     tokenizer = data.open_tokenizer(config.data)

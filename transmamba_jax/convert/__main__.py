@@ -11,6 +11,7 @@ from transmamba_jax.config import Config
 from transmamba_jax.convert import mamba2, mamba2_config
 from transmamba_jax.data import tokenizers as data
 from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime.paths import option_path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,8 +31,8 @@ def _parser() -> argparse.ArgumentParser:
         "and every other command that takes a checkpoint",
     )
     for command in (inward, outward, start):
-        command.add_argument("source", type=Path, help="folder to read")
-        command.add_argument("output", type=Path, help="folder to write; it may hold none of this yet")
+        command.add_argument("source", type=option_path, help="folder to read")
+        command.add_argument("output", type=option_path, help="folder to write; it may hold none of this yet")
     outward.add_argument("--naming", choices=tuple(mamba2.NAMINGS), default="transformers", help="default: %(default)s")
     outward.add_argument("--dtype", choices=tuple(tensor_files.DTYPES.values()), help="default: as the parameters are")
     return parser

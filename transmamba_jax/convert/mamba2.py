@@ -21,6 +21,7 @@ from transmamba_jax.convert import mamba2_config
 from transmamba_jax.convert.mamba2_config import Naming
 from transmamba_jax.data import tokenizers as data
 from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.runtime.tensor_files import Tensors
 
 _LAYER = "backbone.layers.{layer}."
@@ -62,7 +63,7 @@ def from_mamba2(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         ValueError: a file is missing or of another format; the config asks for what this package does not have; or
             a tensor is missing, unknown or of another shape, and the message lists both sides.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     config, naming = mamba2_config.read(folder)
     parts = _parts(config, naming)
     with tensor_files.open_folder(folder) as tensors:
@@ -98,7 +99,7 @@ def to_mamba2(
             and the message lists both sides; the folder has weights or a config.json already or cannot be written to;
             or naming or dtype is unknown.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     if naming not in NAMINGS:
         raise ValueError(f"naming must be one of {', '.join(NAMINGS)}, found {naming!r}")
     if dtype is not None and dtype not in tensor_files.DTYPES.values():
@@ -138,7 +139,8 @@ def start_run(folder: str | Path, workdir: str | Path) -> None:
     """
     from transmamba_jax import checkpoint  # orbax takes seconds to import, and conversion does not need it
 
-    loaded, directory = export.load(folder), Path(workdir) / "checkpoints"
+    workdir = expand_path(workdir)
+    loaded, directory = export.load(folder), workdir / "checkpoints"
     done = checkpoint.complete_steps(directory)
     if done:
         raise ValueError(f"{directory} already holds step {done[-1]}; name a new work directory")

@@ -7,12 +7,13 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
 from tokenizers import processors
+
+from transmamba_jax.runtime.paths import expand_path
 
 END_OF_DOCUMENT = "<|endoftext|>"
 """The special token that ends a document in tokenizers trained here."""
@@ -289,7 +290,7 @@ def load_tokenizer(spec: str, end_of_document: str | None = None) -> Tokenizer:
     if spec == "bytes":
         return ByteTokenizer()
     try:
-        text = Path(spec).read_text(encoding="utf-8")
+        text = expand_path(spec).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"data.tokenizer must be 'bytes' or the path of a tokenizer.json; cannot read {spec!r}: {error}"

@@ -8,7 +8,6 @@ The same text and vocabulary size give the same file, byte for byte.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -18,6 +17,7 @@ from transmamba_jax.config_io import load_config
 from transmamba_jax.data.documents import take
 from transmamba_jax.data.sources import open_documents
 from transmamba_jax.data.tokenizers import END_OF_DOCUMENT, JsonTokenizer
+from transmamba_jax.runtime.paths import option_path
 
 MIN_VOCABULARY = 257
 """256 bytes and the end-of-document token."""
@@ -55,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML experiment; its data section is read")
     parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="largest number of ids")
-    parser.add_argument("--output", default="tokenizer.json", metavar="FILE", help="file to write")
+    parser.add_argument("--output", type=option_path, default="tokenizer.json", metavar="FILE", help="file to write")
     parser.add_argument("--max-bytes", type=int, default=10**9, metavar="N", help="bytes of text to read")
     options, overrides = parser.parse_known_args(arguments)
-    output = Path(options.output)
+    output = options.output
     try:
         require(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}; make it first")
         require(not output.is_dir(), f"--output {output} is a folder; name a file in it")
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         output.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
-    size = JsonTokenizer(text, options.output).vocab_size
+    size = JsonTokenizer(text, str(output)).vocab_size
     print(f"{output}: {size} ids. Use it with --data.tokenizer {output} --model.vocab-size {size}")
 
 

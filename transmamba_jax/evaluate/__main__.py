@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from transmamba_jax import config_io, data, schedule
 from transmamba_jax.checkpoint import command_options
@@ -12,6 +11,7 @@ from transmamba_jax.config import Config
 from transmamba_jax.evaluate.evaluator import EvalResult, Evaluator
 from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import serving_mesh
+from transmamba_jax.runtime.paths import option_path
 
 
 def _configured(saved: Config, options: argparse.Namespace) -> Config:
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     command_options.add_arguments(parser)
     parser.add_argument(
         "--config",
-        type=Path,
+        type=option_path,
         default=None,
         metavar="FILE",
         help="take the data, eval and TransPoints from this file (default: the config in the checkpoint)",

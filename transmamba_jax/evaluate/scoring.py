@@ -255,7 +255,7 @@ def load(
     """Make a scorer of a checkpoint.
 
     Args:
-        checkpoint: <workdir>/checkpoints.
+        checkpoint: a run, its folder of checkpoints, or one step.
         step: None: the newest.
         schedule: name of the TransPoint schedule to run under, scaled to `max_length`; None: the checkpoint's.
         max_length: None: data.seq_len, the length that the model was trained on.
@@ -266,7 +266,7 @@ def load(
         ValueError: there is no such checkpoint or schedule, the model has too few layers for it, or a number is less
             than 1.
     """
-    saved = command_options.restore(Path(checkpoint), step)
+    saved = command_options.restore(checkpoint, step)
     config = saved.config
     length = config.data.seq_len if max_length is None else max_length
     model = command_options.run_under(config.model, schedule, length, "schedule=")

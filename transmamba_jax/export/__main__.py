@@ -4,12 +4,12 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from transmamba_jax import data
 from transmamba_jax.checkpoint import command_options
 from transmamba_jax.export import folder, stablehlo
 from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime.paths import option_path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -21,7 +21,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     command_options.add_arguments(parser)
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to write, which must not hold an export yet")
+    add(
+        "--output",
+        type=option_path,
+        required=True,
+        metavar="DIR",
+        help="folder to write, which must not hold an export yet",
+    )
     add(
         "--platforms",
         nargs="*",

@@ -19,6 +19,7 @@ from transmamba_jax import config_io, data
 from transmamba_jax.config import Config, ModelConfig
 from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime.paths import expand_path
 
 CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"
 
@@ -37,7 +38,7 @@ def save(folder: str | Path, config: Config, params: Mapping[str, Any], tokenize
     Raises:
         ValueError: the folder has weights or one of these files already, or cannot be written to.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     tensor_files.claim(folder, [CONFIG, TOKENIZER])
     with tensor_files.explained(folder):
         (folder / CONFIG).write_text(config_io.checkpoint_yaml(config), encoding="utf-8")
@@ -53,7 +54,7 @@ def load(folder: str | Path) -> Loaded:
     Raises:
         ValueError: a file is missing or is not what `save` writes, or the parameters do not fit the config.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"{folder} must hold {CONFIG} and {tensor_files.FILE}, as python -m transmamba_jax.export writes them from "

@@ -28,6 +28,7 @@ from transmamba_jax.generate import decode_step
 from transmamba_jax.generate.decode_step import Branch, LayerMode, LayerWeights, MLPWeights
 from transmamba_jax.model import TransMamba, embed
 from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.shapes import Array, Float32, Int, least
 
 PROGRAMS = ("forward", "pack_weights", "decode")
@@ -45,7 +46,7 @@ def save_programs(
     Raises:
         ValueError: a platform that is unknown, or the folder cannot be written to.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     tensor_files.make(folder)
     for name, program in programs(config, params, platforms).items():
         waiting = folder / f"{name}.jax.partial"
@@ -62,9 +63,9 @@ def load_program(folder: str | Path, name: str) -> jax_export.Exported:
     """
     if name not in PROGRAMS:
         raise ValueError(f"name must be one of {', '.join(PROGRAMS)}, found {name!r}")
-    file = Path(folder) / f"{name}.jax"
+    file = expand_path(folder) / f"{name}.jax"
     if not file.is_file():
-        raise ValueError(f"{folder} must hold {file.name}, found {tensor_files.inside(Path(folder))}")
+        raise ValueError(f"{file.parent} must hold {file.name}, found {tensor_files.inside(file.parent)}")
     try:
         return jax_export.deserialize(bytearray(file.read_bytes()))
     except struct.error as error:  # of a file that ends too early

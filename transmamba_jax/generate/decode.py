@@ -39,6 +39,7 @@ from transmamba_jax.generate.sampling import Sampling, SamplingParams
 from transmamba_jax.generate.state import DecodeState
 from transmamba_jax.model import TransMamba, embed
 from transmamba_jax.runtime import serving_mesh
+from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.shapes import Array, Int
 
 BLOCK_STEPS = 32
@@ -110,7 +111,7 @@ class Decoder:
             ValueError: it comes from another schedule, or the file cannot be written.
         """
         self._check_schedule(state)
-        decode_state.save(Path(file), state, self.config)
+        decode_state.save(expand_path(file), state, self.config)
 
     def load(self, file: str | Path) -> DecodeState:
         """Read what `save` wrote; the parameters must be the same, which only their shapes are checked for.
@@ -118,7 +119,7 @@ class Decoder:
         Raises:
             ValueError: the file cannot be read, is of another config or schedule, or is not a whole state.
         """
-        return decode_state.load(Path(file), self.config, self.transpoints)
+        return decode_state.load(expand_path(file), self.config, self.transpoints)
 
     def prefill(
         self,

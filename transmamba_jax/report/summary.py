@@ -22,6 +22,7 @@ from transmamba_jax.config import Config
 from transmamba_jax.config_io import load_config
 from transmamba_jax.report import page as report_page
 from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime.paths import expand_path
 
 Record = dict[str, Any]
 Span = tuple[int, int, float]  # start, stop, nats per token
@@ -37,7 +38,7 @@ def write_report(workdir: Path) -> Path:
         ValueError: config.yaml, metrics.jsonl or sample.txt is missing or not what a run writes, or the report cannot
             be written.
     """
-    workdir = Path(workdir)
+    workdir = expand_path(workdir)
     if not (workdir / "config.yaml").is_file():
         raise ValueError(
             f"{workdir} must be the work directory of a run, which holds config.yaml and metrics.jsonl, found "

@@ -1,5 +1,6 @@
 """Paths as people type them, and names of files as messages show them."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -20,6 +21,14 @@ def expand_path(path: str | os.PathLike[str]) -> Path:
             f"./{show_path(path)}"
         )
     return Path(expanded)
+
+
+def option_path(text: str) -> Path:
+    """Return `expand_path` of an argument: the `type` of every path in an argparse parser."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def show_path(path: str | os.PathLike[str]) -> str:

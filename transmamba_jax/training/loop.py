@@ -22,6 +22,7 @@ from transmamba_jax.evaluate import EvaluationStopped, Evaluator
 from transmamba_jax.model import TransMamba
 from transmamba_jax.report import read_metrics, write_report
 from transmamba_jax.runtime import hosts
+from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.training import resume, run_lock
 from transmamba_jax.training.console import Console
 from transmamba_jax.training.metrics import MetricsWriter, Record, Throughput, peak_memory_bytes
@@ -68,6 +69,7 @@ def train(
         OSError: a file cannot be read or written, other than for a checkpoint or a line of metrics.
         NonFiniteError: the run diverged; nothing was saved since.
     """
+    config = dataclasses.replace(config, workdir=str(expand_path(config.workdir)))
     if documents is not None:
         config = dataclasses.replace(config, data=data.give_documents(config.data, config.workdir, documents))
     with Preemption() as preemption, contextlib.ExitStack() as cleanup:
