@@ -2,13 +2,16 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+import yaml
 
 import transmamba_jax as tm
 from transmamba_jax import config_io
+from transmamba_jax.training import __main__ as training_command
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/**/*.yaml"))
 
@@ -34,6 +37,46 @@ def test_file_then_overrides(tmp_path: Path) -> None:
     assert config.train.steps == 500
     assert tm.load_config(path, ["--model.transpoints", "1", "2", "3"]).model.transpoints == (1, 2, 3)
     assert tm.load_config(path, ["--kernels.ssd", "sequential"]).kernels == tm.KernelsConfig(ssd="sequential")
+
+
+NAMED = "model: {num_layers: 4, transpoints: log_spaced}\ndata: {seq_len: 256}\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "points"),
+    [
+        ([], (0, 64, 128, 256)),
+        (["--data.seq-len", "1024"], (0, 256, 512, 1024)),
+        (["--model.num-layers", "3"], (0, 128, 256)),
+        (["--model.transpoints", "descending", "--data.seq-len", "64"], (64, 32, 16, 0)),
+        (["--model.transpoints=hybrid_first", "--model.num-layers", "2"], (256, 0)),
+        (["--model.transpoints", "1", "2"], (1, 2)),
+        (["--model.transpoints", "v1", "--model.transpoints", "7"], (7,)),
+    ],
+)
+def test_a_schedule_by_name_follows_the_rows_and_the_layers(tmp_path: Path, overrides: list[str], points: Any) -> None:
+    path = write(tmp_path, NAMED)
+    config = tm.load_config(path, overrides)
+    assert config.model.transpoints == points
+    assert config_io.from_yaml(config_io.to_yaml(config)) == config  # the integers are stored
+    assert yaml.safe_load(config_io.to_yaml(config))["model"]["transpoints"] == list(points)
+    assert training_command.parse(["--config", str(path), *overrides]).experiment == config
+    assert config.warnings() == []
+
+
+def test_a_schedule_by_name_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"experiment.yaml: model.transpoints: v9 has 8 TransPoints, .* has 4 layers"):
+        tm.load_config(write(tmp_path, NAMED.replace("log_spaced", "v9")))
+    with pytest.raises(ValueError, match=r"model.transpoints: unknown schedule 'v10'; the names are transformer"):
+        tm.load_config(write(tmp_path, NAMED), ["--model.transpoints", "v10"])
+
+
+def test_a_literal_schedule_for_other_rows_is_warned_of() -> None:
+    config = tm.load_config("tiny")
+    assert config.model.transpoints == (0, 64, 128, 256)
+    assert config.warnings() == []
+    (warning,) = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=512)).warnings()
+    assert "model.transpoints=0, 64, 128, 256 is log_spaced for rows of 256 tokens, and data.seq_len=512" in warning
 
 
 def test_yaml_merges_are_no_second_key(tmp_path: Path) -> None:
@@ -69,15 +112,22 @@ def test_differences_name_the_fields() -> None:
     [
         ("modle: {}", "unknown option 'modle'; did you mean 'model'?"),
         ("model: {num_head: 4}", "unknown option 'model.num_head'; did you mean 'num_heads'?"),
-        ("model: {d_model: '64'}", "model.d_model must be of type int, found '64' of type str"),
-        ("model: {d_model: 64.0}", "model.d_model must be of type int, found 64.0 of type float"),
-        ("model: {d_model: true}", "model.d_model must be of type int, found True of type bool"),
+        ("model: {d_model: '64'}", r"model.d_model must be of type int \(decimal, .*\), found '64' of type str"),
+        (
+            "train: {steps: 010}",
+            r"must be of type int \(decimal, without leading zeros\), found '010' of type str",
+        ),
+        ("train: {steps: 1:30}", "found '1:30' of type str"),
+        ("train: {steps: 0x10}", "found '0x10' of type str"),
+        ("model: {d_model: 64.0}", r"model.d_model must be of type int .*, found 64.0 of type float"),
+        ("model: {d_model: true}", r"model.d_model must be of type int .*, found True of type bool"),
         ("model: {use_d_skip: 1}", "model.use_d_skip must be of type bool, found 1 of type int"),
         ("model: {remat: some}", "model.remat must be one of 'none', 'dots', 'full', found 'some'"),
         ("model: 3", "model must be a mapping of options, found 3"),
         ("model: {num_heads: 4, num_groups: 3}", r"num_groups must divide .* num_groups=3, num_heads=4; .*\[1, 2, 4\]"),
         ("model: {transpoints: [0, -1]}", r"model.transpoints\[1\] must be >= 0 \(a number of tokens\), found -1"),
         ("model: {transpoints: 8}", "model.transpoints must be a list, found 8"),
+        ("model: {transpoints: [v9]}", r"model.transpoints\[0\] must be of type int .* found 'v9'"),
         ("model: {num_layers: 2}", "8 entries but the model has num_layers=2"),
         ("model: {state_dim: 7}", "model.state_dim must be even"),
         ("kernels: {ssd: sequentiel}", "kernels.ssd must be null .* found 'sequentiel'; did you mean 'sequential'?"),

@@ -1,38 +1,15 @@
 """Configuration: frozen dataclasses with every default, checked once. config_io.py reads and writes them."""
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pallas_kernels.ssd import implementations
 from transmamba_jax import attention, schedule
 from transmamba_jax.data import registry
+from transmamba_jax.runtime.checks import at_least, divisors, require, suggestion
 
 DTypeName = Literal["float32", "bfloat16"]
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise a ValueError unless `condition` holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def _at_least(section: str, config: Any, minimum: int, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value >= minimum, f"{section}.{name} must be >= {minimum}, found {value}")
-
-
-def suggestion(name: str, names: Sequence[str]) -> str:
-    """Return the end of an error message: the nearest of the valid names, or all of them."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; the names are {', '.join(names)}"
-
-
-def _divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +35,9 @@ class ModelConfig:
     conv_width: int = 4
     """Taps of the causal depthwise convolution, the current token included."""
     transpoints: tuple[int, ...] = (0, 8, 16, 32, 64, 128, 256, 512)
-    """TransPoint of each layer in tokens from the start of the row, repeated over the layers."""
+    """TransPoint of each layer: tokens from the start of the row that go through attention; repeated over the layers.
+    In a file and on the command line also a name, scaled to data.seq_len: log_spaced, descending, transformer, mamba2,
+    hybrid, hybrid_first, v1 to v9."""
     rope_theta: float = 10_000.0
     """Base of the rotary position embedding."""
     rotary: Literal["attention", "both"] = "attention"
@@ -87,13 +66,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges and the rules between fields."""
-        _at_least("model", self, 1, "vocab_size", "num_layers", "d_model", "num_heads", "num_groups")
-        _at_least("model", self, 1, "head_dim", "state_dim", "conv_width")
-        _at_least("model", self, 0, "mlp_dim")
+        at_least("model", self, 1, "vocab_size", "num_layers", "d_model", "num_heads", "num_groups")
+        at_least("model", self, 1, "head_dim", "state_dim", "conv_width")
+        at_least("model", self, 0, "mlp_dim")
         require(
             self.num_heads % self.num_groups == 0,
             f"model.num_groups must divide model.num_heads, found num_groups={self.num_groups}, "
-            f"num_heads={self.num_heads}; use one of {_divisors(self.num_heads)}",
+            f"num_heads={self.num_heads}; use one of {divisors(self.num_heads)}",
         )
         require(
             self.state_dim % 2 == 0,
@@ -135,7 +114,7 @@ class KernelsConfig:
 
     def __post_init__(self) -> None:
         """Check the names and the range."""
-        _at_least("kernels", self, 1, "chunk_size")
+        at_least("kernels", self, 1, "chunk_size")
         for field, names in (("ssd", implementations()), ("attention", attention.implementations())):
             name = getattr(self, field)
             require(
@@ -183,8 +162,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _at_least("data", self, 1, "seq_len", "batch_size")
-        _at_least("data", self, 0, "num_workers", "seed", "streams")
+        at_least("data", self, 1, "seq_len", "batch_size")
+        at_least("data", self, 0, "num_workers", "seed", "streams")
         require(
             self.end_of_document is None or self.tokenizer != "bytes",
             f"data.end_of_document is for a tokenizer.json: data.tokenizer='bytes' ends a document with byte 0, found "
@@ -242,7 +221,7 @@ class OptimizerConfig:
         require(
             0 < self.decay_fraction <= 1, f"optimizer.decay_fraction must be in (0, 1], found {self.decay_fraction}"
         )
-        _at_least("optimizer", self, 0, "warmup_steps", "restart_step")
+        at_least("optimizer", self, 0, "warmup_steps", "restart_step")
         require(
             self.schedule == "constant" or self.final_learning_rate <= self.learning_rate,
             f"optimizer.final_learning_rate={self.final_learning_rate} must not exceed "
@@ -272,8 +251,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _at_least("train", self, 1, "steps", "accumulation", "loss_chunk", "log_every", "max_nonfinite_steps")
-        _at_least("train", self, 0, "seed", "sample_tokens")
+        at_least("train", self, 1, "steps", "accumulation", "loss_chunk", "log_every", "max_nonfinite_steps")
+        at_least("train", self, 0, "seed", "sample_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +293,7 @@ class HostsConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _at_least("hosts", self, 1, "timeout", "heartbeat")
+        at_least("hosts", self, 1, "timeout", "heartbeat")
         processes = math.inf if self.num_processes is None else self.num_processes
         require(processes >= 1, f"hosts.num_processes must be >= 1, found {self.num_processes}")
         require(
@@ -345,8 +324,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _at_least("checkpoint", self, 0, "every", "keep_best")
-        _at_least("checkpoint", self, 1, "keep_latest")
+        at_least("checkpoint", self, 0, "every", "keep_best")
+        at_least("checkpoint", self, 1, "keep_latest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,8 +341,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _at_least("eval", self, 0, "every", "windows")
-        _at_least("eval", self, 1, "batch_size")
+        at_least("eval", self, 0, "every", "windows")
+        at_least("eval", self, 1, "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,7 +366,7 @@ class Config:
         require(
             self.data.batch_size % self.train.accumulation == 0,
             f"train.accumulation={self.train.accumulation} must divide data.batch_size={self.data.batch_size}; "
-            f"use one of {_divisors(self.data.batch_size)}",
+            f"use one of {divisors(self.data.batch_size)}",
         )
         require(
             self.optimizer.restart_step == 0 or self.optimizer.restart_step < self.train.steps,
@@ -395,7 +374,19 @@ class Config:
         )
 
     def warnings(self) -> list[str]:
-        """Say what is asked for and will not be had, in a config that can run nevertheless."""
+        """Describe options of a config that can run and will not do what they ask for."""
+        return [*self._schedule_warnings(), *self._checkpoint_warnings()]
+
+    def _schedule_warnings(self) -> list[str]:
+        misfit = schedule.misfit(self.model.transpoints, self.data.seq_len)
+        if misfit is None:
+            return []
+        return [
+            f"model.transpoints={', '.join(map(str, self.model.transpoints))} {misfit}, and "
+            f"data.seq_len={self.data.seq_len}; a name, such as --model.transpoints log_spaced, is scaled to it"
+        ]
+
+    def _checkpoint_warnings(self) -> list[str]:
         save, measure = self.checkpoint.every, self.eval.every
         if not (self.checkpoint.keep_best and measure and 0 < save < self.train.steps):
             return []

@@ -11,12 +11,14 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import tyro
 import yaml
 
-from transmamba_jax.config import Config, KernelsConfig, require, suggestion
+from transmamba_jax import schedule as schedules
+from transmamba_jax.config import Config, KernelsConfig
+from transmamba_jax.runtime.checks import require, suggestion
 from transmamba_jax.runtime.paths import expand_path
 
 Options = TypeVar("Options")
@@ -35,18 +37,46 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: the file cannot be read, an unknown key, a wrong type, or values that break a rule; the message
             names the key, what was found, and the nearest valid name or the rule.
     """
-    return _override(_read(_locate(path)), list(overrides))
+    experiment = read_experiment(path)
+    return _override(experiment, list(overrides))
+
+
+class Experiment(NamedTuple):
+    """A config, and the name of its schedule where the file gives one: it follows data.seq_len and model.num_layers."""
+
+    config: Config
+    schedule: str | None = None
 
 
 def parse_command_line(
-    default: Options, arguments: Sequence[str], prog: str, description: str | None = None
+    default: Options, arguments: Sequence[str], prog: str, description: str | None = None, schedule: str | None = None
 ) -> Options:
-    """Apply command-line arguments to a dataclass such as `Config`, as a program does: print help or errors, exit."""
-    return tyro.cli(type(default), default=default, args=list(arguments), prog=prog, description=description)
+    """Apply command-line arguments to a `Config`, or a dataclass with one, as a program does: help and errors exit.
+
+    `schedule` is that of the `Experiment` that `default` comes from: it is scaled again where the arguments change the
+    length of rows or the number of layers.
+
+    Raises:
+        ValueError: a value breaks a rule, or the named schedule does not fit.
+    """
+    words, name = _take_schedule(list(arguments), schedule)
+    options = tyro.cli(type(default), default=default, args=words, prog=prog, description=description)
+    if name is None:
+        return options
+    if isinstance(options, Config):
+        return typing.cast(Options, _scaled(options, name))
+    sections = {field.name: getattr(options, field.name) for field in dataclasses.fields(typing.cast(Any, options))}
+    scaled = {key: _scaled(value, name) for key, value in sections.items() if isinstance(value, Config)}
+    return typing.cast(Options, dataclasses.replace(typing.cast(Any, options), **scaled))
 
 
 def read_config_file(path: str | Path) -> Config:
     """Read an experiment from a YAML file; see `load_config`."""
+    return read_experiment(path).config
+
+
+def read_experiment(path: str | Path) -> Experiment:
+    """Read an experiment from a YAML file and keep the name of its schedule; see `load_config`."""
     return _read(_locate(path))
 
 
@@ -87,14 +117,42 @@ def _locate(path: str | Path) -> Path:
     return _CONFIGS / f"{name}.yaml"
 
 
-def _override(config: Config, arguments: list[str]) -> Config:
+def _take_schedule(arguments: list[str], name: str | None) -> tuple[list[str], str | None]:
+    """Put integers in the place of a schedule's name, which are replaced after parsing; return the name, too.
+
+    Without a schedule among the arguments it is `name`.
+    """
+    option = "--model.transpoints"
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith(f"{option}=") else [word])]
+    if option not in words:
+        return (arguments, None) if name is None else ([*arguments, option, "0"], name)
+    place = len(words) - words[::-1].index(option)
+    value = words[place] if place < len(words) else "-"
+    if value.startswith("-") or re.fullmatch(r"\d+", value):
+        return arguments, None
+    return [*words[:place], "0", *words[place + 1 :]], value
+
+
+def _scaled(config: Config, name: str) -> Config:
+    """Put the schedule called `name` into a config."""
+    try:
+        points = schedules.choose(name, config.data.seq_len, config.model.num_layers)
+    except ValueError as error:
+        raise ValueError(f"model.transpoints: {error}") from None
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, transpoints=points))
+
+
+def _override(experiment: Experiment, arguments: list[str]) -> Config:
     if not arguments:
-        return config
+        return experiment.config
+    config = experiment.config
+    arguments, name = _take_schedule(arguments, experiment.schedule)
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             options = (tyro.conf.FlagConversionOff,)
-            return tyro.cli(Config, default=config, args=arguments, prog="overrides", config=options)
+            parsed = tyro.cli(Config, default=config, args=arguments, prog="overrides", config=options)
+            return parsed if name is None else _scaled(parsed, name)
     except SystemExit:
         message = re.sub(r"[╭╮╰╯│─]+|-{3,}", " ", output.getvalue())
         raise ValueError(f"bad overrides {arguments}: {' '.join(message.split())}") from None
@@ -116,7 +174,15 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _read(path: Path) -> Config:
+# YAML 1.1 reads 010 as octal and 1:30 as sexagesimal: here they are text, which no number accepts.
+_DECIMAL = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _DECIMAL if tag.endswith(":int") else pattern) for tag, pattern in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _read(path: Path) -> Experiment:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -127,8 +193,14 @@ def _read(path: Path) -> Config:
     tree = {} if tree is None else tree
     if isinstance(tree, dict):
         tree = {"workdir": f"runs/{path.stem}", **tree}
+    name = None
+    if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
+        name = tree["model"].get("transpoints")
     try:
-        return typing.cast(Config, _build(Config, tree, ""))
+        if not isinstance(name, str):
+            return Experiment(typing.cast(Config, _build(Config, tree, "")))
+        config = _build(Config, {**tree, "model": {**tree["model"], "transpoints": [0]}}, "")
+        return Experiment(_scaled(config, name), name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -172,7 +244,10 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    require(matches, f"{where} must be of type {hint.__name__}, found {value!r} of type {type(value).__name__}")
+    decimal = " (decimal, without leading zeros)" if hint is int else ""
+    require(
+        matches, f"{where} must be of type {hint.__name__}{decimal}, found {value!r} of type {type(value).__name__}"
+    )
     return value
 
 

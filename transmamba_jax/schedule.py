@@ -6,7 +6,8 @@ t >= P. Source: arXiv 2503.24067, Table 6 (V1-V9, published for sequences of 819
 """
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 Schedule = tuple[int, ...]
 
@@ -38,10 +39,15 @@ def mamba2() -> Schedule:
 
 
 def hybrid(seq_len: int, every: int = 8) -> Schedule:
-    """Layer-level hybrid: of each `every` layers the last one is attention over the whole sequence."""
+    """Make a hybrid of layers: of each `every` layers the last one is attention over the whole sequence."""
     _check_count("seq_len", seq_len)
     _check_count("every", every)
     return (0,) * (every - 1) + (seq_len,)
+
+
+def hybrid_first(seq_len: int, every: int = 8) -> Schedule:
+    """Make a hybrid of layers: of each `every` layers the first one is attention over the whole sequence."""
+    return hybrid(seq_len, every)[::-1]
 
 
 def log_spaced(seq_len: int, period: int = 8) -> Schedule:
@@ -49,6 +55,11 @@ def log_spaced(seq_len: int, period: int = 8) -> Schedule:
     _check_count("seq_len", seq_len)
     _check_count("period", period, 2)  # one end is all SSM, the other all attention
     return (0, *(seq_len >> (period - 1 - i) for i in range(1, period)))
+
+
+def descending(seq_len: int, period: int = 8) -> Schedule:
+    """Reverse `log_spaced`: attention in the first of each `period` layers, the SSM in the last."""
+    return log_spaced(seq_len, period)[::-1]
 
 
 def v1(seq_len: int) -> Schedule:
@@ -156,21 +167,79 @@ def table(transpoints: Sequence[int], num_layers: int, seq_len: int) -> str:
     return "\n".join(lines)
 
 
-NAMED = {
-    "transformer": transformer,
-    "mamba2": lambda _seq_len: mamba2(),
-    "hybrid": hybrid,
-    "log_spaced": log_spaced,
-    **{function.__name__: function for function in (v1, v2, v3, v4, v5, v6, v7, v8, v9)},
+def _fixed(make: Callable[[int], Schedule]) -> Callable[[int, int], Schedule]:
+    return lambda seq_len, _num_layers: make(seq_len)
+
+
+def _fitted(make: Callable[[int, int], Schedule]) -> Callable[[int, int], Schedule]:
+    """Shorten a period of 8 to the number of layers; one layer has no two ends, and gets the middle."""
+    return lambda seq_len, layers: make(seq_len, min(layers, 8)) if layers > 1 else v2(seq_len)
+
+
+NAMED: dict[str, Callable[[int, int], Schedule]] = {
+    "transformer": _fixed(transformer),
+    "mamba2": lambda _seq_len, _num_layers: mamba2(),
+    "hybrid": _fitted(hybrid),
+    "hybrid_first": _fitted(hybrid_first),
+    "log_spaced": _fitted(log_spaced),
+    "descending": _fitted(descending),
+    **{function.__name__: _fixed(function) for function in (v1, v2, v3, v4, v5, v6, v7, v8, v9)},
 }
+"""Name -> function of the tokens of a row and the number of layers."""
 
 
-def named(name: str, seq_len: int) -> Schedule:
-    """Return the schedule called `name` for sequences of `seq_len` tokens.
+def named(name: str, seq_len: int, num_layers: int = 8) -> Schedule:
+    """Return the schedule called `name` for rows of `seq_len` tokens and a model of `num_layers` layers.
+
+    `log_spaced`, `descending`, `hybrid` and `hybrid_first` fit any number of layers. Below 8 they keep both ends and
+    the largest TransPoints: `log_spaced` of 4 layers is (0, T/4, T/2, T); of one layer it is (T/2,). The others are
+    those of the paper: a model needs at least as many layers as they have TransPoints.
 
     Raises:
-        ValueError: no schedule has that name.
+        ValueError: no schedule has that name, or it has more TransPoints than the model has layers; the message says
+            which fit.
     """
     if name not in NAMED:
         raise ValueError(f"unknown schedule {name!r}; the names are {', '.join(NAMED)}")
-    return NAMED[name](seq_len)
+    _check_count("num_layers", num_layers)
+    points = NAMED[name](seq_len, num_layers)
+    if len(points) > num_layers:
+        fitting = [other for other, make in NAMED.items() if len(make(seq_len, num_layers)) <= num_layers]
+        raise ValueError(
+            f"{name} has {len(points)} TransPoints, one per layer in turn, and the model has {num_layers} layers; "
+            f"those that fit are {', '.join(fitting)}"
+        )
+    return points
+
+
+def choose(choice: str | Sequence[str | int], seq_len: int, num_layers: int) -> Schedule:
+    """Return the schedule that an option asks for: a name, or TransPoints as integers or as text ("0 64 128").
+
+    Raises:
+        ValueError: it is neither, or as for `named` and `expand`.
+    """
+    words = choice.replace(",", " ").split() if isinstance(choice, str) else list(choice)
+    if len(words) == 1 and not re.fullmatch(r"[+-]?\d+", str(words[0])):
+        return named(str(words[0]), seq_len, num_layers)
+    wrong = [str(word) for word in words if not re.fullmatch(r"[+-]?\d+", str(word))]
+    if wrong:
+        raise ValueError(
+            f"a schedule is one name ({', '.join(NAMED)}) or a list of integers, found {', '.join(wrong)} in it"
+        )
+    points = validate([int(word) for word in words])
+    expand(points, num_layers)
+    return points
+
+
+def misfit(transpoints: Sequence[int], seq_len: int) -> str | None:
+    """Say how a schedule does not fit rows of `seq_len` tokens, or return None.
+
+    It does not when it is a named one for rows of another length, or when TransPoints lie beyond the row.
+    """
+    points, longest = tuple(transpoints), max(transpoints)
+    if len(points) > 2 and longest not in (0, seq_len):
+        names = [name for name, make in NAMED.items() if make(longest, len(points)) == points]
+        if names:
+            return f"is {names[-1]} for rows of {longest} tokens"
+    beyond = [str(point) for point in points if point > seq_len]
+    return f"has TransPoints beyond the row, {', '.join(beyond)}: those layers attend to all of it" if beyond else None

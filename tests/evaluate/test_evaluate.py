@@ -247,11 +247,12 @@ def test_command_prints_what_the_evaluator_measures(saved, folder, capsys):
         assert f"{name.replace('_', ' ')}: {value:.4f}" in output
 
 
-def test_command_takes_another_schedule_data_and_number_of_windows(saved, folder, tmp_path, capsys):
+@pytest.mark.parametrize("choice", [["transformer", "--seq-len", "32"], ["32", "32"]], ids=["name", "integers"])
+def test_command_takes_another_schedule_data_and_number_of_windows(saved, folder, tmp_path, capsys, choice):
     longer = config_of(folder, data={"seq_len": 40}, model={"d_model": 16, "transpoints": (3,)})
     (tmp_path / "longer.yaml").write_text(to_yaml(longer))
     arguments = ["--config", str(tmp_path / "longer.yaml"), "--windows", "3"]
-    arguments += ["--schedule", "transformer", "--seq-len", "32"]
+    arguments += ["--schedule", *choice]
     assert evaluate_command.main(["--checkpoint", str(saved), *arguments]) == 0
     output = capsys.readouterr().out
     assert "TransPoints 32, 32 of 40 tokens" in output
@@ -273,8 +274,8 @@ def test_a_config_file_without_a_schedule_on_the_command_line_brings_its_own(fol
     [
         (["--schedule", "v99"], "unknown schedule 'v99'"),
         (
-            ["--schedule", "hybrid"],
-            "--schedule hybrid has 8 TransPoints, one a layer in turn, and the model has 2 layers",
+            ["--schedule", "v8"],
+            "--schedule: v8 has 5 TransPoints, one per layer in turn, and the model has 2 layers",
         ),
         (["--seq-len", "64"], "--seq-len=64 scales --schedule, and there is none"),
         (["--step", "8"], "no complete checkpoint of step 8"),

@@ -148,7 +148,7 @@ def test_the_documented_arguments_fit_the_model_of_the_first_command(monkeypatch
         (arguments,) = re.findall(r"--model_args (\S+)", text)
         model = lm_eval_adapter.TransMambaLM.create_from_arg_string(arguments)
         assert model.max_length == 256
-        with pytest.raises(ValueError, match=r"schedule=v9 has 8 TransPoints, .* model has 4 layers; .* mamba2, v1, "):
+        with pytest.raises(ValueError, match=r"schedule: v9 has 8 TransPoints, .* has 4 layers; .* mamba2, .*, v1, "):
             lm_eval_adapter.TransMambaLM.create_from_arg_string(arguments.replace("v7", "v9"))
 
 

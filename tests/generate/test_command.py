@@ -189,7 +189,10 @@ def test_a_turn_ends_before_its_stop_string(saved: Path, capsys: pytest.CaptureF
         (["--prompt", "a", "--seed", "-1"], "--seed must be in 0..4294967295, found -1"),
         (["--prompt", "a", "--seed", str(2**64)], "--seed must be in 0..4294967295, found 18446744073709551616"),
         (["--prompt", "a", "--schedule", "v0"], "unknown schedule 'v0'"),
-        (["--prompt", "a", "--schedule", "v8"], "--schedule v8 has 5 TransPoints, one a layer in turn, and the model"),
+        (
+            ["--prompt", "a", "--schedule", "v8"],
+            "--schedule: v8 has 5 TransPoints, one per layer in turn, and the",
+        ),
         (["--prompt", "a", "--schedule", "v1", "--seq-len", "0"], "seq_len must be at least 1, found 0"),
         (["--prompt", "a", "--seq-len", "64"], "--seq-len=64 scales --schedule, and there is none"),
         (["--prompt", "a", "--step", "4"], "no complete checkpoint of step 4"),

@@ -1,7 +1,8 @@
-"""What every command that runs a checkpoint can be told: which one, and a named schedule in place of its own."""
+"""Options of every command that runs a checkpoint: which one, and a schedule in place of its own."""
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--step", type=int, help="step of the checkpoint; without it: the newest")
     names = ", ".join(schedule.NAMED)
-    parser.add_argument("--schedule", metavar="NAME", help=f"run under {names}; without it: the config's TransPoints")
     parser.add_argument(
-        "--seq-len", type=int, metavar="T", help="tokens --schedule is scaled to; without it: data.seq_len"
+        "--schedule",
+        nargs="+",
+        metavar="NAME or P",
+        help=f"run under {names}, or under a list of TransPoints (0 64 128), repeated over the layers; without it: "
+        "the config's TransPoints",
+    )
+    parser.add_argument(
+        "--seq-len", type=int, metavar="T", help="tokens that a named --schedule is scaled to; without it: data.seq_len"
     )
 
 
@@ -54,28 +61,26 @@ def apply(config: Config, options: argparse.Namespace) -> ModelConfig:
     """Return the model's config under the schedule that the command line names, or as it is where it names none.
 
     Raises:
-        ValueError: `--seq-len` without `--schedule`, or as for `run_under`.
+        ValueError: `--seq-len` without `--schedule`, or as for `with_schedule`.
     """
     if options.schedule is None and options.seq_len is not None:
         raise ValueError(f"--seq-len={options.seq_len} scales --schedule, and there is none")
     seq_len = config.data.seq_len if options.seq_len is None else options.seq_len
-    return run_under(config.model, options.schedule, seq_len)
+    return with_schedule(config.model, options.schedule, seq_len)
 
 
-def run_under(model: ModelConfig, name: str | None, seq_len: int, option: str = "--schedule ") -> ModelConfig:
-    """Return the config with the TransPoints of the schedule called `name`, None: its own.
+def with_schedule(
+    model: ModelConfig, choice: str | Sequence[str | int] | None, seq_len: int, option: str = "--schedule"
+) -> ModelConfig:
+    """Return the config under a schedule: a name scaled to `seq_len`, or TransPoints; None: its own.
 
     Raises:
-        ValueError: no schedule has that name, or it has more TransPoints than the model has layers; the message spells
-            it as `option` and says which would fit.
+        ValueError: no schedule has that name, or it has more TransPoints than the model has layers; the message begins
+            with `option` and says which fit.
     """
-    if name is None:
+    if choice is None:
         return model
-    points = schedule.named(name, seq_len)
-    if len(points) > model.num_layers:
-        fitting = [other for other in schedule.NAMED if len(schedule.named(other, seq_len)) <= model.num_layers]
-        raise ValueError(
-            f"{option}{name} has {len(points)} TransPoints, one a layer in turn, and the model has {model.num_layers} "
-            f"layers; those that fit are {', '.join(fitting)}"
-        )
-    return dataclasses.replace(model, transpoints=points)
+    try:
+        return dataclasses.replace(model, transpoints=schedule.choose(choice, seq_len, model.num_layers))
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None

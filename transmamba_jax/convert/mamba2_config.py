@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from transmamba_jax.config import ModelConfig, require
+from transmamba_jax.config import ModelConfig
+from transmamba_jax.runtime.checks import require
 from transmamba_jax.runtime.tensor_files import read_json
 
 Naming = Literal["transformers", "state-spaces"]

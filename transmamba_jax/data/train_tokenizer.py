@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from transmamba_jax.config import require
 from transmamba_jax.config_io import load_config
 from transmamba_jax.data.documents import take
 from transmamba_jax.data.sources import open_documents
 from transmamba_jax.data.tokenizers import END_OF_DOCUMENT, JsonTokenizer
+from transmamba_jax.runtime.checks import require
 from transmamba_jax.runtime.paths import option_path
 
 MIN_VOCABULARY = 257

@@ -257,7 +257,7 @@ def load(
     Args:
         checkpoint: a run, its folder of checkpoints, or one step.
         step: None: the newest.
-        schedule: name of the TransPoint schedule to run under, scaled to `max_length`; None: the checkpoint's.
+        schedule: schedule to run under: a name, scaled to `max_length`, or TransPoints; None: the checkpoint's.
         max_length: None: data.seq_len, the length that the model was trained on.
         batch_size: as for `Scorer`.
         seed: as for `Scorer`.
@@ -269,7 +269,7 @@ def load(
     saved = command_options.restore(checkpoint, step)
     config = saved.config
     length = config.data.seq_len if max_length is None else max_length
-    model = command_options.run_under(config.model, schedule, length, "schedule=")
+    model = command_options.with_schedule(config.model, schedule, length, "schedule")
     tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
     return Scorer(TransMamba(model), saved.params, tokenizer, length, batch_size, config.train.loss_chunk, seed)
 

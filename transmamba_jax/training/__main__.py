@@ -69,8 +69,8 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Options:
             f"--config is required: {program} --config NAME [--section.key value ...], with a YAML file or one of\n"
             f"  {names}\n--help shows every option."
         )
-    default = Options(Config() if file is None else config_io.read_config_file(file))
-    options = config_io.parse_command_line(default, arguments, program, __doc__)
+    read = config_io.Experiment(Config()) if file is None else config_io.read_experiment(file)
+    options = config_io.parse_command_line(Options(read.config), arguments, program, __doc__, read.schedule)
     if options.compile_only != bool(options.topology):
         raise ValueError("--compile-only and --topology NAME (v5e:16x16, v5p:8x8x8, cpu:8, ...) go together")
     return options
