@@ -194,7 +194,7 @@ model, report = TransMamba(model_config, KernelsConfig(chunk_size=8)), {}
 for parts in (1, 2, 8):
     mesh = sharding.make_mesh(MeshConfig(1, parts, 1, 1), jax.devices()[:parts])
     with jax.set_mesh(mesh):
-        step = make_train_step(config, model, make_optimizer(config), mesh, np.ones(128))
+        step = make_train_step(config, model, make_optimizer(config), mesh)
         lowered = step.lower(abstract_state(config, model, mesh), abstract_batch(config, mesh))
     memory = lowered.compile().memory_analysis()
     report[parts] = memory.argument_size_in_bytes + memory.temp_size_in_bytes

@@ -338,6 +338,27 @@ def test_windows_of_packed_documents_have_segments(tmp_path, write_corpus):
             np.testing.assert_array_equal(ids, (ends + 1) if weight else 0)
 
 
+@pytest.mark.parametrize("packing", ["concat", "first_fit"])
+def test_rows_carry_the_bytes_of_their_documents(tmp_path, write_corpus, packing):
+    texts = write_corpus(12)
+    tokenizer = tokenizer_from_json(train(iter(texts), 300))
+    config = settings_for(tmp_path, packing=packing, seq_len=63)
+    sizes = {}  # of the tokens from one end of a document to the next
+    for batch in itertools.islice(train_batches(config, tokenizer), 100):
+        assert batch["bytes"].dtype == np.int32
+        assert batch["bytes"].shape == batch["tokens"].shape
+        for tokens, counts in zip(batch["tokens"], batch["bytes"], strict=True):
+            ends = np.flatnonzero((tokens == tokenizer.end_of_document) & (counts > 0))  # padding has no bytes
+            for start, stop in itertools.pairwise(ends + 1):
+                text = tokenizer.decode(tokens[start : stop - 1].tolist())
+                sizes[text.encode()] = counts[start:stop].sum() - 1
+                assert len(text.encode()) == sizes[text.encode()]
+    assert len(sizes.keys() & set(texts)) > 3
+    held_out = eval_batches(config, tokenizer, windows=0, batch_size=1)
+    stream = np.concatenate([batch["bytes"][0, 1:] for batch in held_out])
+    assert stream.sum() == pytest.approx(len(held_out_text(config)), abs=60)  # less the first token and the last row
+
+
 def test_a_held_out_text_that_is_too_short_is_refused(tmp_path):
     (tmp_path / "only.txt").write_bytes(b"123456789")
     config = settings_for(tmp_path, seq_len=10)

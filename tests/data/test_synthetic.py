@@ -170,6 +170,7 @@ def test_batches_resume_exactly_and_are_shared_out():
     seen = [next(batches) for _ in range(5)]
     assert {name: (value.shape, value.dtype.name) for name, value in seen[0].items()} == {
         "tokens": ((4, 17), "int32"),
+        "bytes": ((4, 17), "int32"),
         "weights": ((4, 17), "float32"),
     }
     other = train_batches(config, tokenizer)

@@ -114,7 +114,7 @@ def test_the_end_of_a_document_is_looked_for_in_the_tokenizer(make, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(train_tokenizer.train(iter([b"text"]), 300), encoding="utf-8")
     config = make(data={"tokenizer": str(path), "end_of_document": "</text>"})
-    for start in (train, compiler._token_bytes):
+    for start in (train, compiler._check_tokenizer):
         with pytest.raises(ValueError, match=r"data\.end_of_document='</text>' is none of the added tokens of"):
             start(config)
 

@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -80,11 +79,11 @@ def compile_step(config: Config, topology: str) -> tuple[Any, Mesh]:
     """
     mesh = sharding.make_mesh(config.mesh, topology_devices(topology))
     sharding.check_divides(config, mesh)
-    token_bytes = _token_bytes(config)
+    _check_tokenizer(config)
     model = TransMamba(config.model, config.kernels)
     with jax.set_mesh(mesh):
         state = abstract_state(config, model, mesh)
-        train_step = make_train_step(config, model, make_optimizer(config), mesh, token_bytes)
+        train_step = make_train_step(config, model, make_optimizer(config), mesh)
         return train_step.lower(state, abstract_batch(config, mesh)).compile(), mesh
 
 
@@ -110,14 +109,13 @@ def topology_devices(topology: str) -> list[jax.Device]:
         ) from error
 
 
-def _token_bytes(config: Config) -> np.ndarray:
-    """Return the bytes of every token; where the tokenizer is not made yet, ones: the program is the same."""
+def _check_tokenizer(config: Config) -> None:
+    """Refuse a tokenizer that does not fit the model; one that is not made yet is taken to fit."""
     if config.data.tokenizer != "bytes" and not expand_path(config.data.tokenizer).exists():
         print(f"{config.data.tokenizer} is not there: taken to have model.vocab_size={config.model.vocab_size} tokens")
-        return np.ones(config.model.vocab_size)
+        return
     tokenizer = data.open_tokenizer(config.data)
     data.check_vocabulary(tokenizer, config.model.vocab_size)
-    return tokenizer.token_bytes
 
 
 def estimate(config: Config, compiled: Any, mesh: Mesh) -> Estimate:

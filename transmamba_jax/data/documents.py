@@ -9,6 +9,9 @@ import numpy as np
 from transmamba_jax.config import DataConfig
 from transmamba_jax.data.tokenizers import Tokenizer, load_tokenizer
 
+PART_BYTES = 2**22
+"""Bytes of a document beyond which it is read and encoded in parts, where its source can read parts."""
+
 _SIGNATURES = {
     b"\x1f\x8b": "gzip: unpack it with gunzip",
     b"\x28\xb5\x2f\xfd": "Zstandard: unpack it with zstd -d",
@@ -46,17 +49,61 @@ class Documents:
             data = self._read(index)
         except (OSError, RuntimeError) as error:  # array_record raises the latter
             raise ValueError(f"{self.where(index)} cannot be read: {error}") from error
+        self.check_utf8(index, data)
+        return data
+
+    def check_utf8(self, index: int, data: bytes, offset: int = 0) -> None:
+        """Refuse bytes of document `index`, from `offset` on, that are not whole UTF-8 characters.
+
+        Raises:
+            ValueError: the message has the byte offset, and the format that the bytes look like.
+        """
         try:
             data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.where(index)} is not UTF-8: {_not_utf8(error, data)}") from None
+            message = f"{error.reason} at byte offset {offset + error.start} (byte 0x{data[error.start]:02x})"
+            formats = [name for signature, name in _SIGNATURES.items() if offset == 0 and data.startswith(signature)]
+            hint = f"; it looks like {formats[0]}" if formats else ""
+            raise ValueError(f"{self.where(index)} is not UTF-8: {message}{hint}") from None
+
+    @property
+    def has_long(self) -> bool:
+        """Whether a document is long enough to be read in parts, which `size` and `read_range` then do."""
+        return False
+
+    def size(self, index: int) -> int:
+        """Return the bytes of document `index`."""
+        raise NotImplementedError
+
+    def read_range(self, index: int, start: int, stop: int) -> bytes:
+        """Return bytes `start` to `stop` of document `index`, which need not be whole characters.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        raise NotImplementedError
+
+    def head(self, index: int, max_bytes: int) -> bytes:
+        """Return document `index`; of one that is read in parts, at most `max_bytes` of whole characters.
+
+        Raises:
+            ValueError: see `__getitem__`.
+        """
+        if not self.has_long or self.size(index) <= max(max_bytes, PART_BYTES):
+            return self[index]
+        data = cut_text(self.read_range(index, 0, max_bytes + 1), max_bytes)
+        self.check_utf8(index, data)
         return data
 
 
-def _not_utf8(error: UnicodeDecodeError, data: bytes) -> str:
-    message = f"{error.reason} at byte offset {error.start} (byte 0x{data[error.start]:02x})"
-    formats = [name for signature, name in _SIGNATURES.items() if data.startswith(signature)]
-    return f"{message}; it looks like {formats[0]}" if formats else message
+def cut_text(data: bytes, max_bytes: int) -> bytes:
+    """Return the beginning of UTF-8 text that has at most `max_bytes` and ends with a whole character."""
+    if len(data) <= max_bytes:
+        return data
+    stop = max_bytes
+    while stop > 0 and data[stop] & 0xC0 == 0x80:
+        stop -= 1
+    return data[:stop]
 
 
 class LazyDocuments(Documents):
@@ -94,13 +141,6 @@ class TokenDocument(bytes):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle both."""
         return TokenDocument, (bytes(self), self.ids)
-
-
-def encode_document(tokenizer: Tokenizer, document: bytes) -> np.ndarray:
-    """Return the ids of a document and the end-of-document id, int32 [T]; ids that are given stay as they are."""
-    if isinstance(document, TokenDocument):
-        return np.append(document.ids, np.int32(tokenizer.end_of_document))
-    return tokenizer.encode_document(document)
 
 
 class GivenDocuments(Documents):
@@ -158,10 +198,13 @@ class GivenDocuments(Documents):
 
 
 def take(documents: Documents, max_bytes: int, stride: int = 1) -> Iterator[bytes]:
-    """Yield every `stride`-th document in order, the last one being that which reaches `max_bytes`."""
+    """Yield every `stride`-th document in order, the last one being that which reaches `max_bytes`.
+
+    A document that is read in parts is cut there.
+    """
     taken = 0
     for index in range(0, len(documents), stride):
-        document = documents[index]
+        document = documents.head(index, max_bytes - taken)
         taken += len(document)
         yield document
         if taken >= max_bytes:

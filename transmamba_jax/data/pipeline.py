@@ -28,7 +28,8 @@ from grain.experimental import (
 
 from transmamba_jax.config import DataConfig
 from transmamba_jax.data import task_batches
-from transmamba_jax.data.documents import Documents, encode_document, take
+from transmamba_jax.data.documents import Documents, cut_text, take
+from transmamba_jax.data.encoding import EncodeInParts, encode_document
 from transmamba_jax.data.sources import open_documents
 from transmamba_jax.data.synthetic import is_synthetic
 from transmamba_jax.data.tokenizers import Tokenizer
@@ -42,6 +43,9 @@ BINS = 64
 
 CHECKED_BYTES = 2**26
 """Bytes of a split that are read and checked before training; what lies behind them is checked when it is read."""
+
+CHECKED_DOCUMENTS = 2**14
+"""Documents after which no more are checked, once they fill a window."""
 
 HELD_OUT_DOCUMENTS = 2**14
 """Documents of the held-out stream; of a larger split it takes this many, evenly spread."""
@@ -167,10 +171,11 @@ def train_batches(
 ) -> BatchIterator:
     """Return the endless training batches of one process.
 
-    Each batch has `tokens` int32 [batch_size / process_count, seq_len + 1]; with first-fit packing also `segment_ids`
-    of the same shape: 1, 2, ... for the documents of a row in order, 0 for padding. Rows do not overlap. With `concat`
-    packing every token of every document is in exactly one row an epoch; with `first_fit` a document longer than a row
-    is cut into pieces, each a segment. In every epoch a document belongs to exactly one process.
+    Each batch has `tokens` int32 [batch_size / process_count, seq_len + 1] and, of the same shape, `bytes`: the UTF-8
+    bytes of the document that each token stands for, 1 for its end; with first-fit packing also `segment_ids`: 1, 2,
+    ... for the documents of a row in order, 0 for padding. Rows do not overlap. With `concat` packing every token of
+    every document is in exactly one row per epoch; with `first_fit` a document longer than a row is cut into pieces,
+    each a segment. In every epoch a document belongs to exactly one process.
 
     Raises:
         ValueError: the source cannot be read, is too short for one row, has fewer documents than streams, or
@@ -240,11 +245,15 @@ def _batches(
     length = config.seq_len + 1
     # Grain numbers the epochs upwards from the seed; hashing keeps neighbouring seeds from sharing their epochs.
     seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0]) >> 1
-    source = grain.MapDataset.source(documents)
+    in_parts = isinstance(documents, Documents) and documents.has_long
+    source = grain.MapDataset.source(range(len(documents)) if in_parts else documents)
     if config.shuffle:
         source = source.shuffle(seed=seed)
     source = source[shard].repeat(None)
-    stream = source.map(functools.partial(_encode, tokenizer)).to_iter_dataset(_READ)
+    if isinstance(documents, Documents) and in_parts:
+        stream = FlatMapIterDataset(source.to_iter_dataset(_READ), EncodeInParts(documents, tokenizer))
+    else:
+        stream = source.map(functools.partial(_encode, tokenizer)).to_iter_dataset(_READ)
     window = rows * max(1, window_tokens // (rows * length))
     if config.packing == "concat":
         # Grain's packing costs Python time per row; one long row per window, cut afterwards, costs next to none.
@@ -258,6 +267,7 @@ def _batches(
         windows = windows.map(_name_segments).batch(window)
     if config.shuffle:
         windows = windows.random_map(_permute_rows, seed=seed)
+    windows = windows.map(_name_fields)
     return FlatMapIterDataset(windows, _Pieces(rows))
 
 
@@ -271,6 +281,13 @@ def _cut(length: int, packed: Batch) -> Batch:
 
 def _name_segments(packed: Batch) -> Batch:
     return {"tokens": packed["tokens"], "segment_ids": packed["tokens_segment_ids"]}
+
+
+def _name_fields(window: Batch) -> Batch:
+    """Take tokens apart into the arrays that a batch has."""
+    tokens = window["tokens"]
+    fields = {"tokens": tokens["id"].copy(), "bytes": tokens["bytes"].copy()}
+    return fields | {name: value for name, value in window.items() if name != "tokens"}
 
 
 def _permute_rows(window: Batch, generator: np.random.Generator) -> Batch:
@@ -298,11 +315,14 @@ def _check(documents: Documents, config: DataConfig, tokenizer: Tokenizer, strea
             "(one a process, or data.streams); each needs at least one"
         )
     tokens = bytes_encoded = bytes_read = 0
-    for document in take(documents, CHECKED_BYTES):
+    for count, document in enumerate(take(documents, CHECKED_BYTES), start=1):
         bytes_read += len(document) + 1
         if tokens <= config.seq_len:
-            tokens += len(encode_document(tokenizer, document))
-            bytes_encoded = bytes_read
+            sample = cut_text(document, WINDOW_BYTES)
+            tokens += len(encode_document(tokenizer, sample))
+            bytes_encoded += len(sample) + 1
+        if count >= CHECKED_DOCUMENTS and bytes_read >= WINDOW_BYTES:
+            break
     _require_row(tokens, config, split)
     return max(1, min(WINDOW_BYTES, bytes_read) * tokens // bytes_encoded)
 
@@ -320,7 +340,7 @@ def eval_batches(config: DataConfig, tokenizer: Tokenizer, windows: int, batch_s
 
     The stream is every held-out document followed by its end-of-document id. Its windows start every seq_len tokens
     and are seq_len + 1 long, so that each token is predicted once; `windows` of them are taken, evenly spread, or all
-    (0, or more than there are). Each batch has `tokens` int32 [batch_size, seq_len + 1], `weights` float32
+    (0, or more than there are). Each batch has `tokens` and `bytes` int32 [batch_size, seq_len + 1], `weights` float32
     [batch_size], 0 for the rows that fill up the last batch, and with first-fit packing `segment_ids` like the
     training batches.
 
@@ -336,7 +356,7 @@ def eval_batches(config: DataConfig, tokenizer: Tokenizer, windows: int, batch_s
     taken = windows if 0 < windows < count else count
     chosen = np.arange(taken) * count // taken
     places = chosen[:, None] * config.seq_len + np.arange(config.seq_len + 1)
-    rows = {"tokens": stream[places], "weights": np.ones(len(chosen), np.float32)}
+    rows = {**_name_fields({"tokens": stream[places]}), "weights": np.ones(len(chosen), np.float32)}
     if config.packing == "first_fit":
         numbers = np.repeat(np.arange(len(documents)), [len(document) for document in documents])[places]
         rows["segment_ids"] = (numbers - numbers[:, :1] + 1).astype(np.int32)

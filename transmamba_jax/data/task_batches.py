@@ -44,7 +44,7 @@ def open_task(config: DataConfig, _rest: str, split: str) -> list[list[int]]:
 
 
 def training_stream(config: DataConfig, batch: int, shard: slice) -> grain.IterDataset:
-    """Return endless batches of `batch` rows with `tokens` and `weights`, of the rows that `shard` selects."""
+    """Return endless batches of `batch` rows with `tokens`, `bytes` (ones) and `weights`, of the rows that `shard` selects."""
     source = grain.MapDataset.source(rows(config, config.train_split, ENDLESS))[shard]
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
     return source.map(_training_row).to_iter_dataset(options).batch(batch)
@@ -53,7 +53,7 @@ def training_stream(config: DataConfig, batch: int, shard: slice) -> grain.IterD
 def held_out_batches(config: DataConfig, windows: int, batch_size: int) -> list[Batch]:
     """Return held-out rows as batches of one shape, the same every time.
 
-    Each has `tokens`, `weights`, `answers` and `facts` [batch_size, seq_len + 1] (see `synthetic`); rows that fill up
+    Each has `tokens`, `bytes`, `weights`, `answers` and `facts` [batch_size, seq_len + 1] (see `synthetic`); rows that fill up
     the last batch have weight 0.
     """
     count = windows or HELD_OUT_ROWS
@@ -62,6 +62,7 @@ def held_out_batches(config: DataConfig, windows: int, batch_size: int) -> list[
     padding = -count % batch_size
     full = [np.pad(value, [(0, padding), (0, 0)]) for value in stacked]
     named = dict(zip(synthetic.Row._fields, full, strict=True))
+    named["bytes"] = np.ones_like(named["tokens"])  # a symbol counts as one
     return [
         {name: value[start : start + batch_size] for name, value in named.items()}
         for start in range(0, count, batch_size)
@@ -69,4 +70,4 @@ def held_out_batches(config: DataConfig, windows: int, batch_size: int) -> list[
 
 
 def _training_row(row: synthetic.Row) -> Batch:
-    return {"tokens": row.tokens, "weights": row.weights}
+    return {"tokens": row.tokens, "bytes": np.ones_like(row.tokens), "weights": row.weights}

@@ -1,12 +1,13 @@
 """The source `text:<glob>`: a file is a document."""
 
+import functools
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from transmamba_jax.config import DataConfig
-from transmamba_jax.data.documents import Documents
+from transmamba_jax.data.documents import PART_BYTES, Documents
 from transmamba_jax.data.file_patterns import find_files
 from transmamba_jax.data.registry import is_registered
 from transmamba_jax.data.splits import SPLITS, require_name, split_of, too_few
@@ -36,6 +37,7 @@ class TextFiles(Documents):
     def __init__(self, paths: Sequence[str]):
         """Take the files in the given order."""
         self._paths = list(paths)
+        self._sizes = [os.path.getsize(path) for path in paths]
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -49,6 +51,31 @@ class TextFiles(Documents):
             return Path(self._paths[index]).read_bytes()
         except OSError as error:
             raise OSError(error.strerror) from error  # without the name, whose bytes may not be printable
+
+    @functools.cached_property
+    def has_long(self) -> bool:
+        """Whether a file has more than PART_BYTES."""
+        return max(self._sizes) > PART_BYTES
+
+    def size(self, index: int) -> int:
+        """Return the bytes that the file had when the source was opened."""
+        return self._sizes[index]
+
+    def read_range(self, index: int, start: int, stop: int) -> bytes:
+        """Return a part of the file.
+
+        Raises:
+            ValueError: it cannot be read, or became shorter.
+        """
+        try:
+            with open(self._paths[index], "rb") as file:
+                file.seek(start)
+                data = file.read(stop - start)
+        except OSError as error:
+            raise ValueError(f"{self.where(index)} cannot be read: {error.strerror}") from error
+        if len(data) < min(stop, self._sizes[index]) - start:
+            raise ValueError(f"{self.where(index)} became shorter than its {self._sizes[index]:,} bytes at the start")
+        return data
 
 
 def open_text(config: DataConfig, pattern: str, split: str) -> Documents:

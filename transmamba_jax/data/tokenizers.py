@@ -13,13 +13,14 @@ import numpy as np
 import tokenizers
 from tokenizers import processors
 
-from transmamba_jax.runtime.paths import expand_path
+from transmamba_jax.runtime.paths import expand_path, show_path
 
 END_OF_DOCUMENT = "<|endoftext|>"
 """The special token that ends a document in tokenizers trained here."""
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # as byte fallback spells a byte
+_TRIED_CUTS = 64
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|end|>", "[EOS]", "<EOS>")
 
 
@@ -34,15 +35,20 @@ class Tokenizer(Protocol):
     def end_of_document(self) -> int:
         """Id that follows the last token of every document."""
 
-    @property
-    def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for, int32 [V]; the end of a document counts as one byte."""
-
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without any special token."""
 
     def encode_document(self, document: bytes) -> np.ndarray:
         """Return the ids of a UTF-8 document and the end-of-document id, int32 [T]."""
+
+    def encode_counted(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of a UTF-8 text and the bytes of the text that each one stands for, int32 [T] both.
+
+        The bytes add up to `len(text)` whatever the tokenizer adds or drops; only a text without ids has none.
+        """
+
+    def find_cut(self, text: str, start: int) -> int | None:
+        """Return a position from `start` on where cutting `text` leaves its ids as they are; None: there is none."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; a part of a character becomes U+FFFD, an id without a token nothing."""
@@ -63,11 +69,6 @@ class ByteTokenizer:
     vocab_size = 256
     end_of_document = 0
 
-    @property
-    def token_bytes(self) -> np.ndarray:
-        """Ones, int32 [256]."""
-        return np.ones(256, np.int32)
-
     def encode(self, text: str) -> list[int]:
         """Return the UTF-8 bytes of `text`, NUL as space."""
         return list(text.encode("utf-8").replace(b"\0", b" "))
@@ -75,6 +76,14 @@ class ByteTokenizer:
     def encode_document(self, document: bytes) -> np.ndarray:
         """Return the bytes of `document` and a 0, int32 [T]."""
         return np.frombuffer(document.replace(b"\0", b" ") + b"\0", np.uint8).astype(np.int32)
+
+    def encode_counted(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bytes of `text` and ones, int32 [T] both."""
+        return np.frombuffer(text.replace(b"\0", b" "), np.uint8).astype(np.int32), np.ones(len(text), np.int32)
+
+    def find_cut(self, text: str, start: int) -> int | None:
+        """Return `start`: bytes do not depend on one another."""
+        return min(start, len(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the bytes `ids`; ids from 256 on, which a padded vocabulary has, are nothing."""
@@ -90,17 +99,12 @@ class ByteTokenizer:
 
 
 class SymbolTokenizer:
-    """The ids of a synthetic task, written as numbers with spaces between them; each counts as one byte."""
+    """The ids of a synthetic task, written as numbers with spaces between them."""
 
     end_of_document = 0
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-
-    @property
-    def token_bytes(self) -> np.ndarray:
-        """Return ones: bits per byte of a task are bits per token."""
-        return np.ones(self.vocab_size, np.int32)
 
     def encode(self, text: str) -> list[int]:
         """Read numbers with spaces between them.
@@ -118,6 +122,18 @@ class SymbolTokenizer:
         """Return the ids of a document and the end-of-document id, int32 [T]."""
         return np.array([*self.encode(document.decode()), self.end_of_document], np.int32)
 
+    def encode_counted(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of `text` and the bytes of each number with the spaces before it, int32 [T] both."""
+        ids = np.array(self.encode(text.decode()), np.int32)
+        ends = np.array([match.end() for match in re.finditer(rb"\d+", text)], np.int32)
+        ends[-1:] = len(text)
+        return ids, np.diff(ends, prepend=np.int32(0))
+
+    def find_cut(self, text: str, start: int) -> int | None:
+        """Return the place of the first space from `start` on."""
+        place = text.find(" ", start)
+        return None if place < 0 else place
+
     def decode(self, ids: Sequence[int]) -> str:
         """Write ids as numbers; those from `vocab_size` on, which a padded vocabulary has, are left out."""
         return " ".join(str(int(token)) for token in ids if 0 <= token < self.vocab_size)
@@ -134,9 +150,7 @@ class SymbolTokenizer:
 class JsonTokenizer:
     """A `tokenizer.json` of the tokenizers library.
 
-    Text that spells a special token stays text. `token_bytes` is exact for byte-level vocabularies and for
-    SentencePiece vocabularies with byte fallback; for others (those that drop case or spaces) it is the length of the
-    decoded token.
+    Text that spells a special token stays text.
 
     A document ends with the added token that `end_of_document` names; else with the one that the post-processor puts
     behind a text and nothing else; else with the first that is there of a few known names. A named one is given to the
@@ -161,15 +175,13 @@ class JsonTokenizer:
         added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
         if end_of_document is not None and end_of_document not in added:
             raise ValueError(
-                f"data.end_of_document={end_of_document!r} is none of the added tokens of {where}, found {added}"
+                f"data.end_of_document={end_of_document!r} is none of the added tokens of {where}, found "
+                f"{', '.join(map(repr, added)) or 'none'}. {_how_to_add(where, end_of_document)}"
             )
         appended = _appended(json.loads(self.to_json())["post_processor"])
         ends = [name for name in (end_of_document, appended, *_KNOWN_ENDS) if name in added]
         if not ends:
-            raise ValueError(
-                f"{where} has no end-of-document token: its added tokens are {added}, none of them is known as one "
-                f"({', '.join(_KNOWN_ENDS)}); name it with data.end_of_document"
-            )
+            raise ValueError(_without_an_end(where, added))
         self.end_of_document = vocabulary[ends[0]]
         if end_of_document not in (None, appended):
             self._append(ends[0])
@@ -185,34 +197,67 @@ class JsonTokenizer:
         present = self._tokenizer.post_processor
         self._tokenizer.post_processor = template if present is None else processors.Sequence([present, template])
 
-    @functools.cached_property
-    def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes per id, int32 [V]; ids that no token has are 0."""
-        kinds = _decoder_kinds(json.loads(self.to_json())["decoder"])
-        added = self._tokenizer.get_added_tokens_decoder()
-        lengths = np.zeros(self.vocab_size, np.int32)
-        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if index in added:
-                lengths[index] = len(added[index].content.encode("utf-8"))
-            elif "ByteLevel" in kinds:
-                lengths[index] = len(token)  # one character of the alphabet per byte
-            elif "ByteFallback" in kinds:
-                is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-                lengths[index] = 1 if is_byte else len(token.replace("\u2581", " ").encode("utf-8"))
-            else:
-                lengths[index] = len(self._tokenizer.decode([index]).encode("utf-8"))
-        lengths[self.end_of_document] = 1
-        return lengths
-
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_document(self, document: bytes) -> np.ndarray:
         """Return the ids of `document` and the end-of-document id, int32 [T]."""
+        return np.append(self._encode_fast(document), np.int32(self.end_of_document))
+
+    def _encode_fast(self, text: bytes) -> np.ndarray:
         # The fast form leaves out the places of the tokens in the text, a quarter of the time.
-        (encoding,) = self._tokenizer.encode_batch_fast([document.decode("utf-8")], add_special_tokens=False)
-        return np.array([*encoding.ids, self.end_of_document], np.int32)
+        (encoding,) = self._tokenizer.encode_batch_fast([text.decode("utf-8")], add_special_tokens=False)
+        return np.array(encoding.ids, np.int32)
+
+    def encode_counted(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of `text` and the bytes that each one stands for, int32 [T] both.
+
+        Ids of a byte-level vocabulary have lengths of their own. Others may add a space, change characters or drop
+        some, so bytes are counted from the end of the token before to the end of the token.
+        """
+        if self._byte_lengths is not None:
+            ids = self._encode_fast(text)
+            lengths = self._byte_lengths[ids]
+            if int(lengths.sum()) == len(text):
+                return ids, lengths
+        (encoding,) = self._tokenizer.encode_batch([text.decode("utf-8")], add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int32)
+        ends = np.fromiter((end for _, end in encoding.offsets), np.int64, len(ids))  # in characters
+        if not text.isascii():
+            starts = np.flatnonzero(np.frombuffer(text, np.int8) >= -64)  # bytes that do not continue a character
+            ends = np.append(starts, len(text))[ends]
+        ends[-1:] = len(text)
+        return ids, np.diff(np.maximum.accumulate(ends), prepend=0).astype(np.int32)
+
+    @functools.cached_property
+    def _byte_lengths(self) -> np.ndarray | None:
+        """Bytes per id of a byte-level vocabulary, int32 [V]; None where it adds a space to a text, and for others."""
+        if "ByteLevel" not in _decoder_kinds(json.loads(self.to_json())["decoder"]):
+            return None
+        added = self._tokenizer.get_added_tokens_decoder()
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            # A token is written with one character per byte, an added token as it is.
+            lengths[index] = len(added[index].content.encode("utf-8")) if index in added else len(token)
+        return lengths if lengths[self.encode("a")].sum() == 1 else None
+
+    def find_cut(self, text: str, start: int) -> int | None:
+        """Return a position from `start` on where both parts of `text`, encoded alone, have the ids of the whole.
+
+        Ends of lines are tried first, then starts of words, then ends of other tokens.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        places = [place for place, _ in encoding.offsets if max(start, 1) <= place < len(text)]
+        places += [place - 1 for place in places if place > max(start, 1)]  # where offsets leave out a space before
+
+        def rank(place: int) -> int:
+            return 0 if text[place - 1] == "\n" else 1 if text[place].isspace() else 2
+
+        for place in sorted(dict.fromkeys(places), key=rank)[:_TRIED_CUTS]:
+            if self.encode(text[:place]) + self.encode(text[place:]) == encoding.ids:
+                return place
+        return None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, special tokens spelt out; an id without a token is nothing."""
@@ -271,6 +316,26 @@ def _appended(post_processor: dict[str, Any] | None) -> str | None:
     return post_processor["special_tokens"][pieces[1]["id"]]["tokens"][-1]
 
 
+def _without_an_end(where: str, added: Sequence[str]) -> str:
+    if not added:
+        return (
+            f"{where} has no end-of-document token: it has no added tokens at all. "
+            f"{_how_to_add(where, END_OF_DOCUMENT)}"
+        )
+    return (
+        f"{where} has no end-of-document token: its added tokens are {', '.join(map(repr, added))}, none of them is "
+        f"known as one ({', '.join(_KNOWN_ENDS)}); name it with data.end_of_document. Where none of them ends a "
+        f"document: {_how_to_add(where, END_OF_DOCUMENT)}"
+    )
+
+
+def _how_to_add(where: str, token: str) -> str:
+    return (
+        f"Add one with: python -c \"from tokenizers import Tokenizer; t = Tokenizer.from_file('{where}'); "
+        f"t.add_special_tokens(['{token}']); t.save('{where}')\" and let model.vocab_size have room for it"
+    )
+
+
 def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
     if decoder is None:
         return set()
@@ -292,10 +357,11 @@ def load_tokenizer(spec: str, end_of_document: str | None = None) -> Tokenizer:
     try:
         text = expand_path(spec).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(
-            f"data.tokenizer must be 'bytes' or the path of a tokenizer.json; cannot read {spec!r}: {error}"
+            f"data.tokenizer must be 'bytes' or the path of a tokenizer.json; cannot read '{show_path(spec)}': {reason}"
         ) from None
-    return JsonTokenizer(text, spec, end_of_document)
+    return JsonTokenizer(text, show_path(spec), end_of_document)
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:

@@ -1,7 +1,7 @@
 """Held-out loss, bits per byte and loss by position; also `python -m transmamba_jax.evaluate`.
 
     loss           = sum_i nll_i / tokens                  nll_i = logsumexp(z_i) - z_i[target_i], nats per token
-    bits per byte  = sum_i nll_i / (ln 2 · sum_i bytes(target_i))
+    bits per byte  = sum_i nll_i / (ln 2 · sum_i bytes_i)   bytes of the document that target_i stands for
 
 Loss by position is the mean over the rows at the same distances from the start of the row, in the spans
 [0, 1), [1, 2), [2, 4), [4, 8) ... T. Logits exist for `train.loss_chunk` tokens at a time, in float32.
@@ -83,7 +83,6 @@ class Evaluator:
             {name: np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) for name, rows in batch.items()}
             for batch in batches
         ]
-        self._token_bytes = np.asarray(tokenizer.token_bytes, np.float64)
         self._transpoints = config.model.transpoints
         self._score = jax.jit(
             functools.partial(_nll_by_position, model, config.train.loss_chunk),
@@ -108,7 +107,7 @@ class Evaluator:
             if "answers" in batch:
                 answers.add(np.asarray(right), batch["answers"], batch["facts"])
             counts += weights.sum(axis=0, dtype=np.float64)
-            byte_count += float(np.sum(self._token_bytes[batch["tokens"][:, 1:]] * weights))
+            byte_count += float(np.sum(batch["bytes"][:, 1:] * weights, dtype=np.float64))
         return EvalResult(
             loss=float(nll.sum() / counts.sum()),
             bits_per_byte=float(nll.sum() / (math.log(2) * byte_count)),

@@ -266,7 +266,7 @@ class _Run:
         """Compile the step before any data is consumed, so that a stop during it loses nothing."""
         self.console.say(f"compiling for {jax.device_count()} x {jax.devices()[0].device_kind}")
         tx = make_optimizer(self.config)
-        train_step = make_train_step(self.config, self.model, tx, self.mesh, self.tokenizer.token_bytes)
+        train_step = make_train_step(self.config, self.model, tx, self.mesh)
         begin = time.perf_counter()
         compiled = train_step.lower(state, abstract_batch(self.config, self.mesh)).compile()
         log.start(compile_seconds=time.perf_counter() - begin)

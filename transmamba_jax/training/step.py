@@ -14,7 +14,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -91,8 +90,8 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     shape = (config.data.batch_size, config.data.seq_len + 1)
     array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
     if is_synthetic(config.data.source):
-        return {"tokens": array(jnp.int32), "weights": array(jnp.float32)}
-    names = ("tokens", "segment_ids") if config.data.packing == "first_fit" else ("tokens",)
+        return {"tokens": array(jnp.int32), "bytes": array(jnp.int32), "weights": array(jnp.float32)}
+    names = ("tokens", "bytes", *(["segment_ids"] if config.data.packing == "first_fit" else []))
     return dict.fromkeys(names, array(jnp.int32))
 
 
@@ -158,12 +157,11 @@ def make_train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
     mesh: Mesh,
-    token_bytes: np.ndarray | None = None,
 ) -> jax.stages.Wrapped:
     """Return the jitted step (state, batch) -> (state, metrics); the state is donated.
 
     A step whose loss or gradient is not finite leaves parameters and optimizer state as they are and counts itself.
-    Metrics are scalars: loss (nats per token), bits_per_byte where `token_bytes` [V] gives the bytes of each token,
+    Metrics are scalars: loss (nats per token), bits_per_byte where the batch has the `bytes` of its tokens,
     grad_norm (before clipping), param_norm, learning_rate, tokens (that the loss weighs), skipped_steps,
     nonfinite_steps, and nonfinite_leaf: the index in tree order of the first gradient leaf that is not finite (the
     number of leaves: none).
@@ -173,7 +171,6 @@ def make_train_step(
     """
     sharding.check_divides(config, mesh)
     rate = learning_rate_schedule(config, config.optimizer.learning_rate)
-    lengths = None if token_bytes is None else np.asarray(token_bytes, np.float32)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, gradient = loss_and_gradient(
@@ -204,8 +201,8 @@ def make_train_step(
             "nonfinite_steps": new_state.nonfinite_steps,
             "nonfinite_leaf": _first_nonfinite_index(squares),
         }
-        if lengths is not None:
-            bytes_read = jnp.sum(jnp.asarray(lengths)[batch["tokens"][:, 1:]] * weights)
+        if "bytes" in batch:
+            bytes_read = jnp.sum(batch["bytes"][:, 1:] * weights)
             metrics["bits_per_byte"] = loss * metrics["tokens"] / (math.log(2) * jnp.maximum(bytes_read, 1.0))
         return new_state, metrics
 

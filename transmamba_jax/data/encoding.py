@@ -1,0 +1,115 @@
+"""Turn documents into arrays of tokens that carry their bytes; a long document is read and encoded in parts."""
+
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
+from grain.experimental import FlatMapTransform
+
+from transmamba_jax.data.documents import PART_BYTES, Documents, TokenDocument
+from transmamba_jax.data.tokenizers import Tokenizer
+
+TOKEN = np.dtype([("id", np.int32), ("bytes", np.int32)])
+"""A token and the bytes of the document that it stands for; the end of a document counts as one byte."""
+
+_LEFT_BYTES = 2**12
+"""Text before a cut within which the tokenizer has to agree that it is one."""
+
+_RIGHT_BYTES = 2**14
+"""Text after the end of a part in which a cut is looked for."""
+
+
+def encode_document(tokenizer: Tokenizer, document: bytes) -> np.ndarray:
+    """Return the tokens of a document and its end, TOKEN [T]; their bytes add up to those of the document and one."""
+    return _encode(tokenizer, document, is_last=True)
+
+
+def _encode(tokenizer: Tokenizer, text: bytes, is_last: bool) -> np.ndarray:
+    ids, lengths = _counted_ids(tokenizer, text) if isinstance(text, TokenDocument) else tokenizer.encode_counted(text)
+    tokens = np.empty(len(ids) + is_last, TOKEN)
+    tokens["id"][: len(ids)] = ids
+    tokens["bytes"][: len(ids)] = lengths
+    if is_last:
+        # Text of which the tokenizer keeps nothing is part of the document too.
+        tokens[-1] = tokenizer.end_of_document, 1 + len(text) - int(lengths.sum())
+    return tokens
+
+
+def _counted_ids(tokenizer: Tokenizer, document: TokenDocument) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids that were given, and their bytes: spread evenly where the tokenizer writes the text in other ids."""
+    ids, lengths = tokenizer.encode_counted(document)
+    if not np.array_equal(ids, document.ids):
+        ends = np.arange(len(document.ids) + 1) * len(document) // max(1, len(document.ids))
+        lengths = np.diff(ends).astype(np.int32)
+    return document.ids, lengths
+
+
+class EncodeInParts(FlatMapTransform):
+    """Turn the number of a document into the tokens of its parts, each of them read when it is asked for."""
+
+    def __init__(self, documents: Documents, tokenizer: Tokenizer):
+        """Keep the documents and the tokenizer."""
+        self._documents, self._tokenizer = documents, tokenizer
+
+    def flat_map(self, element: int) -> Sequence[dict[str, np.ndarray]]:
+        """Return the parts of document `element`."""
+        return _Parts(self._documents, self._tokenizer, element)
+
+
+class _Parts(Sequence[dict[str, np.ndarray]]):
+    """The parts of one document; any of them can be had without those before it, so that resuming is quick."""
+
+    def __init__(self, documents: Documents, tokenizer: Tokenizer, index: int):
+        self._documents, self._tokenizer, self._index = documents, tokenizer, index
+        self._size = documents.size(index)
+        self._cuts = {0: 0, len(self): self._size}
+
+    def __len__(self) -> int:
+        return max(1, -(-self._size // PART_BYTES))
+
+    @overload
+    def __getitem__(self, part: int) -> dict[str, np.ndarray]: ...
+
+    @overload
+    def __getitem__(self, part: slice) -> Sequence[dict[str, np.ndarray]]: ...
+
+    def __getitem__(self, part: int | slice) -> dict[str, np.ndarray] | Sequence[dict[str, np.ndarray]]:
+        if isinstance(part, slice):
+            return [self[each] for each in range(*part.indices(len(self)))]
+        if not 0 <= part < len(self):
+            raise IndexError(part)
+        text = self._documents.read_range(self._index, self._cut(part), self._cut(part + 1))
+        self._documents.check_utf8(self._index, text, self._cut(part))
+        return {"tokens": _encode(self._tokenizer, text, is_last=part == len(self) - 1)}
+
+    def _cut(self, part: int) -> int:
+        """Return the byte offset at which a part begins: the first one near its place that changes no token."""
+        if part not in self._cuts:
+            place = part * PART_BYTES
+            begin, end = max(0, place - _LEFT_BYTES), min(self._size, place + _RIGHT_BYTES)
+            region = self._documents.read_range(self._index, begin, end)
+            first = _character_start(region, 0) if begin else 0
+            last = _character_start(region, len(region) - 4) if end < self._size else len(region)
+            self._documents.check_utf8(self._index, region[first:last], begin + first)
+            left = region[first : _character_start(region, place - begin)].decode("utf-8")
+            text = region[first:last].decode("utf-8")
+            found = self._tokenizer.find_cut(text, len(left))
+            if found is None:
+                raise ValueError(self._no_cut(place))
+            self._cuts[part] = begin + first + len(text[:found].encode("utf-8"))
+        return self._cuts[part]
+
+    def _no_cut(self, place: int) -> str:
+        return (
+            f"{self._documents.where(self._index)} has {self._size:,} bytes, too many to encode at once, and the "
+            f"tokenizer gives other ids wherever it is cut near byte {place:,}; split the file into documents of at "
+            f"most {PART_BYTES:,} bytes, at ends of lines with: split -C 4m --additional-suffix=.txt FILE PREFIX"
+        )
+
+
+def _character_start(data: bytes, place: int) -> int:
+    """Return the first position from `place` on at which a character begins, within the 4 bytes that one may have."""
+    for start in range(place, min(place + 4, len(data))):
+        if data[start] & 0xC0 != 0x80:
+            return start
+    return place
