@@ -17,7 +17,7 @@ def find_files(kind: str, pattern: str) -> dict[str, str]:
 
     A file that is reached by several paths (links to files or folders, hard links, bind mounts) is returned once: under
     a path without a link where there is one, then under that with the fewest folders, then the first in order. The
-    name is what splits are made by.
+    name is what splits are made by. A link to a folder that the whole corpus lies in is not followed.
 
     Raises:
         ValueError: no file matches; the message says what is there and what to type.
@@ -43,6 +43,7 @@ def fixed_part(pattern: str) -> str:
 
 def _expand(pattern: str) -> list[str]:
     """Return what a glob matches, where `**` stands for every folder below, each real one once."""
+    root = fixed_part(pattern)
     groups: list[list[str]] = [[]]
     for part in Path(pattern).parts:
         if part == "**":
@@ -54,15 +55,18 @@ def _expand(pattern: str) -> list[str]:
     for position, group in enumerate(others, start=1):
         if not group and position < len(others):
             continue  # `**/**` is `**`
-        folders = _folders_below(paths)
+        folders = _folders_below(paths, root)
         tail = os.path.join(*(group or ["*"]))
         paths = [match for folder in folders for match in glob.glob(os.path.join(glob.escape(folder), tail))]
     return [str(Path(path)) for path in paths]  # without the "./" of a relative pattern
 
 
-def _folders_below(tops: Iterable[str]) -> list[str]:
-    """Return the folders below `tops`, these too, without hidden ones: real folders first, then those behind links."""
-    seen: set[tuple[int, int]] = set()
+def _folders_below(tops: Iterable[str], root: str) -> list[str]:
+    """Return the folders below `tops`, these too, without hidden ones: real folders first, then those behind links.
+
+    Folders above `root` are left out: a link to one leads back here, and to what lies beside.
+    """
+    seen = {_identity(str(folder)) for folder in Path(os.path.realpath(root)).parents}
     found = []
     pending = collections.deque(sorted((top for top in tops if os.path.isdir(top)), key=os.path.islink))
     while pending:
@@ -144,7 +148,7 @@ def _endings(folders: Sequence[str]) -> str:
 def _count_endings(folders: Sequence[str]) -> collections.Counter[str]:
     """Count the endings of up to 10,000 files: this is for a message."""
     counts: collections.Counter[str] = collections.Counter()
-    for folder in _folders_below(folders):
+    for folder in _folders_below(folders, folders[0]):
         names = [entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
         counts.update(os.path.splitext(name)[1] for name in names)
         if counts.total() > 10_000:

@@ -44,7 +44,7 @@ def open_task(config: DataConfig, _rest: str, split: str) -> list[list[int]]:
 
 
 def training_stream(config: DataConfig, batch: int, shard: slice) -> grain.IterDataset:
-    """Return endless batches of `batch` rows with `tokens`, `bytes` (ones) and `weights`, of the rows that `shard` selects."""
+    """Return endless batches of `batch` rows with `tokens`, `bytes` (1 each) and `weights`, of the rows in `shard`."""
     source = grain.MapDataset.source(rows(config, config.train_split, ENDLESS))[shard]
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
     return source.map(_training_row).to_iter_dataset(options).batch(batch)
@@ -53,8 +53,8 @@ def training_stream(config: DataConfig, batch: int, shard: slice) -> grain.IterD
 def held_out_batches(config: DataConfig, windows: int, batch_size: int) -> list[Batch]:
     """Return held-out rows as batches of one shape, the same every time.
 
-    Each has `tokens`, `bytes`, `weights`, `answers` and `facts` [batch_size, seq_len + 1] (see `synthetic`); rows that fill up
-    the last batch have weight 0.
+    Each has `tokens`, `bytes`, `weights`, `answers` and `facts` [batch_size, seq_len + 1] (see `synthetic`); rows that
+    fill up the last batch have weight 0.
     """
     count = windows or HELD_OUT_ROWS
     found = rows(config, config.eval_split, count)
