@@ -2,7 +2,9 @@
 
 import dataclasses
 import html
+import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ from transmamba_jax import cache, schedule
 from transmamba_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from transmamba_jax.report import charts as report_charts
 from transmamba_jax.report import page as report_page
+from transmamba_jax.report import svg
 
 CONFIG = Config(
     model=ModelConfig(num_layers=4, d_model=64, num_heads=2, num_groups=1, mlp_dim=0, transpoints=(0, 4, 8, 16)),
@@ -37,7 +40,6 @@ V9 = dataclasses.replace(
     model=dataclasses.replace(CONFIG.model, num_layers=64, transpoints=schedule.v9(8192)),
     data=dataclasses.replace(CONFIG.data, seq_len=8192),
 )
-VOID = {"meta", "circle", "rect", "line", "path"}
 
 
 class Page(HTMLParser):
@@ -92,7 +94,8 @@ def test_nothing_comes_from_elsewhere(text):
     names = {tag for tag, _ in page.tags}
     assert not names & {"script", "link", "img", "iframe", "object", "embed", "base", "form", "use", "image", "a"}
     for tag, attrs in page.tags:
-        assert not {name for name in attrs if name in ("src", "href", "srcset", "style") or name.startswith("on")}, tag
+        found = {name for name in attrs if name in ("src", "srcset", "id") or "href" in name or name.startswith("on")}
+        assert not found - ({"id"} if tag == "section" else set()), tag
     assert not re.search(r"https?:|//|url\(|@import|@font-face", text)
     (policy,) = [attrs["content"] for attrs in page.all("meta") if "http-equiv" in attrs]
     assert policy == "default-src 'none'; style-src 'unsafe-inline'"
@@ -118,8 +121,9 @@ def test_all_that_a_run_has_is_there(text):
         "0, 4, 8, 16",
     ):
         assert value in page.texts, value
-    labels = [attrs["aria-label"] for attrs in page.all("svg")]
-    assert labels == [
+    wide, narrow = ([attrs["aria-label"] for attrs in page.all("svg", css)] for css in ("wide", "narrow"))
+    assert wide == narrow
+    assert wide == [
         "Training and held-out loss",
         "Bits per byte beside baselines",
         "Held-out loss by position",
@@ -143,9 +147,9 @@ def test_every_sample_is_there_its_prompt_and_the_model_apart(text):
         assert f"pre .{css} {{" in text
     # Runs of before wrote one sample, in the same form; and a text that is not in this form is shown as it is.
     one = "step 3: 1 token of prompt\n--- prompt\nif\n--- model\n a:\n"
-    assert {"if", " a:"} < set(Page(report_page.page("one", CONFIG, RECORDS, one)).texts)
+    assert {"if", " a:"} < set(Page(report_page._samples(one)).texts)
     for other in ("a <sample> of another form", f"{SAMPLES}\n--- model\nagain"):
-        assert other in Page(report_page.page("other", CONFIG, RECORDS, other)).texts
+        assert other in Page(report_page._samples(other)).texts
 
 
 def _fields(value: Any) -> list[str]:
@@ -153,17 +157,37 @@ def _fields(value: Any) -> list[str]:
 
 
 def test_the_schedule_is_drawn_where_it_is():
-    page = Page(report_charts.schedule_chart("layers", (0, 4, 8, 99), 16))
-    axis = report_charts.position_axis(16)
-    assert (axis(0.5), axis(16.5)) == (0, 1)
-    right = {at: float(axis(at + 0.5)) for at in (0, 4, 8, 16)}
-    span = [float(attrs["width"]) for attrs in page.all("rect", "attention")]  # layer 0 has none
-    whole = float(page.all("rect", "ssm")[0]["width"])
-    assert span == pytest.approx([right[at] * whole for at in (4, 8, 16)], abs=0.1)
-    rest = [float(attrs["width"]) for attrs in page.all("rect", "ssm")]
-    assert rest == pytest.approx([(1 - right[at]) * whole for at in (0, 4, 8)], abs=0.1)  # layer 3 has none
+    text = svg.inline(report_charts.layers_by_position((0, 4, 8, 99), 16))
+    for css, width in (("wide", report_charts.WIDE), ("narrow", report_charts.NARROW)):
+        (drawn,) = re.findall(rf'<svg class="{css}".*?</svg>', text)
+        found = re.findall(r'd="M ([\d.]+) [^"]*?L ([\d.]+) [^"]*" style="[^"]*var\(--(attention|ssm)\)', drawn)
+        bars = [(colour, float(left), float(right)) for left, right, colour in found]
+        assert all(0 < left < right < width for _, left, right in bars)
+        start, end = bars[0][1:]  # layer 0 is an SSM at every position
+        # A TransPoint P is at P + 1/2 of an axis that is logarithmic from 1/2 to T + 1/2.
+        middle = {p: start + (end - start) * math.log(2 * p + 1) / math.log(33) for p in (4, 8)}
+        expected = [("ssm", start, end), ("attention", start, middle[4]), ("ssm", middle[4], end)]
+        expected += [("attention", start, middle[8]), ("ssm", middle[8], end), ("attention", start, end)]
+        assert [colour for colour, *_ in bars] == [colour for colour, *_ in expected]
+        for bar, right in zip(bars, expected, strict=True):
+            assert bar[1:] == pytest.approx(right[1:], abs=0.2)
+    page = Page(text)
     assert "layer 1: attention before position 4, SSM from there on" in page.texts
     assert "layer 3: attention at every position, P = 99" in page.texts
+
+
+def test_charts_of_positions_have_the_same_axis():
+    points, spans = (0, 4, 8, 99), [(0, 1, 4.5), (1, 4, 3.5), (4, 16, 2.5)]
+    loss, layers = report_charts.loss_by_position(spans, points), report_charts.layers_by_position(points, 16)
+    for width in (report_charts.WIDE, report_charts.NARROW):
+        ticks = []
+        for chart in (loss, layers):
+            buffer = io.StringIO()
+            report_charts.save(chart, buffer, "svg", width)
+            ticks.append(re.findall(r'x="([\d.]+)" y="[\d.]+"[^>]*>(\d+)</text>', buffer.getvalue()))
+        labelled = [[tick for tick in found if tick[1] in ("1", "2", "4", "8", "16")] for found in ticks]
+        assert labelled[0]
+        assert {label: x for x, label in labelled[0]} == {label: x for x, label in labelled[1] if float(x) > 60}
 
 
 def test_the_memory_is_that_of_the_cache(text):
@@ -187,7 +211,7 @@ def test_dots_say_where_they_are(pages):
     assert "held out: 2.25 at step 30" in hints
     assert "held out: 4.8 at position 0" in hints
     assert "held out: 2.55 at positions 8 to 15" in hints
-    assert len(hints) == len(SPANS) + 2
+    assert len(hints) == 2 * (len(SPANS) + 2)  # of each width
 
 
 def test_a_run_that_has_hardly_begun():
@@ -195,7 +219,7 @@ def test_a_run_that_has_hardly_begun():
     page = Page(text)
     assert "The run has written no sample." in page.texts
     assert "The run has no evaluation." in page.texts
-    assert len(page.all("circle", "training")) == 1  # a line of one point
+    assert "var(--training)" in text.partition("</figure>")[0].partition("<figure>")[2]  # a line of one point
     Page(report_page.page("broken", CONFIG, [{"step": 1, "loss": None}], None))
 
 
@@ -206,41 +230,47 @@ def test_a_long_run_makes_a_small_page():
     Page(text)
 
 
-def test_axes_end_at_round_numbers_around_the_values():
-    axis = report_charts.linear([1.52, 2.68], "loss")
-    assert list(map(axis.label, axis.ticks)) == ["1.4", "1.6", "1.8", "2.0", "2.2", "2.4", "2.6", "2.8"]
-    axis = report_charts.linear([0, 13], "loss")
-    assert list(map(axis.label, axis.ticks)) == ["0.0", "2.5", "5.0", "7.5", "10.0", "12.5", "15.0"]
-    axis = report_charts.linear([0, 340], "step", tight=True)
-    assert list(map(axis.label, axis.ticks)) == ["0", "100", "200", "300"]
-    assert report_charts.linear([7.0], "one")(7.0) == pytest.approx(0.5)
-    assert report_charts.position_axis(21).ticks == [1, 2, 4, 8, 21]
-    axis = report_charts.doubling(3, 1000, "bytes", report_charts.byte_count, base=4)
-    assert list(axis.ticks) == [1, 4, 16, 64, 256, 1024]
+def test_numbers_are_written_shortly():
     assert report_charts.byte_count(999) == "999 B"
     assert report_charts.byte_count(1.39 * 2**30) == "1.39 GiB"
+    assert [report_charts.token_count(value) for value in (512, 1024, 1500, 65536)] == ["512", "1k", "1500", "64k"]
+
+
+def test_long_lines_are_averaged():
+    points = [(float(step), float(step % 2)) for step in range(1000)]
+    shown = report_charts.thinned(points)
+    assert len(shown) == 334
+    assert shown[0] == (2.0, pytest.approx(1 / 3))
+    assert report_charts.thinned(points[:400]) == points[:400]
 
 
 MEASURE = """<script>
 const box = e => e.getBoundingClientRect(), found = [];
+let shown = 0;
 const within = (a, b, low, high) => a[low] >= b[low] - 1 && a[high] <= b[high] + 1;
 const inside = (a, b) => within(a, b, "left", "right") && within(a, b, "top", "bottom");
 for (const svg of document.querySelectorAll("svg")) {
   const frame = box(svg), texts = [...svg.querySelectorAll("text")];
-  if (frame.width < 600 || frame.height < 60) found.push("a chart of " + frame.width + " x " + frame.height);
+  if (frame.width == 0) continue;  // the other of the two widths
+  shown += 1;
+  if (frame.width < 0.8 * Math.min(innerWidth, 500) || frame.height < 60)
+    found.push("a chart of " + frame.width + " x " + frame.height);
   texts.forEach((text, i) => {
     const a = box(text);
+    if (parseFloat(text.style.fontSize) * frame.width / svg.viewBox.baseVal.width < 7.4)
+      found.push("small: " + text.textContent);
     if (!inside(a, frame)) found.push("outside: " + text.textContent);
     texts.slice(i + 1).forEach(other => {
-      const b = box(other), gap = 2;
-      if (a.left < b.right && b.left < a.right && a.top + gap < b.bottom && b.top + gap < a.bottom)
+      const b = box(other), upright = a.height > a.width && b.height > b.width;
+      const x = upright ? 2 : 0, y = upright ? 0 : 2;  // boxes of lines are higher than their letters
+      if (a.left + x < b.right && b.left + x < a.right && a.top + y < b.bottom && b.top + y < a.bottom)
         found.push("overlap: " + text.textContent + " / " + other.textContent);
     });
   });
 }
 if (document.documentElement.scrollWidth > innerWidth) found.push("the page is wider than the window");
-const shown = getComputedStyle(document.body);
-document.title = JSON.stringify({found, charts: document.querySelectorAll("svg").length, page: shown.backgroundColor});
+const style = getComputedStyle(document.body);
+top.document.title = JSON.stringify({found, charts: shown, page: style.backgroundColor, width: innerWidth});
 </script>"""
 
 
@@ -258,10 +288,7 @@ def look(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("name", ["tiny", "v9", "never"])
 def test_every_page_is_well_formed(pages, name):
     page = Page(pages[name])
-    assert [attrs["class"] for attrs in page.all("circle", "held")] == ["mark held"] * len(page.all("circle", "held"))
-    assert len(page.all("svg")) == 6
-    if name == "tiny":
-        assert len(page.all("circle", "held")) == len(SPANS) + 2  # and two evaluations
+    assert len(page.all("svg", "wide")) == len(page.all("svg", "narrow")) == 6
 
 
 @pytest.mark.hardware  # a browser is a tool that a machine has or has not
@@ -277,12 +304,15 @@ def test_a_browser_draws_it(pages, name, tmp_path):
     plain = look(tmp_path / "plain.html", f"--screenshot={picture}", "--window-size=1100,1400")
     assert "Content Security Policy" not in plain.stderr
     assert picture.stat().st_size > 30_000
-    (tmp_path / "measured.html").write_text(measured, encoding="utf-8")
-    for width, scheme in ((1100, 1), (500, 0)):
-        options = ("--dump-dom", f"--window-size={width},900", f"--blink-settings=preferredColorScheme={scheme}")
+    for width, scheme in ((1100, 1), (800, 0), (375, 0)):
+        # In a frame, because a window is never narrower than 500 pixels.
+        frame = f'<!doctype html><title></title><iframe width="{width}" height="900" srcdoc="{html.escape(measured)}">'
+        (tmp_path / "measured.html").write_text(f"{frame}</iframe>", encoding="utf-8")
+        options = ("--dump-dom", "--window-size=1200,900", f"--blink-settings=preferredColorScheme={scheme}")
         title = re.search(r"<title>(\{.*?\})</title>", look(tmp_path / "measured.html", *options).stdout)
         assert title is not None
         result = json.loads(title[1])
+        assert result["width"] == width
         assert result["found"] == []
         assert result["charts"] == 6
         assert result["page"] == ("rgb(21, 24, 28)" if scheme == 0 else "rgb(251, 250, 247)")

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from transmamba_jax import report
 from transmamba_jax.config import Config, DataConfig, ModelConfig
 from transmamba_jax.config_io import to_yaml
 from transmamba_jax.report import __main__ as report_command
-from transmamba_jax.report import summary
+from transmamba_jax.report import charts
 
 SPANS = [[0, 1, 4.5], [1, 2, 3.5], [2, 4, 3.0], [4, 8, 2.5], [8, 16, 2.25]]
 
@@ -133,11 +134,11 @@ def test_what_is_no_work_directory_is_refused(run, capsys):
         assert error.count("\n") == 1
 
 
-def drawn(points: tuple[int, ...], seq_len: int) -> tuple[Any, Any]:
-    figure, axes = summary._figure(5.5)
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(0.5, seq_len + 0.5)
-    summary._mark_transpoints(axes, points, seq_len)
+def drawn(points: tuple[int, ...], seq_len: int, width: int = charts.WIDE) -> tuple[Any, Any]:
+    figure = Figure(figsize=(width / 72, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    charts.position_axis(axes, seq_len, width < charts.WIDE)
+    charts.mark_transpoints(axes, points, seq_len, width < charts.WIDE)
     figure.draw_without_rendering()
     return figure, axes
 
@@ -150,10 +151,13 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_transpoints_stand_where_they_are_and_labels_do_not_overlap(name):
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [*((name, charts.WIDE) for name in SCHEDULES), ("v9", charts.NARROW), ("all at the end", charts.NARROW)],
+)
+def test_transpoints_stand_where_they_are_and_labels_do_not_overlap(name, width):
     points, seq_len = SCHEDULES[name]
-    figure, axes = drawn(points, seq_len)
+    figure, axes = drawn(points, seq_len, width)
     clamped = sorted({min(point, seq_len) for point in points})
     assert [line.get_xdata()[0] for line in axes.lines] == [point + 0.5 for point in clamped]
     # An annotation's own extent includes its leader line.
@@ -161,9 +165,9 @@ def test_transpoints_stand_where_they_are_and_labels_do_not_overlap(name):
     assert len(boxes) == len(clamped)
     for left, right in itertools.pairwise(boxes):
         assert left.x1 < right.x0
-    width = figure.get_window_extent().width
+    whole = figure.get_window_extent().width
     assert min(box.x0 for box in boxes) >= 0
-    assert max(box.x1 for box in boxes) <= width
+    assert max(box.x1 for box in boxes) <= whole
 
 
 def test_labels_name_the_layers():
@@ -175,10 +179,10 @@ def test_labels_name_the_layers():
     ]
 
 
-def test_spread_moves_as_little_as_it_must():
-    np.testing.assert_allclose(summary._spread(np.array([0.1, 0.5, 0.9]), 0.1), [0.1, 0.5, 0.9])
-    np.testing.assert_allclose(summary._spread(np.array([0.9, 0.95, 1.0]), 0.1), [0.8, 0.9, 1.0])
-    np.testing.assert_allclose(summary._spread(np.zeros(3), 0.1), [0.0, 0.1, 0.2])
+def test_labels_move_as_little_as_it_must():
+    np.testing.assert_allclose(charts.move_apart(np.array([0.1, 0.5, 0.9]), 0.1), [0.1, 0.5, 0.9])
+    np.testing.assert_allclose(charts.move_apart(np.array([0.9, 0.95, 1.0]), 0.1), [0.8, 0.9, 1.0])
+    np.testing.assert_allclose(charts.move_apart(np.zeros(3), 0.1), [0.0, 0.1, 0.2])
 
 
 def test_a_report_that_cannot_be_read_or_written_is_an_error_in_a_line(tmp_path, capsys):

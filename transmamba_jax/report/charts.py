@@ -1,82 +1,252 @@
-"""Charts as inline SVG, for a page without scripts: colours are the page's CSS variables, so they follow its theme.
+"""Charts of a run, drawn by matplotlib: the same for the pictures of a report and for its page.
 
-Positions count tokens read, on a base-2 logarithm: position t is the interval (t + 1/2, t + 3/2), so a TransPoint P,
-which separates the positions P - 1 and P, is at P + 1/2, and the TransPoints 0 and T are the two ends of the axis.
+Axes of positions count tokens read, on a base-2 logarithm: position t is the interval (t + 1/2, t + 3/2), so a
+TransPoint P, which separates the positions P - 1 and P, is at P + 1/2, and the TransPoints 0 and T are the two ends.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from html import escape
+from typing import IO, TYPE_CHECKING, Any
 
-WIDTH = 880
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 132, 30, 44
-_MAX_POINTS = 400  # of a line; more are averaged, which no screen could tell apart
+import numpy as np
+
+from transmamba_jax import schedule
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Point = tuple[float, float]
+Span = tuple[int, int, float]  # start, stop, nats per token
+Tips = dict[str, list[str]]
+"""Id of an artist -> one tooltip per mark."""
+
+WIDE, NARROW = 880, 360
+"""Widths in pixels: of a desktop page, of a phone."""
+
+COLOURS = {
+    "ink": "#22272e", "soft": "#667079", "rule": "#e4e2dc", "panel": "#ffffff", "training": "#8fa9c2",
+    "held": "#b8402f", "other": "#8a929a", "attention": "#3a74b5", "ssm": "#e2a04a",
+}  # fmt: skip
+"""Name of a colour on the page -> its value in a picture; no two are equal."""
+
+_MAX_POINTS = 400  # of a line; more are averaged, which no screen could tell apart
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
-    """One line of a chart."""
+class Chart:
+    """A chart that can be drawn at any width."""
 
     name: str
-    css: str
-    """Class that gives the colour: `training`, `held`, `other`."""
-    points: Sequence[Point]
-    marks: bool = False
-    """Draw a dot at each point, with its numbers as tooltip; the only point has one anyway."""
-    places: Sequence[str] = ()
-    """What tooltips call the points' places; none: what the axis calls them."""
+    height: float
+    """Pixels."""
+    draw: Callable[[Any, bool], Tips]
+    """Draw into matplotlib axes; True: as narrow as a phone."""
+    aligned: bool = False
+    """Give the axes fixed margins at the sides, so that charts below one another share their x-axis."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """Where values lie between the ends of an axis."""
+def save(chart: Chart, file: "Path | IO[str]", kind: str = "png", width: int = WIDE) -> Tips:
+    """Draw a chart into a file, whatever display or pyplot state the program has; return its tooltips."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    low: float
-    high: float
-    title: str
-    ticks: Sequence[float]
-    log: bool = False
-    label: Callable[[float], str] = lambda value: f"{value:g}"
-
-    def __call__(self, value: float) -> float:
-        """Return 0 at the low end and 1 at the high end."""
-        if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
-
-
-def linear(values: Sequence[float], title: str, tight: bool = False) -> Axis:
-    """Make an axis around the values with ticks at round numbers; it begins and ends at one, or, `tight`, at values."""
-    low, high = min(values), max(values)
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-    step = 10 ** math.floor(math.log10((high - low) / 5))
-    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (step * factor) <= 6)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = [index * step for index in range(first, last + 1)]
-    digits = max(0, -math.floor(math.log10(step) + 1e-9) + (f"{step:e}"[0:3] == "2.5"))
-    label = lambda value: f"{value:,.{digits}f}"
-    if tight:
-        return Axis(low, high, title, [tick for tick in ticks if low <= tick <= high], label=label)
-    return Axis(ticks[0], ticks[-1], title, ticks, label=label)
+    with matplotlib.rc_context(_style(chart.name, width < WIDE)):
+        figure = Figure(figsize=(width / 72, chart.height / 72), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        tips = chart.draw(axes, width < WIDE)
+        if chart.aligned:
+            figure.draw_without_rendering()  # lays out
+            figure.set_layout_engine("none")
+            left, right = (46, 84) if width < WIDE else (60, 104)
+            box = axes.get_position()
+            axes.set_position((left / width, box.y0, 1 - (left + right) / width, box.height))
+        metadata = {"Date": None, "Creator": None} if kind == "svg" else None
+        figure.savefig(file, format=kind, dpi=110, transparent=kind == "svg", metadata=metadata)
+    return tips
 
 
-def position_axis(seq_len: int) -> Axis:
-    """Make the axis of positions of a row of `seq_len` tokens, with ticks at powers of two."""
-    ticks = [2**power for power in range(seq_len.bit_length()) if 2**power <= seq_len]
-    if seq_len not in ticks:
-        ticks = [*(tick for tick in ticks if tick * 1.4 < seq_len), seq_len]
-    return Axis(0.5, seq_len + 0.5, "tokens read (position + 1)", ticks, log=True, label=token_count)
+def _style(name: str, narrow: bool) -> dict[str, Any]:
+    soft = COLOURS["soft"]
+    return {
+        "font.family": "DejaVu Sans", "font.size": 10 if narrow else 11, "text.color": COLOURS["ink"],
+        "axes.labelcolor": soft, "axes.edgecolor": soft, "xtick.color": soft, "ytick.color": soft,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "ytick.major.size": 0,
+        "axes.grid": True, "axes.grid.axis": "y", "grid.color": COLOURS["rule"], "grid.linewidth": 0.8,
+        "axes.axisbelow": True, "legend.frameon": False, "legend.labelcolor": COLOURS["ink"],
+        "figure.facecolor": COLOURS["panel"], "axes.facecolor": COLOURS["panel"],
+        "svg.fonttype": "none", "svg.hashsalt": name,
+    }  # fmt: skip
 
 
-def doubling(low: float, high: float, title: str, label: Callable[[float], str], base: int = 2) -> Axis:
-    """Make a logarithmic axis with ticks at powers of `base`; it begins and ends at one."""
-    first, last = math.floor(math.log(low, base) + 1e-9), math.ceil(math.log(high, base) - 1e-9)
-    ticks = [float(base) ** power for power in range(first, max(last, first + 1) + 1)]
-    return Axis(ticks[0], ticks[-1], title, ticks, log=True, label=label)
+def loss(training: Sequence[Point], held_out: Sequence[Point]) -> Chart:
+    """Chart (step, nats per token) of training batches and of held-out text."""
+
+    def draw(axes: Any, _: bool) -> Tips:
+        tips: Tips = {}
+        if training:
+            tips |= _line(axes, "training", "training batch", training, linewidth=1.2)
+        if held_out:
+            tips |= _line(axes, "held", "held out", held_out, dots=[f"step {step:,.0f}" for step, _ in held_out])
+            step, value = held_out[-1]
+            axes.annotate(f"{value:.3f}", (step, value), (0, 9), textcoords="offset points", ha="right")
+        axes.set(xlabel="step", ylabel="nats per token")
+        axes.set_xlim(0, max([1.0, *(step for step, _ in [*training, *held_out])]))
+        _legend(axes)
+        return tips
+
+    return Chart("Training and held-out loss", 300, draw)
+
+
+def speed(speeds: Sequence[Point]) -> Chart:
+    """Chart (step, tokens per second)."""
+
+    def draw(axes: Any, _: bool) -> Tips:
+        _line(axes, "training", "training", speeds)
+        axes.set(xlabel="step", ylabel="tokens per second")
+        axes.set_xlim(0, speeds[-1][0])
+        axes.set_ylim(0, 1.08 * max(value for _, value in speeds))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        return {}
+
+    return Chart("Training speed", 220, draw)
+
+
+def bars(name: str, values: Sequence[tuple[str, float, str]]) -> Chart:
+    """Chart one bar per (label, value, colour)."""
+
+    def draw(axes: Any, _: bool) -> Tips:
+        labels, lengths, colours = zip(*values, strict=True)
+        drawn = axes.barh(range(len(values)), lengths, height=0.6, color=[COLOURS[colour] for colour in colours])
+        axes.bar_label(drawn, fmt="%.3f", padding=5)
+        axes.set_yticks(range(len(values)), labels)
+        axes.set_xlim(0, 1.2 * max(lengths))
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
+        return {}
+
+    return Chart(name, 14 + 34 * len(values), draw)
+
+
+def memory(own: Sequence[Point], transformer: Sequence[Point]) -> Chart:
+    """Chart (tokens, bytes) of one sequence that is generated, beside a Transformer's."""
+
+    def draw(axes: Any, narrow: bool) -> Tips:
+        _line(axes, "other", "Transformer", transformer)
+        _line(axes, "held", "this schedule", own)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=4)
+        axes.set(xlabel="tokens of the sequence", ylabel="memory")
+        axes.set_xlim(own[0][0], own[-1][0])
+        axes.set_xticks(_powers_of_two(int(own[-1][0]), narrow))
+        axes.xaxis.set_major_formatter(lambda value, _: token_count(value))
+        axes.yaxis.set_major_formatter(lambda value, _: byte_count(value))
+        axes.minorticks_off()
+        _legend(axes)
+        return {}
+
+    return Chart("Memory while generating", 280, draw)
+
+
+def loss_by_position(spans: Sequence[Span], points: schedule.Schedule) -> Chart:
+    """Chart the held-out loss per span of positions, and mark where layers go from attention to the SSM."""
+
+    def draw(axes: Any, narrow: bool) -> Tips:
+        seq_len = spans[-1][1]
+        position_axis(axes, seq_len, narrow)
+        # A mark in the middle of its span: stairs would show a drop at every power of two, where TransPoints often are.
+        middles = [(((start + 0.5) * (stop + 0.5)) ** 0.5, value) for start, stop, value in spans]
+        tips = _line(axes, "held", "held out", middles, dots=[_span(start, stop - 1) for start, stop, _ in spans])
+        axes.set_ylabel("held-out nats per token")
+        mark_transpoints(axes, points, seq_len, narrow)
+        return tips
+
+    return Chart("Held-out loss by position", 420, draw, aligned=True)
+
+
+def layers_by_position(points: Sequence[int], seq_len: int) -> Chart:
+    """Chart which layers attend at which positions: one row per layer, in two colours that meet at its TransPoint."""
+    row = min(26.0, max(7.0, 420 / len(points)))
+
+    def draw(axes: Any, narrow: bool) -> Tips:
+        tips = {}
+        position_axis(axes, seq_len, narrow)
+        labelled = range(0, len(points), math.ceil(16 / row))
+        for layer, point in enumerate(points):
+            inside = min(point, seq_len)
+            title = {0: "SSM at every position", seq_len: f"attention at every position, P = {point:,}"}.get(
+                inside, f"attention before position {point:,}, SSM from there on"
+            )
+            for kind, left, width in (("attention", 0.5, inside), ("ssm", inside + 0.5, seq_len - inside)):
+                if width > 0:
+                    (bar,) = axes.barh(layer, width, left=left, height=1 - 2 / row, color=COLOURS[kind])
+                    bar.set_gid(f"{kind}-{layer}")
+                    tips[f"{kind}-{layer}"] = [f"layer {layer}: {title}"]
+            if layer in labelled:
+                share = "P > T" if point > seq_len else f"P = {point:,}{' = T' * (point == seq_len)}"
+                axes.text(1.01, layer, share, transform=axes.get_yaxis_transform(), va="center", color=COLOURS["soft"])
+        axes.set_yticks(labelled)
+        axes.set_ylim(len(points) - 0.5, -0.5)
+        axes.set_ylabel("layer")
+        axes.grid(visible=False)
+        return tips
+
+    height = round(row * len(points)) + 50
+    return Chart("Layers by position: attention or SSM", height, draw, aligned=True)
+
+
+def position_axis(axes: Any, seq_len: int, narrow: bool) -> None:
+    """Make the x-axis that of positions of a row of `seq_len` tokens, with ticks at powers of two."""
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(0.5, seq_len + 0.5)
+    axes.set_xticks(_powers_of_two(seq_len, narrow))
+    axes.xaxis.set_major_formatter(lambda value, _: token_count(value))
+    axes.minorticks_off()
+    axes.set_xlabel("tokens read (position + 1)")
+
+
+def mark_transpoints(axes: Any, points: Sequence[int], seq_len: int, narrow: bool) -> None:
+    """Draw one line per TransPoint, labelled above the axes with its layers; labels too close are moved apart."""
+    layers: dict[int, list[int]] = {}
+    for layer, point in enumerate(points):
+        layers.setdefault(min(point, seq_len), []).append(layer)
+    marks = sorted(layers)
+    low, high = np.log2([0.5, seq_len + 0.5])
+    exact = (np.log2(np.array(marks) + 0.5) - low) / (high - low)  # in axes fractions
+    two_lines = 0.11 if narrow else 0.04  # of the axes' width
+    for mark, at, text_at in zip(marks, exact, move_apart(exact, two_lines), strict=True):
+        axes.axvline(mark + 0.5, color=COLOURS["soft"], linewidth=0.9, linestyle=(0, (4, 3)), clip_on=False)
+        leader = {"arrowstyle": "-", "color": COLOURS["soft"], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate(
+            _mark_label(mark, layers[mark], seq_len),
+            xy=(at, 1.0),
+            xytext=(text_at, 1.07),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            rotation=90,
+            ha="center",
+            va="bottom",
+            fontsize=9 if narrow else 9.5,
+            color=COLOURS["soft"],
+            arrowprops={**leader, "relpos": (0.5, 0)},
+        )
+
+
+def move_apart(positions: np.ndarray, gap: float) -> np.ndarray:
+    """Move sorted positions in [0, 1] as little as keeps them `gap` apart and inside."""
+    gap = min(gap, 1 / max(len(positions) - 1, 1))
+    moved = np.array(positions, float)
+    for index in range(1, len(moved)):
+        moved[index] = max(moved[index], moved[index - 1] + gap)
+    limit = 1.0
+    for index in reversed(range(len(moved))):
+        moved[index] = min(moved[index], limit)
+        limit = moved[index] - gap
+    return moved
 
 
 def byte_count(value: float) -> str:
@@ -93,130 +263,56 @@ def token_count(value: float) -> str:
     return f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
 
 
-def line_chart(name: str, x: Axis, y: Axis, lines: Sequence[Line], height: int = 300, cuts: Sequence[int] = ()) -> str:
-    """Draw lines, named at their ends; `cuts` are TransPoints, drawn as dashed lines from top to bottom."""
-    parts = [_frame(x, y, height), *(_cut(x, point, _TOP, height - _BOTTOM) for point in cuts)]
-    labels = []
-    for line in lines:
-        places = [(_x(x, at), _y(y, value, height)) for at, value in _thinned(line.points)]
-        if not places:
-            continue
-        path = "M" + "L".join(f"{left:.1f},{top:.1f}" for left, top in places)
-        parts.append(f'<path class="line {line.css}" d="{path}"/>')
-        if line.marks or len(places) == 1:
-            shown = _thinned(line.points)
-            names = line.places or [f"{x.title} {at:,g}" for at, _ in shown]
-            parts += [
-                f'<circle class="mark {line.css}" cx="{left:.1f}" cy="{top:.1f}" r="3.5">'
-                f"<title>{escape(f'{line.name}: {value:.4g} at {name}')}</title></circle>"
-                for (left, top), (_, value), name in zip(places, shown, names, strict=True)
-            ]
-        labels.append((places[-1][1], line))
-    for top, line in _apart(labels, 16, height):
-        parts.append(_text(WIDTH - _RIGHT + 10, top + 4, line.name, f"name {line.css}"))
-    return _svg(name, height, parts)
-
-
-def schedule_chart(name: str, points: Sequence[int], seq_len: int) -> str:
-    """Draw which layers attend at which positions: one row a layer, in two colours that meet at its TransPoint."""
-    x = position_axis(seq_len)
-    row = min(26.0, max(7.0, 420 / len(points)))
-    height = round(row * len(points)) + _TOP + _BOTTOM
-    every = math.ceil(15 / row)  # rows a label needs
-    parts = []
-    for layer, point in enumerate(points):
-        top, inside = _TOP + row * layer, min(point, seq_len)
-        middle = _x(x, inside + 0.5)
-        title = {0: "SSM at every position", seq_len: f"attention at every position, P = {point:,}"}.get(
-            inside, f"attention before position {point:,}, SSM from there on"
-        )
-        for css, left, right in (("attention", _x(x, 0.5), middle), ("ssm", middle, _x(x, seq_len + 0.5))):
-            if right > left:
-                parts.append(
-                    f'<rect class="{css}" x="{left:.1f}" y="{top + 1:.1f}" width="{right - left:.1f}" '
-                    f'height="{row - 2:.1f}"><title>{escape(f"layer {layer}: {title}")}</title></rect>'
-                )
-        if layer % every == 0:
-            parts.append(_text(_LEFT - 10, top + row / 2 + 4, str(layer), "tick end"))
-            share = "P > T" if point > seq_len else f"P = {point:,}{' = T' * (point == seq_len)}"
-            parts.append(_text(WIDTH - _RIGHT + 10, top + row / 2 + 4, share, "tick"))
-    parts += [_x_ticks(x, height), _text(8, 14, "layer", "title")]
-    return _svg(name, height, parts)
-
-
-def bar_chart(name: str, bars: Sequence[tuple[str, float, str]]) -> str:
-    """Draw horizontal bars: label, value, class."""
-    row, left, right = 34, 190, 90
-    most = max(value for _, value, _ in bars)
-    parts = []
-    for index, (label, value, css) in enumerate(bars):
-        top, length = 6 + row * index, (WIDTH - left - right) * value / most
-        parts.append(_text(left - 12, top + 18, label, "tick end"))
-        parts.append(f'<rect class="bar {css}" x="{left}" y="{top}" width="{length:.1f}" height="{row - 10}" rx="3"/>')
-        parts.append(_text(left + length + 10, top + 18, f"{value:.3f}", "value"))
-    return _svg(name, 6 + row * len(bars), parts)
-
-
-def _svg(name: str, height: float, parts: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
-
-
-def _x(axis: Axis, value: float) -> float:
-    return _LEFT + (WIDTH - _LEFT - _RIGHT) * axis(value)
-
-
-def _y(axis: Axis, value: float, height: int) -> float:
-    return height - _BOTTOM - (height - _BOTTOM - _TOP) * axis(value)
-
-
-def _text(x: float, y: float, text: str, css: str) -> str:
-    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
-
-
-def _frame(x: Axis, y: Axis, height: int) -> str:
-    parts = []
-    for tick in y.ticks:
-        top = _y(y, tick, height)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{top:.1f}" y2="{top:.1f}"/>')
-        parts.append(_text(_LEFT - 10, top + 4, y.label(tick), "tick end"))
-    parts.append(_text(8, 14, y.title, "title"))
-    return "".join(parts) + _x_ticks(x, height)
-
-
-def _x_ticks(x: Axis, height: float) -> str:
-    bottom = height - _BOTTOM
-    parts = [f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>']
-    for tick in x.ticks:
-        left = _x(x, tick)
-        parts.append(f'<line class="axis" x1="{left:.1f}" x2="{left:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        parts.append(_text(left, bottom + 17, x.label(tick), "tick middle"))
-    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, height - 6, x.title, "title middle"))
-    return "".join(parts)
-
-
-def _cut(x: Axis, point: int, top: float, bottom: float) -> str:
-    left = _x(x, point + 0.5)
-    return (
-        f'<line class="cut" x1="{left:.1f}" x2="{left:.1f}" y1="{top}" y2="{bottom}">'
-        f"<title>TransPoint {point:,}</title></line>"
-    )
-
-
-def _thinned(points: Sequence[Point]) -> list[Point]:
+def thinned(points: Sequence[Point]) -> list[Point]:
     """Average runs of neighbours where there are more points than can be seen."""
     run = math.ceil(len(points) / _MAX_POINTS)
     runs = [points[start : start + run] for start in range(0, len(points), run)] if points else []
     return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in runs]
 
 
-def _apart(labels: Sequence[tuple[float, Line]], gap: float, height: int) -> list[tuple[float, Line]]:
-    """Move the labels down, and up again from the bottom, until they do not overlap."""
-    ordered = sorted(labels, key=lambda label: label[0])
-    tops: list[float] = []
-    for top, _ in ordered:
-        tops.append(max(top, tops[-1] + gap) if tops else top)
-    limit = float(height - _BOTTOM)
-    for index in reversed(range(len(tops))):
-        tops[index] = min(tops[index], limit)
-        limit = tops[index] - gap
-    return [(top, line) for top, (_, line) in zip(tops, ordered, strict=True)]
+def _line(
+    axes: Any, colour: str, name: str, points: Sequence[Point], linewidth: float = 1.8, dots: Sequence[str] = ()
+) -> Tips:
+    """Draw a line, with a dot per point where `dots` say for the tooltip which point it is; one point is a dot."""
+    shown = points if dots else thinned(points)
+    steps, values = zip(*shown, strict=True)
+    marked = bool(dots) or len(shown) == 1
+    axes.plot(
+        steps, values, color=COLOURS[colour], linewidth=linewidth, label=name, clip_on=False, gid=colour,
+        marker="o" if marked else None, markersize=5.5, markeredgecolor=COLOURS["panel"], markeredgewidth=0.8,
+    )  # fmt: skip
+    return {colour: [f"{name}: {value:.4g} at {which}" for value, which in zip(values, dots, strict=False)]}
+
+
+def _legend(axes: Any) -> None:
+    if axes.lines:
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, borderaxespad=0.2, handlelength=1.2)
+
+
+def _powers_of_two(last: int, narrow: bool) -> list[int]:
+    """Return the powers of two up to `last`, and `last`; every second where there is no room for all."""
+    powers = [2**power for power in range(last.bit_length())]
+    if last not in powers:
+        powers = [*(power for power in powers if power * 1.4 < last), last]
+    return powers[::-1][:: 2 if narrow and len(powers) > 7 else 1][::-1]
+
+
+def _mark_label(mark: int, layers: Sequence[int], seq_len: int) -> str:
+    where = {0: "SSM only", seq_len: "attention only"}.get(mark, f"P = {mark}")
+    return f"{'layer' if len(layers) == 1 else 'layers'} {_ranges(layers)}\n{where}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write sorted numbers shortly: 0, 2-4, 7; more than three parts are counted."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    texts = [str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts]
+    return ", ".join(texts) if len(texts) <= 3 else f"{texts[0]}, {texts[1]} ... {texts[-1]}"
+
+
+def _span(first: int, last: int) -> str:
+    return f"position {first:,}" if first == last else f"positions {first:,} to {last:,}"

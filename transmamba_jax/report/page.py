@@ -16,8 +16,7 @@ import numpy as np
 from transmamba_jax import cache, schedule
 from transmamba_jax.config import Config
 from transmamba_jax.model import TransMamba
-from transmamba_jax.report import charts
-from transmamba_jax.report.charts import Line
+from transmamba_jax.report import charts, svg
 
 Record = dict[str, Any]
 
@@ -46,23 +45,14 @@ p { margin: .3rem 0 1rem; max-width: 44rem; } .lead, .note { color: var(--soft);
   font-variant-numeric: tabular-nums; }
 .card span { color: var(--soft); font-size: .85rem; } .card.main b { color: var(--accent); }
 figure { margin: 0 0 1rem; background: var(--panel); border: 1px solid var(--rule); border-radius: 10px;
-  padding: 12px; overflow-x: auto; }
-figure svg { display: block; width: 100%; min-width: 640px; height: auto; }
+  padding: 12px; }
+figure svg { display: block; width: 100%; height: auto; } figure svg.narrow { display: none; }
 figure svg + svg { margin-top: 4px; }
+@media (max-width: 760px) {
+  main { padding: 24px 12px 48px; } figure { padding: 8px 4px; }
+  figure svg.wide { display: none; } figure svg.narrow { display: block; max-width: 460px; margin: 0 auto; } }
 .alarm { border-left: 4px solid var(--accent); padding: .4rem 1rem; background: var(--panel); }
-svg text { fill: var(--ink); font-size: 12px; font-variant-numeric: tabular-nums; }
-svg .tick, svg .title { fill: var(--soft); } svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
-svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--soft); }
-svg .cut { stroke: var(--soft); stroke-dasharray: 4 3; }
-svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; } svg .line.training { stroke-width: 1.3; }
-svg .training { stroke: var(--training); } svg .held { stroke: var(--held); } svg .other { stroke: var(--other); }
-svg .mark { stroke: var(--panel); } svg .mark.training { fill: var(--training); }
-svg .mark.held, svg .bar.held { fill: var(--held); }
-svg .bar { stroke: none; } svg .bar.other { fill: var(--other); }
-svg .attention { fill: var(--attention); } svg .ssm { fill: var(--ssm); }
-svg .name { stroke: none; font-weight: 600; } svg .name.training { fill: var(--training); }
-svg .name.held { fill: var(--held); } svg .name.other { fill: var(--other); }
-svg .value { font-weight: 600; }
+svg text { font-variant-numeric: tabular-nums; } svg .tip:hover { stroke-width: 3; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .35em 0 .8em; }
 .key.attention { background: var(--attention); margin-left: 0; } .key.ssm { background: var(--ssm); }
 table { border-collapse: collapse; margin: 0 0 1.2rem; font-size: .92rem; font-variant-numeric: tabular-nums; }
@@ -132,7 +122,7 @@ def _header(name: str, config: Config, records: Sequence[Record]) -> str:
             cards.append((f"{found[-1][1]:.3f}", text, css))
     cards.append((_millions(step * rows.batch_size * rows.seq_len), "tokens read in training", "card"))
     if speeds := _numbers(records, "tokens_per_second"):
-        cards.append((f"{statistics.median(value for _, value in speeds):,.0f}", "tokens a second, median", "card"))
+        cards.append((f"{statistics.median(value for _, value in speeds):,.0f}", "tokens per second, median", "card"))
     if peaks := _numbers(records, "peak_memory_bytes"):
         cards.append((charts.byte_count(max(value for _, value in peaks)), "peak memory", "card"))
     drawn = "".join(f'<div class="{css}"><b>{value}</b><span>{text}</span></div>' for value, text, css in cards)
@@ -153,12 +143,13 @@ def _alarms(records: Sequence[Record]) -> str:
     return "".join(f'<p class="alarm">{line}</p>' for line in lines)
 
 
+def loss_chart(records: Sequence[Record]) -> charts.Chart:
+    """Chart the losses of a run that are finite."""
+    return charts.loss(_numbers(records, "loss"), _numbers(records, "eval/loss"))
+
+
 def _loss(records: Sequence[Record]) -> str:
-    training, held_out = _numbers(records, "loss"), _numbers(records, "eval/loss")
-    x = charts.linear([0, *(step for step, _ in [*training, *held_out])], "step", tight=True)
-    y = charts.linear([value for _, value in [*training, *held_out]] or [0, 1], "nats per token")
-    lines = [Line("training batch", "training", training), Line("held out", "held", held_out, marks=True)]
-    parts = [f"<figure>{charts.line_chart('Training and held-out loss', x, y, lines)}</figure>"]
+    parts = [f"<figure>{svg.inline(loss_chart(records))}</figure>"]
     last: Record = {}
     for record in records:
         last.update(record)
@@ -167,7 +158,7 @@ def _loss(records: Sequence[Record]) -> str:
     if bars and peers:
         bars += [(_words(key.removesuffix("_bits_per_byte")), value, "other") for key, value in peers]
         parts.append("<p>Bits per byte on the held-out text, beside models that need no training:</p>")
-        parts.append(f"<figure>{charts.bar_chart('Bits per byte beside baselines', bars)}</figure>")
+        parts.append(f"<figure>{svg.inline(charts.bars('Bits per byte beside baselines', bars))}</figure>")
     return "".join(parts)
 
 
@@ -179,37 +170,24 @@ def _positions(config: Config, records: Sequence[Record]) -> str:
     if evaluations:
         spans = evaluations[-1]["eval/by_position"]
         length = spans[-1][1]
-        middles = [(((start + 0.5) * (stop + 0.5)) ** 0.5, loss) for start, stop, loss in spans]
-        y = charts.linear([loss for _, loss in middles], "held-out nats per token")
-        cuts = sorted({point for point in points if 0 < point < length})
-        x = dataclasses.replace(charts.position_axis(length), title="")
-        names = [_span(start, stop - 1) for start, stop, _ in spans]
-        line = Line("held out", "held", middles, marks=True, places=names)
-        figure = charts.line_chart("Held-out loss by position", x, y, [line], cuts=cuts)
+        figure = svg.inline(charts.loss_by_position([tuple(span) for span in spans], points))
         note = f"Held-out loss at step {evaluations[-1]['step']:,}, each dot the mean over a span of positions. "
     note += (
         "Below, the schedule: a layer is attention up to its TransPoint P and a state space model from there on; "
         "where the colours meet, the Memory Converter hands the prefix over."
     )
     legend = '<span class="key attention"></span>attention<span class="key ssm"></span>SSM'
-    drawn = charts.schedule_chart("Layers by position: attention or SSM", points, length)
+    drawn = svg.inline(charts.layers_by_position(points, length))
     return f'<p>{note}</p><figure>{figure}{drawn}</figure><p class="note">{legend}</p>'
-
-
-def _span(first: int, last: int) -> str:
-    return f"position {first:,}" if first == last else f"positions {first:,} to {last:,}"
 
 
 def _speed(config: Config, records: Sequence[Record]) -> str:
     parts, rows = [], []
     speeds = _numbers(records, "tokens_per_second")
     if len(speeds) > 1:
-        x = charts.linear([0, *(step for step, _ in speeds)], "step", tight=True)
-        y = charts.linear([0, *(value for _, value in speeds)], "tokens a second")
-        lines = [Line("training", "training", speeds)]
-        parts.append(f"<figure>{charts.line_chart('Training speed', x, y, lines, height=220)}</figure>")
+        parts.append(f"<figure>{svg.inline(charts.speed(speeds))}</figure>")
     for key, text, write in (
-        ("tokens_per_second", "tokens a second, median", lambda values: f"{statistics.median(values):,.0f}"),
+        ("tokens_per_second", "tokens per second, median", lambda values: f"{statistics.median(values):,.0f}"),
         ("model_flops_per_second", "model FLOP/s, median", lambda values: f"{statistics.median(values):.3g}"),
         ("utilisation", "of the devices' peak FLOP/s, median", lambda values: f"{statistics.median(values):.1%}"),
         ("compile_seconds", "compilation of the step, seconds", lambda values: f"{values[-1]:.1f}"),
@@ -232,11 +210,7 @@ def _decode_memory(config: Config) -> str:
     total = lambda count, schedule_: sum(cache.cache_bytes(model, 1, count, point) for point in schedule_)
     own = [(float(count), float(total(count, points))) for count in tokens]
     peer = [(float(count), float(total(count, [end + 1] * model.num_layers))) for count in tokens]
-    x = charts.doubling(1, end, "tokens of the sequence", charts.token_count)
-    values = [value for _, value in [*own, *peer]]
-    y = charts.doubling(min(values), max(values), "bytes", charts.byte_count, base=4)
-    lines = [Line("Transformer", "other", peer), Line("this schedule", "held", own)]
-    drawn = charts.line_chart("Memory while generating", x, y, lines, height=280)
+    drawn = svg.inline(charts.memory(own, peer))
     most, last = charts.byte_count(max(value for _, value in own)), charts.byte_count(own[-1][1])
     ends = f"and {last} beyond the last TransPoint"
     if max(points) > end:

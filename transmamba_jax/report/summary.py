@@ -1,4 +1,4 @@
-"""The page to look at after a run: `python -m transmamba_jax.report WORKDIR` writes WORKDIR/report/.
+"""Write the report of a run: `transmamba report WORKDIR` writes WORKDIR/report/.
 
     index.html               one page that needs no other file: configuration, curves, schedule, speed, memory, samples
     index.md                 the same in short, for a terminal
@@ -15,20 +15,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from transmamba_jax import schedule
 from transmamba_jax.config import Config
 from transmamba_jax.config_io import load_config
+from transmamba_jax.report import charts
 from transmamba_jax.report import page as report_page
 from transmamba_jax.runtime import tensor_files
 from transmamba_jax.runtime.paths import expand_path
 
 Record = dict[str, Any]
-Span = tuple[int, int, float]  # start, stop, nats per token
-
-_LABEL_GAP = 0.042  # of the axes' width: two lines of a TransPoint's label
-_TRAINING, _HELD_OUT, _MARK = "#9bb7d4", "#c0392b", "#5b6770"
 
 
 def write_report(workdir: Path) -> Path:
@@ -74,14 +69,14 @@ def _write_files(
 ) -> None:
     """Write what lies beside the page."""
     _write_csv(folder / "loss.csv", ("step", "loss", "eval_loss", "eval_bits_per_byte"), _loss_rows(training, held_out))
-    _draw_loss(folder / "loss.png", training, held_out)
+    charts.save(report_page.loss_chart(records), folder / "loss.png")
     positions = [record for record in held_out if "eval/by_position" in record]
     if positions:
         by_position = [(start, stop, loss) for start, stop, loss in positions[-1]["eval/by_position"]]
         points = schedule.expand(config.model.transpoints, config.model.num_layers)
         rows = [(*span, sum(point > span[0] for point in points)) for span in by_position]
         _write_csv(folder / "loss_by_position.csv", ("start", "stop", "loss", "attention_layers_at_start"), rows)
-        _draw_positions(folder / "loss_by_position.png", by_position, points, positions[-1]["step"])
+        charts.save(charts.loss_by_position(by_position, points), folder / "loss_by_position.png")
     (folder / "index.md").write_text("\n".join(_page(config, records, folder)) + "\n", encoding="utf-8")
 
 
@@ -122,119 +117,6 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
-
-
-def _figure(height: float) -> tuple[Any, Any]:
-    """Make a figure that draws into memory, whatever display or pyplot state the program has."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e8ea", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _draw_loss(path: Path, training: list[Record], held_out: list[Record]) -> None:
-    figure, axes = _figure(4.5)
-    if training:
-        steps, losses = [record["step"] for record in training], [record["loss"] for record in training]
-        axes.plot(steps, losses, color=_TRAINING, linewidth=1, label="training batch")
-    if held_out:
-        steps, losses = [record["step"] for record in held_out], [record["eval/loss"] for record in held_out]
-        axes.plot(steps, losses, color=_HELD_OUT, marker="o", markersize=4, label="held out")
-        axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), (6, 6), textcoords="offset points", color=_HELD_OUT)
-    axes.set(xlabel="step", ylabel="loss, nats per token", title="Loss")
-    axes.legend(frameon=False)
-    figure.savefig(path)
-
-
-def _draw_positions(path: Path, spans: Sequence[Span], points: schedule.Schedule, step: int) -> None:
-    """Draw the loss of each span of positions, and a line where layers go from attention to the SSM.
-
-    The axis counts tokens read: position t is the interval (t + 1/2, t + 3/2), so a TransPoint P, which separates the
-    positions P - 1 and P, is at P + 1/2 and the TransPoints 0 and T are the two ends of the axis.
-    """
-    figure, axes = _figure(5.5)
-    seq_len = spans[-1][1]
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(0.5, seq_len + 0.5)
-    # A mark in the middle of its span: stairs would show a drop at every power of two, where TransPoints like to be.
-    middles = [((start + 0.5) * (stop + 0.5)) ** 0.5 for start, stop, _ in spans]
-    axes.plot(middles, [loss for *_, loss in spans], color=_HELD_OUT, marker="o", markersize=4, linewidth=1.5)
-    axes.set_xticks([1, *(stop for _, stop, _ in spans[1:])])
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.minorticks_off()
-    axes.tick_params(axis="x", labelrotation=45 if seq_len > 2048 else 0)
-    axes.set(xlabel="tokens read (position in the row + 1)", ylabel="held-out loss, nats per token")
-    _mark_transpoints(axes, points, seq_len)
-    figure.suptitle(f"Held-out loss by position, step {step}")
-    figure.savefig(path)
-
-
-def _mark_transpoints(axes: Any, points: schedule.Schedule, seq_len: int) -> None:
-    """Draw one line a TransPoint, labelled above the axes with its layers; labels too close are spread apart."""
-    layers: dict[int, list[int]] = {}
-    for layer, point in enumerate(points):
-        layers.setdefault(min(point, seq_len), []).append(layer)
-    marks = sorted(layers)
-    low, high = np.log2([0.5, seq_len + 0.5])
-    exact = (np.log2(np.array(marks) + 0.5) - low) / (high - low)  # in axes fractions
-    for mark, at, text_at in zip(marks, exact, _spread(exact, _LABEL_GAP), strict=True):
-        axes.axvline(mark + 0.5, color=_MARK, linewidth=0.9, linestyle=(0, (4, 3)), clip_on=False)
-        axes.annotate(
-            _mark_label(mark, layers[mark], seq_len),
-            xy=(at, 1.0),
-            xytext=(text_at, 1.07),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            rotation=90,
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            color=_MARK,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": _MARK,
-                "linewidth": 0.6,
-                "shrinkA": 0,
-                "shrinkB": 0,
-                "relpos": (0.5, 0),
-            },
-        )
-
-
-def _mark_label(mark: int, layers: Sequence[int], seq_len: int) -> str:
-    where = {0: "SSM only", seq_len: "attention only"}.get(mark, f"P = {mark}")
-    return f"{'layer' if len(layers) == 1 else 'layers'} {_ranges(layers)}\n{where}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Write sorted numbers shortly: 0, 2-4, 7; more than three parts are counted."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    texts = [str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts]
-    return ", ".join(texts) if len(texts) <= 3 else f"{texts[0]}, {texts[1]} ... {texts[-1]}"
-
-
-def _spread(positions: np.ndarray, gap: float) -> np.ndarray:
-    """Move sorted positions in [0, 1] as little as keeps them `gap` apart and inside."""
-    gap = min(gap, 1 / max(len(positions) - 1, 1))
-    moved = np.array(positions, float)
-    for index in range(1, len(moved)):
-        moved[index] = max(moved[index], moved[index - 1] + gap)
-    limit = 1.0
-    for index in reversed(range(len(moved))):
-        moved[index] = min(moved[index], limit)
-        limit = moved[index] - gap
-    return moved
 
 
 def _page(config: Config, records: list[Record], folder: Path) -> list[str]:
