@@ -1,14 +1,17 @@
 """The package as a user has it: names that load on first use, one console script, configurations by name."""
 
+import inspect
 import re
 import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import transmamba_jax as tm
+from pallas_kernels import ssd
 from transmamba_jax import __main__ as console
 from transmamba_jax import config_io
 
@@ -82,3 +85,42 @@ def test_every_make_target_has_a_rule() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     (targets,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
     assert set(targets.split()) == set(re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE))
+
+
+def _public() -> dict[str, Any]:
+    """Return the functions, methods and classes that the package, its modules and the kernels export, by name."""
+    found: dict[str, Any] = {}
+    for name, value in [(name, getattr(tm, name)) for name in tm.__all__ if name != "__version__"]:
+        if isinstance(value, types.ModuleType):
+            own = [key for key, each in vars(value).items() if getattr(each, "__module__", "") == value.__name__]
+            names = getattr(value, "__all__", [key for key in own if not key.startswith("_")])
+            found |= {f"{name}.{key}": getattr(value, key) for key in names}
+        else:
+            found[name] = value
+    found |= {f"ssd.{name}": getattr(ssd, name) for name in ssd.__all__}
+    for name, value in [item for item in found.items() if inspect.isclass(item[1])]:
+        for key, member in vars(value).items():
+            inner = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            if not key.startswith("_") and inspect.isfunction(inspect.unwrap(inner)):
+                found[f"{name}.{key}"] = inner
+    return {name: inspect.unwrap(value) for name, value in found.items() if callable(value)}
+
+
+def test_the_public_api_is_annotated_and_documented() -> None:
+    public = _public()
+    assert {"TransMamba", "generate", "schedule.v9", "export.load", "convert.to_mamba2", "ssd.ssd"} <= public.keys()
+    assert [name for name, value in public.items() if not inspect.getdoc(value)] == []
+    annotations = {
+        f"{name}({key})": annotation is not inspect.Parameter.empty
+        for name, value in public.items()
+        if inspect.isfunction(value)
+        for key, annotation in _annotations(value)
+    }
+    missing = [name for name, there in annotations.items() if not there]
+    assert len(missing) <= 0.02 * len(annotations), missing
+
+
+def _annotations(function: Any) -> list[tuple[str, Any]]:
+    signature = inspect.signature(function)
+    of_parameters = [(key, each.annotation) for key, each in signature.parameters.items() if key not in ("self", "cls")]
+    return [*of_parameters, ("return", signature.return_annotation)]

@@ -29,7 +29,7 @@ EXIT_DOES_NOT_FIT = 3
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What one step needs of one device."""
+    """Needs of one step per device."""
 
     arguments: int
     """Bytes."""
@@ -42,7 +42,7 @@ class Estimate:
     """FLOPs, nothing counted twice."""
     program: Program
     bounds: dict[str, float]
-    """What limits a step -> seconds that it takes at least. Empty where the chip is not known."""
+    """Resource -> seconds that a step takes of it at least. Empty where the chip is not known."""
     predicted: float
     """Seconds: cycles and kernels one after another, collectives beside them. NaN where the compiler does not say."""
 

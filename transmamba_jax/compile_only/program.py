@@ -34,7 +34,7 @@ class Array(NamedTuple):
 
     @property
     def in_hbm(self) -> bool:
-        """Whether a TPU keeps it in its main memory."""
+        """True in the main memory of a TPU."""
         return "S(" not in self.layout
 
 
@@ -61,7 +61,7 @@ Computation = dict[str, Operation]
 
 
 class Cost(NamedTuple):
-    """How often something runs, and what that costs in all."""
+    """Number of runs of a kernel, and their FLOPs and bytes in all."""
 
     runs: int
     flops: float
