@@ -92,7 +92,7 @@ def test_other_kinds_of_keys_round_trip(tmp_path):
     writer = checkpoint.Checkpointer(tmp_path, CheckpointConfig())
     writer.save(1, state, {}, "", "")
     assert raw(writer.restore_newest(state).state) == raw(state)
-    with pytest.raises(ValueError, match=r"state/key/unsafe_rbg: asked uint32 \[4\], found nothing"):
+    with pytest.raises(ValueError, match=r"missing: state/key/unsafe_rbg uint32\[4\]"):
         writer.restore_newest(state.replace(key=jax.random.key(1, impl="unsafe_rbg")))
     writer.close()
 
@@ -124,31 +124,34 @@ def test_keeps_the_latest_and_the_best(tmp_path):
 REFUSALS = {
     "dtype": (
         lambda s: s.replace(params={**s.params, "embedding": s.params["embedding"].astype(jnp.bfloat16)}),
-        ["params/embedding: asked bfloat16 [7, 4], found float32 [7, 4]"],
+        ["shape or dtype mismatch: params/embedding: expected bfloat16[7,4], found float32[7,4]"],
     ),
     "shape": (
         lambda s: s.replace(params={**s.params, "embedding": jnp.zeros((8, 4))}),
-        ["params/embedding: asked float32 [8, 4], found float32 [7, 4]"],
+        ["shape or dtype mismatch: params/embedding: expected float32[8,4], found float32[7,4]"],
     ),
     "missing": (
         lambda s: s.replace(params={**s.params, "head": jnp.zeros((4, 7))}),
-        ["params/head: asked float32 [4, 7], found nothing"],
+        ["missing: params/head float32[4,7]"],
     ),
     "extra": (
         lambda s: s.replace(params={"embedding": s.params["embedding"]}),
         [
-            "params/layers/ids: asked nothing, found int32 [3]",
-            "params/layers/kernel: asked nothing, found bfloat16 [2, 4, 5]",
+            "unexpected: params/layers/ids int32[3]",
+            "unexpected: params/layers/kernel bfloat16[2,4,5]",
         ],
     ),
     "optimizer": (
         lambda s: s.replace(opt_state=optax.sgd(0.1, momentum=0.9).init({"embedding": s.params["embedding"]})),
         [
-            "state/opt_state/0/trace/embedding: asked float32 [7, 4], found nothing",
-            "state/opt_state/1/0/mu/embedding: asked nothing, found float32 [7, 4]",
+            "missing: state/opt_state/0/trace/embedding float32[7,4]",
+            "unexpected: state/opt_state/1/0/mu/embedding float32[7,4]",
         ],
     ),
-    "step": (lambda s: s.replace(step=jnp.uint32(0)), ["state/step: asked uint32 [], found int32 []"]),
+    "step": (
+        lambda s: s.replace(step=jnp.uint32(0)),
+        ["shape or dtype mismatch: state/step: expected uint32[], found int32[]"],
+    ),
 }
 
 

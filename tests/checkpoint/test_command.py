@@ -13,8 +13,8 @@ def test_list_and_inspect(tmp_path, capsys):
     assert checkpoint_command.main(["inspect", str(tmp_path), "--step", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     kinds = [line.rpartition("  ")[0] for line in lines]
-    assert "params/layers/kernel  bfloat16 [2, 4, 5]" in kinds
-    assert "state/key/threefry2x32  uint32 [2]" in kinds
+    assert "params/layers/kernel  bfloat16[2,4,5]" in kinds
+    assert "state/key/threefry2x32  uint32[2]" in kinds
     assert "params: 3 arrays, 71 numbers, 0.00 MiB" in lines
     assert checkpoint_command.main(["inspect", str(tmp_path), "--step", "4"]) == 2
     assert "no complete checkpoint of step 4" in capsys.readouterr().err

@@ -1,8 +1,10 @@
-"""Mamba-2 weights in and out, against torch's logits of transformers' models (tests/golden/make_mamba2.py)."""
+"""Test Mamba-2 weights in and out against torch's logits of transformers' models (tests/golden/make_mamba2.py)."""
 
 import dataclasses
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -18,9 +20,10 @@ from safetensors.numpy import load_file, save_file
 
 import transmamba_jax as tm
 from tests.oracle import relative_error
-from transmamba_jax import checkpoint, convert, export
+from transmamba_jax import checkpoint, convert, data, export
 from transmamba_jax.convert import __main__ as convert_command
 from transmamba_jax.convert import mamba2_config
+from transmamba_jax.data.tokenizers import ByteTokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mamba2"
 CASES = ("tied", "limited", "bfloat16")
@@ -183,12 +186,12 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "missing": (
         "tied",
         edit_tensors(lambda found: found.update(extra=found.pop("backbone.layers.1.mixer.D"))),
-        r"needed and not there: backbone.layers.1.mixer.D \[6\]\n.*there and not known: extra \[6\]",
+        r"missing: backbone.layers.1.mixer.D \(6,\)\n.*unexpected: extra \(6,\)",
     ),
     "shape": (
         "tied",
         edit_tensors(lambda found: found.update({"backbone.norm_f.weight": np.ones(5, np.float32)})),
-        r"backbone.norm_f.weight: needed \[12\], found \[5\]",
+        r"shape mismatch: backbone.norm_f.weight: expected \(12,\), found \(5,\)",
     ),
     "head": (
         "tied",
@@ -209,10 +212,10 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
         edit_json("model.safetensors.index.json", weight_map={"a": "../tied/model.safetensors"}),
         "must name files of the same folder",
     ),
-    "astray": (
+    "misplaced": (
         "limited",
         edit_json("model.safetensors.index.json", weight_map={"a": "model-00001-of-00003.safetensors"}),
-        "names what is not there: a in model-00001",
+        "names tensors that are missing: a in model-00001",
     ),
     "twice": ("limited", hold_twice, "each tensor in one file, found .* in model-00001.* and model-00002"),
     "other model": ("tied", edit_json(model_type="mamba"), "model_type 'mamba2'.*found model_type 'mamba'"),
@@ -270,12 +273,15 @@ def test_a_published_config_of_state_spaces_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"transpoints": (0, 4)}, r"transpoints must be \(0, 0\) .* found \(0, 4\): Mamba-2 has no attention"),
+        (
+            {"transpoints": (0, 4)},
+            "transpoints must all be 0 .* found 0, 4: Mamba-2 has no attention.* --schedule mamba2",
+        ),
         ({"mlp_dim": 8}, "mlp_dim must be 0"),
         ({"use_d_skip": False}, "use_d_skip must be True"),
         ({"rotary": "both"}, "rotary must be 'attention'"),
         ({"head_dim": 5}, "= 30 must be a multiple of model.d_model = 12"),
-        ({"conv_bias": False}, r"(?s)there and not known: layers/mixer/conv_v/bias \[2, 24\]|conv_q/bias"),
+        ({"conv_bias": False}, r"(?s)unexpected: layers/mixer/conv_v/bias \(2, 24\)|conv_q/bias"),
     ],
 )
 def test_what_mamba2_has_not_is_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -283,6 +289,99 @@ def test_what_mamba2_has_not_is_refused(changed: dict[str, Any], message: str, t
     with pytest.raises(ValueError, match=message):
         convert.to_mamba2(dataclasses.replace(config, **changed), params, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def trained_on(tree: dict[str, Any], path: str, value: float) -> dict[str, Any]:
+    """Return parameters with one number of a leaf replaced."""
+    return jax.tree.map_with_path(
+        lambda at, leaf: (
+            np.where(np.arange(leaf.size).reshape(leaf.shape) == 1, np.float32(value), leaf)
+            if jax.tree_util.keystr(at, simple=True, separator="/") == path
+            else leaf
+        ),
+        tree,
+    )
+
+
+NOT_FINITE = [
+    ("layers/mixer/q/kernel", 70_000.0, "float16", r"q/kernel .* up to 70000, and float16 ends at 65504; .*as float32"),
+    ("embedding", -65_520.0, "float16", "embedding holds numbers up to 65520, and float16 ends at 65504"),
+    ("final_norm/scale", 3.4e38, "bfloat16", r"scale holds numbers up to 3.4e\+38, and bfloat16 ends at 3.3\d+e\+38"),
+    ("layers/mixer/a_log", np.nan, None, "layers/mixer/a_log holds NaN; write a checkpoint from before"),
+    ("layers/mixer/out/kernel", -np.inf, "bfloat16", "layers/mixer/out/kernel holds infinity"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "value", "dtype", "message"), NOT_FINITE)
+def test_numbers_that_a_dtype_cannot_hold_are_refused_by_name(
+    path: str, value: float, dtype: str | None, message: str, tmp_path: Path
+) -> None:
+    config, params, *_ = golden("tied")
+    changed = trained_on(params, path, value)
+    with pytest.raises(ValueError, match=message):
+        convert.to_mamba2(config, changed, tmp_path, dtype=dtype)
+    if not np.isfinite(value):
+        with pytest.raises(ValueError, match=f"{path} holds (NaN|infinity)"):
+            export.save(tmp_path, tm.Config(model=config), changed, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_largest_numbers_of_a_dtype_are_written(tmp_path: Path) -> None:
+    config, params, *_ = golden("tied")
+    largest = {"float16": 65_504.0, "bfloat16": 3.38e38, "float32": 3.4e38}
+    for dtype, value in largest.items():
+        changed = trained_on(params, "final_norm/scale", value)
+        convert.to_mamba2(config, changed, tmp_path / dtype, dtype=dtype)
+        _, back = convert.from_mamba2(tmp_path / dtype)
+        assert float(back["final_norm"]["scale"][1]) == float(jnp.asarray(value, dtype))
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_have_the_mode_of_the_umask(mask: int, tmp_path: Path) -> None:
+    config, params, *_ = golden("tied")
+    before = os.umask(mask)
+    try:
+        convert.to_mamba2(config, params, tmp_path / "mamba2", tokenizer=ByteTokenizer())
+        export.save(tmp_path / "export", tm.Config(model=config), params, ByteTokenizer())
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "mamba2").iterdir(), *(tmp_path / "export").iterdir()]
+    assert len(files) == 7
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~mask}
+
+
+def test_the_byte_tokenizer_is_written_for_other_programs(tmp_path: Path) -> None:
+    config, params, *_ = golden("tied")
+    ours = ByteTokenizer()
+    convert.to_mamba2(config, params, tmp_path, tokenizer=ours)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = "".join(map(chr, range(0x250))) + "def main(a):\n\treturn 天地 😀  <|endoftext|>\r\n"
+    for part in (text, "", "\0", " a", *text):
+        expected = ours.encode(part.replace("<|endoftext|>", "end"))
+        assert theirs.encode(part.replace("<|endoftext|>", "end")).ids == expected
+        assert theirs.decode(expected) == ours.decode(expected)
+    assert theirs.get_vocab_size() == 256
+    assert theirs.token_to_id("<|endoftext|>") == ours.end_of_document
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 0
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
+    assert convert_command.main(["from-mamba2", str(tmp_path), str(tmp_path / "back")]) == 0
+    _, _, again = export.load(tmp_path / "back")
+    assert again is not None
+    assert again.encode("天地 a") == ours.encode("天地 a")
+    assert again.end_of_document == 0
+
+
+@pytest.mark.parametrize("spelling", ["<|im_end|>", {"content": "<|im_end|>", "lstrip": False}])
+def test_the_end_of_a_document_is_the_one_that_the_model_names(spelling: object, tmp_path: Path) -> None:
+    source = copied(tmp_path)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.add_special_tokens(["</s>", "<|im_end|>"])
+    words.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": spelling}))
+    assert convert_command.main(["from-mamba2", str(source), str(tmp_path / "out")]) == 0
+    _, _, tokenizer = export.load(tmp_path / "out")
+    assert tokenizer is not None
+    assert tokenizer.end_of_document == 3
 
 
 def test_the_command_goes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -299,16 +398,22 @@ def test_the_command_goes_there_and_back(tmp_path: Path, capsys: pytest.CaptureF
     assert tokenizer is not None
     assert tokenizer.encode("b") == [1]
     assert tokenizers.Tokenizer.from_file(str(back / "tokenizer.json")).to_str() == tokenizer.to_json()
+    assert json.loads((back / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+    assert json.loads((back / "config.json").read_text())["eos_token_id"] == 2
 
     start = ["start-run", str(middle), str(tmp_path / "run")]
     assert convert_command.main(start) == 0
     saved = checkpoint.restore(tmp_path / "run" / "checkpoints")
     assert (saved.step, saved.config.model, saved.tokenizer_json) == (0, config.model, tokenizer.to_json())
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, saved.params, params)))
+    ready = tm.load_config(tmp_path / "run" / "config.yaml")
+    assert (ready.model, ready.workdir) == (config.model, str(tmp_path / "run"))
+    assert data.load_tokenizer(ready.data.tokenizer).to_json() == tokenizer.to_json()
 
     capsys.readouterr()
     assert convert_command.main(["to-mamba2", str(middle), str(back)]) == 2
-    assert "already holds model.safetensors, config.json, tokenizer.json" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "already holds model.safetensors, config.json, tokenizer.json, tokenizer_config.json" in error
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("mine")

@@ -343,11 +343,14 @@ def test_a_saved_state_of_something_else_is_refused(tmp_path: Path) -> None:
         decoder.load(tmp_path / "nowhere")
     arrays, metadata = tensor_files.read(file)
     for change, message in (
-        ({"cache/layers/0/keys": None}, r"needed and not there: cache/layers/0/keys float32 \[1, 1, 2, 4\]"),
-        ({"cache/layers/1/window": np.zeros((1, 3, 19), np.float32)}, r"window: needed .*20\], found .*19\]"),
-        ({"logits": np.zeros((1, 50), np.int32)}, r"logits: needed float32 \[1, 50\], found int32 \[1, 50\]"),
-        ({"more": np.zeros(1)}, r"there and not known: more float64 \[1\]"),
-        ({"cache/lengths": np.array([150], np.int32)}, r"needed and not there: cache/layers/1/state"),
+        ({"cache/layers/0/keys": None}, r"missing: cache/layers/0/keys float32\[1,1,2,4\]"),
+        ({"cache/layers/1/window": np.zeros((1, 3, 19), np.float32)}, r"window: expected .*20\], found .*19\]"),
+        (
+            {"logits": np.zeros((1, 50), np.int32)},
+            r"shape or dtype mismatch: logits: expected float32\[1,50\], found int32\[1,50\]",
+        ),
+        ({"more": np.zeros(1)}, r"unexpected: more float64\[1\]"),
+        ({"cache/lengths": np.array([150], np.int32)}, r"missing: cache/layers/1/state"),
     ):
         held = {name: array for name, array in {**arrays, **change}.items() if array is not None}
         tensor_files.write(tmp_path / "changed", held, metadata)

@@ -140,8 +140,8 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(make, monkeypatch):
     refused = [
         (
             {"model": {"d_model": 16}},
-            r"model\.d_model: 8 -> 16; \d+ arrays differ, the first is params/embedding: float32 \[256, 8\] there, "
-            r"float32 \[256, 16\] here",
+            r"model\.d_model: 8 -> 16; \d+ arrays differ, the first is params/embedding: float32\[256,8\] there, "
+            r"float32\[256,16\] here",
         ),
         ({"optimizer": {"name": "muon"}}, r"name: 'adamw' -> 'muon'; .* state/opt_state/.* --checkpoint.partial True"),
         ({"data": {"seq_len": 10}}, "seq_len: saved 12, now 10"),

@@ -57,8 +57,8 @@ class Leaf:
 
     @property
     def kind(self) -> str:
-        """Dtype and shape, as text: `float32 [7, 4]`."""
-        return f"{self.dtype} {list(self.shape)}"
+        """Dtype and shape, as text: `float32[7,4]`."""
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
     @property
     def size(self) -> int:

@@ -121,17 +121,20 @@ def leaf_path(path: Iterable[Any]) -> str:
 
 
 def differences(asked: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """Describe every path whose dtype and shape differ, on a line each."""
-    return [
-        f"{path}: asked {asked.get(path, 'nothing')}, found {found.get(path, 'nothing')}"
-        for path in [*asked, *(path for path in found if path not in asked)]
-        if asked.get(path) != found.get(path)
+    """Describe every path that is missing, unexpected, or of another shape or dtype, on a line each."""
+    missing = [f"missing: {path} {kind}" for path, kind in asked.items() if path not in found]
+    unexpected = [f"unexpected: {path} {kind}" for path, kind in found.items() if path not in asked]
+    mismatched = [
+        f"shape or dtype mismatch: {path}: expected {kind}, found {found[path]}"
+        for path, kind in asked.items()
+        if path in found and found[path] != kind
     ]
+    return missing + unexpected + mismatched
 
 
 def kind(leaf: Any) -> str:
-    """Write dtype and shape: `float32 [7, 4]`."""
-    return f"{leaf.dtype} {list(leaf.shape)}"
+    """Write dtype and shape as JAX does: `float32[7,4]`."""
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
 def physical(leaf: Any) -> Any:

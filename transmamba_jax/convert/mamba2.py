@@ -1,4 +1,4 @@
-"""Mamba-2 weights in and out: safetensors as transformers and as state-spaces name them; also a command.
+"""Read and write Mamba-2 weights: safetensors with the names of transformers or of state-spaces.
 
 A Mamba-2 model is this package's model with every TransPoint 0 and no MLP. `docs/convert.md` has the table of names.
 No pickle is ever opened.
@@ -17,7 +17,7 @@ import numpy as np
 
 from transmamba_jax import config_io, export
 from transmamba_jax.config import DTypeName, ModelConfig
-from transmamba_jax.convert import mamba2_config
+from transmamba_jax.convert import mamba2_config, tokenizer_files
 from transmamba_jax.convert.mamba2_config import Naming
 from transmamba_jax.data import tokenizers as data
 from transmamba_jax.runtime import tensor_files
@@ -33,16 +33,16 @@ _Turn: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """One leaf here is rows `start` to `stop` of one tensor there, in another layout."""
+    """One leaf of this package: rows `start` to `stop` of one tensor of a Mamba-2 file, in another layout."""
 
     path: str
     name: str
     start: int
     stop: int
     tail: tuple[int, ...]
-    """Shape of one row there."""
-    here: _Turn
-    there: _Turn
+    """Shape of one row in the file."""
+    from_file: _Turn
+    to_file: _Turn
 
     @property
     def layered(self) -> bool:
@@ -61,7 +61,7 @@ def from_mamba2(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
 
     Raises:
         ValueError: a file is missing or of another format; the config asks for what this package does not have; or
-            a tensor is missing, unknown or of another shape, and the message lists both sides.
+            a tensor is missing, unexpected or of another shape, and the message lists each.
     """
     folder = expand_path(folder)
     config, naming = mamba2_config.read(folder)
@@ -84,8 +84,9 @@ def to_mamba2(
     folder: str | Path,
     naming: Naming = "transformers",
     dtype: str | None = None,
+    tokenizer: data.Tokenizer | None = None,
 ) -> None:
-    """Write a model whose every TransPoint is 0 as a Mamba-2 model: `config.json` and `model.safetensors`.
+    """Write a model whose every TransPoint is 0 as a Mamba-2 model: `config.json`, `model.safetensors`, tokenizer.
 
     Args:
         config: the model's.
@@ -93,49 +94,55 @@ def to_mamba2(
         folder: a new one, or one without weights and config.json.
         naming: whose names, transformers' or state-spaces'.
         dtype: "float32", "bfloat16" or "float16"; None: as the parameters are.
+        tokenizer: written as `tokenizer.json` and `tokenizer_config.json`; its end of document becomes `eos_token_id`.
 
     Raises:
-        ValueError: the model is not a Mamba-2 model or the naming cannot say it; the parameters are not the config's,
-            and the message lists both sides; the folder has weights or a config.json already or cannot be written to;
-            or naming or dtype is unknown.
+        ValueError: the model is not a Mamba-2 model, or the naming has no option for it; a parameter is missing,
+            unexpected, of another shape, not finite, or beyond the range of `dtype`; the folder holds one of the files
+            already or cannot be written to; or naming or dtype is unknown.
     """
     folder = expand_path(folder)
     if naming not in NAMINGS:
         raise ValueError(f"naming must be one of {', '.join(NAMINGS)}, found {naming!r}")
     if dtype is not None and dtype not in tensor_files.DTYPES.values():
         raise ValueError(f"dtype must be None or one of {', '.join(tensor_files.DTYPES.values())}, found {dtype!r}")
-    tree = mamba2_config.write(config, naming, dtype or config.param_dtype)
+    end = None if tokenizer is None else tokenizer.end_of_document
+    tree = mamba2_config.write(config, naming, dtype or config.param_dtype, end)
     parts = _parts(config, naming)
     leaves = tensor_files.flatten(params)
     _check_leaves(config, parts, leaves)
+    arrays = tensor_files.cast_finite(leaves, dtype)
     tensors: dict[str, list[np.ndarray]] = {}
     for part in parts:
-        leaf = np.asarray(leaves[part.path])
-        leaf = leaf if dtype is None else leaf.astype(jnp.dtype(dtype))
+        leaf = arrays[part.path]
         for layer in range(config.num_layers if part.layered else 1):
-            rows = part.there(leaf[layer] if part.layered else leaf)
+            rows = part.to_file(leaf[layer] if part.layered else leaf)
             tensors.setdefault(part.name.format(layer=layer), []).append(rows)
-    tensor_files.claim(folder, [mamba2_config.FILE])
+    tensor_files.reserve_outputs(folder, [mamba2_config.FILE, *tokenizer_files.names(tokenizer)])
     whole = {name: rows[0] if len(rows) == 1 else np.concatenate(rows) for name, rows in tensors.items()}
     tensor_files.write(folder / tensor_files.FILE, whole, {"format": "pt"})
-    with tensor_files.explained(folder):
+    with tensor_files.raise_as_value_error(folder):
         (folder / mamba2_config.FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    tokenizer_files.write(folder, tokenizer)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "step"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class _Start:
-    """A training state before the first step, as far as it is known."""
+    """A training state before the first step: the optimizer's state is not known yet."""
 
     params: Any
     step: jax.Array
 
 
 def start_run(folder: str | Path, workdir: str | Path) -> None:
-    """Write what `export.save` wrote as step 0 of a work directory: parameters, and no optimizer state.
+    """Write an exported folder as step 0 of a work directory: parameters, config.yaml, the tokenizer.
+
+    There is no optimizer state in it: `train.py --config WORKDIR/config.yaml --checkpoint.partial True` starts that.
 
     Raises:
-        ValueError: the folder cannot be read, or the work directory has checkpoints already or cannot be written to.
+        ValueError: the folder cannot be read; a parameter is not finite; or the work directory has checkpoints or one
+            of the files already, or cannot be written to.
     """
     from transmamba_jax import checkpoint  # orbax takes seconds to import, and conversion does not need it
 
@@ -144,19 +151,28 @@ def start_run(folder: str | Path, workdir: str | Path) -> None:
     done = checkpoint.complete_steps(directory)
     if done:
         raise ValueError(f"{directory} already holds step {done[-1]}; name a new work directory")
+    params = tensor_files.nest(tensor_files.cast_finite(tensor_files.flatten(loaded.params)))
+    tensor_files.reserve_outputs(workdir, [export.CONFIG, export.TOKENIZER])
     tensor_files.make(directory)
     writer = checkpoint.Checkpointer(directory, loaded.config.checkpoint)
     tokenizer = data.ByteTokenizer() if loaded.tokenizer is None else loaded.tokenizer
-    config = config_io.checkpoint_yaml(dataclasses.replace(loaded.config, workdir=str(workdir)))
+    config = dataclasses.replace(loaded.config, workdir=str(workdir))
+    if isinstance(tokenizer, data.JsonTokenizer):
+        named = dataclasses.replace(config.data, tokenizer=str(workdir / export.TOKENIZER))
+        config = dataclasses.replace(config, data=named)
     nothing_read: dict[str, Any] = {"streams": []}
-    state = _Start(loaded.params, jnp.zeros((), jnp.int32))
-    with tensor_files.explained(directory):
-        writer.save(0, state, nothing_read, config, tokenizer.to_json())
+    state = _Start(params, jnp.zeros((), jnp.int32))
+    with tensor_files.raise_as_value_error(directory):
+        writer.save(0, state, nothing_read, config_io.checkpoint_yaml(config), tokenizer.to_json())
         writer.close()
+    with tensor_files.raise_as_value_error(workdir):
+        if isinstance(tokenizer, data.JsonTokenizer):
+            (workdir / export.TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+        (workdir / export.CONFIG).write_text(config_io.to_yaml(config), encoding="utf-8")
 
 
 def _parts(config: ModelConfig, naming: Naming) -> list[_Part]:
-    """List what every leaf is called there; the parts of one tensor are in the order of its rows."""
+    """List the leaves with their names in the file; the parts of one tensor are in the order of its rows."""
     inner, key, heads, width = config.d_inner, config.d_key, config.num_heads, config.d_model
     vkq = (("v", inner), ("k", key), ("q", key))  # x, B and C
     same: _Turn = lambda array: array
@@ -164,11 +180,15 @@ def _parts(config: ModelConfig, naming: Naming) -> list[_Part]:
     parts: list[_Part] = []
 
     def add(
-        name: str, rows: Sequence[tuple[str, int]], tail: tuple[int, ...] = (), here: _Turn = same, there: _Turn = same
+        name: str,
+        rows: Sequence[tuple[str, int]],
+        tail: tuple[int, ...] = (),
+        from_file: _Turn = same,
+        to_file: _Turn = same,
     ) -> None:
         start = 0
         for path, count in rows:
-            parts.append(_Part(path, name, start, start + count, tail, here, there))
+            parts.append(_Part(path, name, start, start + count, tail, from_file, to_file))
             start += count
 
     mixer, ours = f"{_LAYER}mixer.", "layers/mixer/"
@@ -193,7 +213,7 @@ def _parts(config: ModelConfig, naming: Naming) -> list[_Part]:
 
 def _read(part: _Part, num_layers: int, tensors: Tensors, dtype: str) -> Any:
     names = [part.name.format(layer=layer) for layer in range(num_layers if part.layered else 1)]
-    rows = [part.here(tensors.rows(name, part.start, part.stop)).astype(jnp.dtype(dtype)) for name in names]
+    rows = [part.from_file(tensors.rows(name, part.start, part.stop)).astype(jnp.dtype(dtype)) for name in names]
     return jnp.asarray(np.stack(rows) if part.layered else rows[0])
 
 
@@ -202,17 +222,17 @@ def _check_tensors(folder: Path, config: ModelConfig, naming: Naming, parts: lis
     asked = {}
     for part in parts:  # the last part of a tensor ends where the tensor ends
         for layer in range(config.num_layers if part.layered else 1):
-            asked[part.name.format(layer=layer)] = [part.stop, *part.tail]
-    found = {name: list(tensors.shape(name)) for name in tensors.names()}
+            asked[part.name.format(layer=layer)] = (part.stop, *part.tail)
+    found = {name: tensors.shape(name) for name in tensors.names()}
     tied = config.tie_embeddings and _HEAD in found
     if tied:
-        asked[_HEAD] = [config.vocab_size, config.d_model]
+        asked[_HEAD] = (config.vocab_size, config.d_model)
     tensor_files.raise_differences(f"the tensors in {folder} do not fit its {mamba2_config.FILE}", asked, found)
     if tied:
         whole = (0, config.vocab_size)
         if not np.array_equal(tensors.rows(_HEAD, *whole), tensors.rows(NAMINGS[naming], *whole)):
             raise ValueError(
-                f"{folder}: {_HEAD} must equal {NAMINGS[naming]}, as {mamba2_config.FILE} ties them, and differs"
+                f"{folder}: {_HEAD} must equal {NAMINGS[naming]}, because {mamba2_config.FILE} ties them; they differ"
             )
 
 
@@ -220,6 +240,6 @@ def _check_leaves(config: ModelConfig, parts: list[_Part], leaves: Mapping[str, 
     asked = {}
     for part in parts:
         row = np.broadcast_to(np.False_, (part.stop - part.start, *part.tail))
-        asked[part.path] = [*([config.num_layers] if part.layered else []), *part.here(row).shape]
-    found = {path: list(leaf.shape) for path, leaf in leaves.items()}
+        asked[part.path] = (*([config.num_layers] if part.layered else []), *part.from_file(row).shape)
+    found = {path: np.shape(leaf) for path, leaf in leaves.items()}
     tensor_files.raise_differences("params do not fit the config", asked, found)

@@ -1,4 +1,4 @@
-"""The config.json of a Mamba-2 model, as transformers and as state-spaces write it, and a ModelConfig.
+"""Translate the config.json of a Mamba-2 model, of transformers or of state-spaces, and a ModelConfig.
 
 What this package has no counterpart for is refused by name, never ignored.
 """
@@ -96,14 +96,19 @@ def read(folder: Path) -> tuple[ModelConfig, Naming]:
     )
 
 
-def write(config: ModelConfig, naming: Naming, dtype: str) -> dict[str, Any]:
-    """Return the contents of `config.json` for weights of this dtype.
+def write(config: ModelConfig, naming: Naming, dtype: str, end_of_document: int | None = None) -> dict[str, Any]:
+    """Return the contents of `config.json` for weights of this dtype and a tokenizer with this end of document.
 
     Raises:
-        ValueError: the config says what a Mamba-2 model has no counterpart for, or what `naming` cannot say.
+        ValueError: the config has an option that Mamba-2, or `naming`, has no counterpart for.
     """
+    points = ", ".join(map(str, config.transpoints))
+    require(
+        not any(config.transpoints),
+        f"model.transpoints must all be 0 to be written as Mamba-2, found {points}: Mamba-2 has no attention. "
+        "To write the weights nevertheless, export the checkpoint with --schedule mamba2",
+    )
     for name, needed, hint in (
-        ("transpoints", tuple(0 for _ in config.transpoints), "Mamba-2 has no attention"),
         ("mlp_dim", 0, "Mamba-2 has no MLP"),
         ("use_d_skip", True, "Mamba-2 has D"),
         ("rotary", "attention", "Mamba-2 rotates nothing"),
@@ -119,7 +124,7 @@ def write(config: ModelConfig, naming: Naming, dtype: str) -> dict[str, Any]:
     limit = {} if config.dt_limit == (0, math.inf) else {"limit": list(config.dt_limit)}
     if naming == "state-spaces":
         return _to_state_spaces(config, expand, limit)
-    return _to_transformers(config, expand, limit, dtype)
+    return {**_to_transformers(config, expand, limit, dtype), "eos_token_id": end_of_document}
 
 
 def _from_transformers(found: Mapping[str, Any]) -> ModelConfig:
@@ -204,10 +209,9 @@ def _to_transformers(config: ModelConfig, expand: int, limit: dict[str, Any], dt
         "layer_norm_epsilon": config.norm_eps,
         "residual_in_fp32": config.residual_in_fp32,
         "tie_word_embeddings": config.tie_embeddings,
-        # A tokenizer's, which weights do not know; transformers' defaults would be ids of some other one.
+        # transformers' defaults would be ids of another tokenizer.
         "pad_token_id": None,
         "bos_token_id": None,
-        "eos_token_id": None,
         **{f"time_step_{name}": value for name, value in limit.items()},
     }
 

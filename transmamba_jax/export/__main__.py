@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.platforms:
             stablehlo.check_platforms(options.platforms)
         programs_too = [f"{name}.jax" for name in stablehlo.PROGRAMS] if options.platforms else []
-        tensor_files.claim(options.output, [folder.CONFIG, folder.TOKENIZER, *programs_too])
+        tensor_files.reserve_outputs(options.output, [folder.CONFIG, folder.TOKENIZER, *programs_too])
         saved = command_options.restore(options.checkpoint, options.step)
         config = dataclasses.replace(saved.config, model=command_options.apply(saved.config, options))
         folder.save(options.output, config, saved.params, data.tokenizer_from_json(saved.tokenizer_json))

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from transmamba_jax import config_io, data
 from transmamba_jax.config import Config, ModelConfig
@@ -36,15 +35,15 @@ def save(folder: str | Path, config: Config, params: Mapping[str, Any], tokenize
     """Write parameters, config and tokenizer.
 
     Raises:
-        ValueError: the folder has weights or one of these files already, or cannot be written to.
+        ValueError: a parameter is not finite; or the folder holds one of the files already, or cannot be written to.
     """
     folder = expand_path(folder)
-    tensor_files.claim(folder, [CONFIG, TOKENIZER])
-    with tensor_files.explained(folder):
+    leaves = tensor_files.cast_finite(tensor_files.flatten(params))
+    tensor_files.reserve_outputs(folder, [CONFIG, TOKENIZER])
+    with tensor_files.raise_as_value_error(folder):
         (folder / CONFIG).write_text(config_io.checkpoint_yaml(config), encoding="utf-8")
         if tokenizer is not None:
             (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-    leaves = {path: np.asarray(jax.device_get(leaf)) for path, leaf in tensor_files.flatten(params).items()}
     tensor_files.write(folder / tensor_files.FILE, leaves, {"format": "transmamba_jax"})
 
 
@@ -63,8 +62,8 @@ def load(folder: str | Path) -> Loaded:
     config = config_io.read_config_file(folder / CONFIG)
     with tensor_files.open_folder(folder) as tensors:
         leaves = {name: jnp.asarray(tensors.rows(name, 0, tensors.shape(name)[0])) for name in tensors.names()}
-    asked = {path: list(leaf.shape) for path, leaf in tensor_files.flatten(abstract_params(config.model)).items()}
-    found = {path: list(leaf.shape) for path, leaf in leaves.items()}
+    asked = {path: leaf.shape for path, leaf in tensor_files.flatten(abstract_params(config.model)).items()}
+    found = {path: leaf.shape for path, leaf in leaves.items()}
     tensor_files.raise_differences(f"the tensors in {folder} do not fit its {CONFIG}", asked, found)
     return Loaded(config, tensor_files.nest(leaves), _read_tokenizer(folder / TOKENIZER))
 

@@ -50,7 +50,7 @@ def save_programs(
     tensor_files.make(folder)
     for name, program in programs(config, params, platforms).items():
         waiting = folder / f"{name}.jax.partial"
-        with tensor_files.explained(waiting):
+        with tensor_files.raise_as_value_error(waiting):
             waiting.write_bytes(program.serialize())
             os.replace(waiting, folder / f"{name}.jax")
 

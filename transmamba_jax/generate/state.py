@@ -79,10 +79,10 @@ def load(file: Path, config: ModelConfig, points: schedule.Schedule) -> DecodeSt
     if metadata["transpoints"] != json.dumps(points):
         raise ValueError(f"{file} is a state under the TransPoints {metadata['transpoints']}, not {json.dumps(points)}")
     like = _like(config, points, arrays)
-    describe = lambda array: f"{array.dtype} {list(array.shape)}"
+    describe = lambda array: f"{array.dtype}[{','.join(map(str, array.shape))}]"
     asked = {name: describe(array) for name, array in tensor_files.flatten(like).items()}
     held = {name: describe(array) for name, array in arrays.items()}
-    tensor_files.raise_differences(f"{file} is not a whole state of this model", asked, held)
+    tensor_files.raise_differences(f"{file} is not a whole state of this model", asked, held, "shape or dtype")
     return jax.tree.unflatten(jax.tree.structure(like), [jnp.array(arrays[name]) for name in asked])
 
 

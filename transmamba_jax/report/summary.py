@@ -48,7 +48,7 @@ def write_report(workdir: Path) -> Path:
     folder = workdir / "report"
     samples = _read_samples(folder / "sample.txt")
     tensor_files.make(folder)
-    with tensor_files.explained(folder):
+    with tensor_files.raise_as_value_error(folder):
         _write_files(folder, config, records, training, held_out)
         index = folder / "index.html"
         index.write_text(report_page.page(workdir.resolve().name, config, records, samples), encoding="utf-8")

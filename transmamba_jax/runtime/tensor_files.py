@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 from jax.tree_util import keystr
 
+from transmamba_jax.runtime.paths import show_path
+
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 """JSON with `weight_map`: name of a tensor -> the file that holds it."""
+
+_LISTED = 12  # names in a message
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -69,12 +74,10 @@ def open_folder(folder: Path) -> Iterator[Tensors]:
                 owners.setdefault(name, []).append(file)
         twice = [f"{name} in {' and '.join(files)}" for name, files in sorted(owners.items()) if len(files) > 1]
         if twice:
-            raise ValueError(
-                f"{folder} must hold each tensor in one file, found {', '.join(twice)}; delete what is old"
-            )
-        astray = [f"{name} in {file}" for name, file in places.items() if name and name not in names[file]]
-        if astray:
-            raise ValueError(f"{folder / INDEX} names what is not there: {', '.join(astray)}")
+            raise ValueError(f"{folder} must hold each tensor in one file, found {listed(twice)}; delete the old file")
+        misplaced = [f"{name} in {file}" for name, file in places.items() if name and name not in names[file]]
+        if misplaced:
+            raise ValueError(f"{folder / INDEX} names tensors that are missing: {listed(misplaced)}")
         yield Tensors({name: opened[file] for name, (file,) in owners.items()})
 
 
@@ -83,10 +86,12 @@ def _places(folder: Path) -> dict[str, str]:
     if (folder / INDEX).is_file():
         places = read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-            raise ValueError(f"{folder / INDEX} must have a mapping weight_map of names to files, found {places!r}")
+            raise ValueError(
+                f"{folder / INDEX} must have a mapping weight_map of names to files, found {type(places).__name__}"
+            )
         outside = sorted({file for file in places.values() if Path(file).name != file})
         if outside:
-            raise ValueError(f"{folder / INDEX} must name files of the same folder, found {outside}")
+            raise ValueError(f"{folder / INDEX} must name files of the same folder, found {listed(outside)}")
         return places
     if (folder / FILE).is_file():
         return {"": FILE}
@@ -94,10 +99,16 @@ def _places(folder: Path) -> dict[str, str]:
 
 
 def inside(folder: Path) -> str:
-    """Say what is in a folder, for a message."""
+    """List the files of a folder, for a message."""
     if not folder.is_dir():
         return "a file" if folder.exists() else "no such folder"
-    return ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    return listed(sorted(show_path(path.name) for path in folder.iterdir())) if any(folder.iterdir()) else "nothing"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join the first names of a list for a message, and count the others."""
+    more = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
+    return ", ".join([*names[:_LISTED], *more]) or "none"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -134,25 +145,29 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def raise_differences(what: str, asked: Mapping[str, object], found: Mapping[str, object]) -> None:
-    """Compare names and shapes, or what else stands behind the names.
+def raise_differences(
+    what: str, expected: Mapping[str, object], found: Mapping[str, object], compared: str = "shape"
+) -> None:
+    """Compare names and shapes, or whatever `compared` says that the mappings hold.
 
     Raises:
-        ValueError: there is a name on one side only, or another shape; the message lists both sides.
+        ValueError: a name is missing or unexpected, or its shape differs; the message lists all three.
     """
-    missing = [f"{name} {shape}" for name, shape in asked.items() if name not in found]
-    unknown = [f"{name} {shape}" for name, shape in found.items() if name not in asked]
-    shapes = [
-        f"{name}: needed {shape}, found {found[name]}"
-        for name, shape in asked.items()
+    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in found]
+    unexpected = [f"{name} {shape}" for name, shape in found.items() if name not in expected]
+    mismatched = [
+        f"{name}: expected {shape}, found {found[name]}"
+        for name, shape in expected.items()
         if name in found and shape != found[name]
     ]
-    if missing or unknown or shapes:
+    if missing or unexpected or mismatched:
         lines = [
-            f"needed and not there: {', '.join(missing) or 'none'}",
-            f"there and not known: {', '.join(unknown) or 'none'}",
+            f"missing: {listed(missing)}",
+            f"unexpected: {listed(unexpected)}",
+            *(f"{compared} mismatch: {line}" for line in mismatched[:_LISTED]),
+            *([f"and {len(mismatched) - _LISTED} more"] if len(mismatched) > _LISTED else []),
         ]
-        raise ValueError("\n  ".join([f"{what}:", *lines, *shapes]))
+        raise ValueError("\n  ".join([f"{what}:", *lines]))
 
 
 def make(folder: Path) -> None:
@@ -165,11 +180,11 @@ def make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder {folder}: {error.strerror}") from None
-    with explained(folder), tempfile.NamedTemporaryFile(dir=folder):
+    with raise_as_value_error(folder), tempfile.NamedTemporaryFile(dir=folder):
         pass
 
 
-def claim(folder: Path, files: Sequence[str]) -> None:
+def reserve_outputs(folder: Path, files: Sequence[str]) -> None:
     """Make a folder to write weights and these files to, beside whatever else is there.
 
     Raises:
@@ -182,14 +197,37 @@ def claim(folder: Path, files: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn what the file system and safetensors raise while `path` is written into a ValueError that names it."""
+def raise_as_value_error(path: Path, action: str = "write") -> Iterator[None]:
+    """Turn an error of the file system, of safetensors or of UTF-8 into a ValueError that names `path`."""
     try:
         yield
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"cannot write {path}: {error}") from None
+        raise ValueError(f"cannot {action} {show_path(path)}: {error.strerror or error}") from None
+    except (safetensors.SafetensorError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot {action} {show_path(path)}: {error}") from None
+
+
+def cast_finite(leaves: Mapping[str, Any], dtype: str | None = None) -> dict[str, np.ndarray]:
+    """Return the leaves in host memory, cast to `dtype`; None: as they are.
+
+    Raises:
+        ValueError: a leaf holds NaN or infinity, or a number beyond the range of `dtype`; the message names it.
+    """
+    arrays = {}
+    for name, leaf in leaves.items():
+        array = np.asarray(jax.device_get(leaf))
+        if not np.isfinite(array).all():
+            kinds = [word for word, test in (("NaN", np.isnan), ("infinity", np.isinf)) if test(array).any()]
+            raise ValueError(f"{name} holds {' and '.join(kinds)}; write a checkpoint from before the run diverged")
+        with np.errstate(over="ignore"):
+            arrays[name] = array if dtype is None else array.astype(jnp.dtype(dtype))
+        if not np.isfinite(arrays[name]).all():
+            largest, limit = float(np.abs(array).max()), float(jnp.finfo(dtype).max)
+            raise ValueError(
+                f"{name} holds numbers up to {largest:.6g}, and {dtype} ends at {limit:.6g}; write it as float32"
+                f"{'' if dtype == 'bfloat16' else ' or bfloat16'}"
+            )
+    return arrays
 
 
 def write(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -201,8 +239,12 @@ def write(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     waiting = file.with_name(f"{file.name}.partial")
     # The library takes an array's address: what is not contiguous would be written as other bytes.
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    with explained(file):
+    with raise_as_value_error(file):
+        waiting.unlink(missing_ok=True)
+        waiting.touch()
+        mode = waiting.stat().st_mode  # as the umask says; the library makes a file that its owner alone may read
         safetensors.numpy.save_file(contiguous, waiting, metadata=dict(metadata))
+        waiting.chmod(mode)
         os.replace(waiting, file)
 
 

@@ -72,7 +72,7 @@ def _as_stored(state: TrainState, stored: dict[str, str]) -> TrainState:
     """Ask for parameters in the dtype that they are stored in: converted weights may be narrower than float32."""
 
     def narrow(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        dtype = stored.get(f"params/{tree.leaf_path(path)}", str(leaf.dtype)).partition(" ")[0]
+        dtype = stored.get(f"params/{tree.leaf_path(path)}", str(leaf.dtype)).partition("[")[0]
         return leaf.update(dtype=dtype) if dtype in ("bfloat16", "float16") else leaf
 
     return dataclasses.replace(state, params=jax.tree.map_with_path(narrow, state.params))
