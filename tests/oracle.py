@@ -24,13 +24,13 @@ def same_document(ids: jax.Array, back: int) -> jax.Array:
 
 
 def short_conv(params: Mapping[str, Any], x: jax.Array, ids: jax.Array) -> jax.Array:
-    """y_t = SiLU(bias + sum_j kernel[K-1-j] x_{t-j}), over the taps of the same document."""
+    """y_t = bias + sum_j kernel[K-1-j] x_{t-j}, over the taps of the same document."""
     kernel, seq_len = params["kernel"], x.shape[1]
-    y = jnp.zeros_like(x) + params["bias"]
+    y = jnp.zeros_like(x) + (params["bias"] if "bias" in params else 0)
     for back in range(min(kernel.shape[0], seq_len)):
         shifted = jnp.concatenate([jnp.zeros_like(x[:, :back]), x[:, : seq_len - back]], axis=1)
         y = y + jnp.where(same_document(ids, back)[..., None], shifted, 0) * kernel[kernel.shape[0] - 1 - back]
-    return silu(y)
+    return y
 
 
 def rotate(x: jax.Array, theta: float) -> jax.Array:
@@ -92,7 +92,8 @@ def mixer(
     """where(t < P, attend, ssd), both branches over the whole row; `points` [B]."""
     ids = jnp.ones(x.shape[:2], jnp.int32) if ids is None else ids
     heads = lambda y, count: y.reshape(*y.shape[:2], count, -1)
-    project = lambda name: short_conv(params[f"conv_{name}"], x @ params[name]["kernel"], ids)
+    activate = silu if cfg.conv_activation == "silu" else lambda y: y
+    project = lambda name: activate(short_conv(params[f"conv_{name}"], x @ params[name]["kernel"], ids))
     q, k = heads(project("q"), cfg.num_groups), heads(project("k"), cfg.num_groups)
     v = heads(project("v"), cfg.num_heads)
     if cfg.rotary == "both":

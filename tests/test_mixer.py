@@ -38,6 +38,8 @@ VARIANTS = {
     "no_skip": {"use_d_skip": False},
     "one_group": {"num_groups": 1},
     "group_per_head": {"num_groups": 4},
+    "linear_convolution": {"conv_activation": "none"},
+    "plain_attention": {"conv_activation": "none", "conv_width": 1, "conv_bias": False},
 }
 
 

@@ -46,6 +46,9 @@ class ModelConfig:
     """RMSNorm on the attention branch, with the weight of the SSM branch's gated norm."""
     use_d_skip: bool = True
     """The D skip connection of the SSM branch."""
+    conv_activation: Literal["silu", "none"] = "silu"
+    """Nonlinearity behind the short convolutions of q, k and v. With `none` their taps begin as the identity; with
+    conv_width 1 and no conv_bias besides, attention is that of a plain Transformer (a scale a channel is left)."""
     conv_bias: bool = True
     """Biases in the short convolutions."""
     dt_limit: tuple[float, float] = (0.0, math.inf)

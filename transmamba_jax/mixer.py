@@ -77,11 +77,12 @@ def compute_dt(config: ModelConfig, projected: Float[Array, "... H"], bias: Floa
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution over time, then SiLU."""
+    """Causal depthwise convolution over time, then SiLU; without SiLU it begins as the identity."""
 
     width: int
     param_dtype: str
     use_bias: bool = True
+    silu: bool = True
 
     @nn.compact
     def __call__(
@@ -93,14 +94,18 @@ class ShortConv(nn.Module):
         def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        kernel = self.param("kernel", uniform, (self.width, x.shape[-1]), self.param_dtype)
+        def identity(_key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+            return jnp.zeros(shape, dtype).at[-1].set(1)
+
+        taps, biases = (uniform, uniform) if self.silu else (identity, nn.initializers.zeros)
+        kernel = self.param("kernel", taps, (self.width, x.shape[-1]), self.param_dtype)
         if self.use_bias:
-            bias = self.param("bias", uniform, (x.shape[-1],), self.param_dtype)
+            bias = self.param("bias", biases, (x.shape[-1],), self.param_dtype)
         else:
             bias = jnp.zeros(x.shape[-1], self.param_dtype)
         if history is None:
-            return parallel.convolve(x, kernel, bias, segment_ids, silu=True)
-        return causal_conv(x, kernel, bias, segment_ids, history, silu=True)
+            return parallel.convolve(x, kernel, bias, segment_ids, silu=self.silu)
+        return causal_conv(x, kernel, bias, segment_ids, history, silu=self.silu)
 
 
 class Mixer(nn.Module):
@@ -120,7 +125,7 @@ class Mixer(nn.Module):
         self.z, self.dt = dense(cfg.d_inner), dense(cfg.num_heads)
         self.out = dense(cfg.d_model, residual_uniform(cfg.num_layers))
         self.conv_q, self.conv_k, self.conv_v = (
-            ShortConv(cfg.conv_width, cfg.param_dtype, cfg.conv_bias) for _ in range(3)
+            ShortConv(cfg.conv_width, cfg.param_dtype, cfg.conv_bias, cfg.conv_activation == "silu") for _ in range(3)
         )
         self.a_log = self.param("a_log", init_a_log, (cfg.num_heads,), cfg.param_dtype)
         self.dt_bias = self.param("dt_bias", init_dt_bias, (cfg.num_heads,), cfg.param_dtype)

@@ -279,6 +279,7 @@ def test_a_published_config_of_state_spaces_is_read(tmp_path: Path) -> None:
         ),
         ({"mlp_dim": 8}, "mlp_dim must be 0"),
         ({"use_d_skip": False}, "use_d_skip must be True"),
+        ({"conv_activation": "none"}, "conv_activation must be 'silu'"),
         ({"rotary": "both"}, "rotary must be 'attention'"),
         ({"head_dim": 5}, "= 30 must be a multiple of model.d_model = 12"),
         ({"conv_bias": False}, r"(?s)unexpected: layers/mixer/conv_v/bias \(2, 24\)|conv_q/bias"),

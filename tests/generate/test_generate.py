@@ -38,6 +38,17 @@ def test_greedy_equals_the_forward_token_by_token() -> None:
             row.append(token)
 
 
+@pytest.mark.parametrize("options", [{}, {"conv_width": 1, "conv_bias": False}])
+def test_without_silu_on_q_k_and_v_it_is_the_same(options: dict[str, Any]) -> None:
+    config = dataclasses.replace(TWO, conv_activation="none", **options)
+    (new,) = tm.generate(*make(config), PROMPTS[:1], 3)
+    row = list(PROMPTS[0])
+    for token in new:
+        logits = logits_of(config, np.pad(row, (0, TOTAL - len(row)))[None], config.transpoints)
+        assert token == int(np.argmax(logits[0, len(row) - 1]))
+        row.append(token)
+
+
 def test_a_batch_gives_what_each_prompt_gives_alone() -> None:
     key = jax.random.key(1)
     greedy, sampled = generate(new=3), generate(new=3, temperature=2.0, key=key)

@@ -112,6 +112,7 @@ def write(config: ModelConfig, naming: Naming, dtype: str, end_of_document: int 
         ("mlp_dim", 0, "Mamba-2 has no MLP"),
         ("use_d_skip", True, "Mamba-2 has D"),
         ("rotary", "attention", "Mamba-2 rotates nothing"),
+        ("conv_activation", "silu", "Mamba-2 has SiLU behind its convolution"),
     ):
         found = getattr(config, name)
         require(found == needed, f"model.{name} must be {needed!r} to be written as Mamba-2, found {found!r}: {hint}")

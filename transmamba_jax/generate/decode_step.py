@@ -199,7 +199,8 @@ def _mix(
     channels = weights.taps.shape[1]
     taps = jnp.concatenate([cache.window, projected[:, None, :channels]], axis=1)  # [B, K, C]
     convolved = jnp.sum(taps.astype(jnp.float32) * weights.taps, axis=1) + weights.bias
-    q, k, v = jnp.split(jax.nn.silu(convolved.astype(x.dtype)), (config.d_key, 2 * config.d_key), axis=-1)
+    activate = jax.nn.silu if config.conv_activation == "silu" else lambda y: y
+    q, k, v = jnp.split(activate(convolved.astype(x.dtype)), (config.d_key, 2 * config.d_key), axis=-1)
     q, k = (y.reshape(-1, config.num_groups, config.state_dim) for y in (q, k))
     v = v.reshape(-1, config.num_heads, config.head_dim)
     q, k, v = (sharding.constrain(y, _HEADS) for y in (q, k, v))
