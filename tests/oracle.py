@@ -26,7 +26,7 @@ def same_document(ids: jax.Array, back: int) -> jax.Array:
 def short_conv(params: Mapping[str, Any], x: jax.Array, ids: jax.Array) -> jax.Array:
     """y_t = bias + sum_j kernel[K-1-j] x_{t-j}, over the taps of the same document."""
     kernel, seq_len = params["kernel"], x.shape[1]
-    y = jnp.zeros_like(x) + (params["bias"] if "bias" in params else 0)
+    y = jnp.zeros_like(x) + params.get("bias", 0)
     for back in range(min(kernel.shape[0], seq_len)):
         shifted = jnp.concatenate([jnp.zeros_like(x[:, :back]), x[:, : seq_len - back]], axis=1)
         y = y + jnp.where(same_document(ids, back)[..., None], shifted, 0) * kernel[kernel.shape[0] - 1 - back]

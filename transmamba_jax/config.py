@@ -245,6 +245,12 @@ class TrainConfig:
     """Microbatches of one step; the gradient equals that of the whole batch."""
     loss_chunk: int = 8192
     """Tokens of a device whose logits exist at one time in the loss."""
+    schedule_sampling: Literal["none", "pool", "rows"] = "none"
+    """Train under random schedules. none: model.transpoints; pool: each step runs one of schedule_pool; rows: each row
+    draws its TransPoints, at the cost of both branches everywhere."""
+    schedule_pool: tuple[str, ...] = ()
+    """Schedules to draw from: names (v9, transformer, ...) or TransPoints ("0 64 128"). Without any, `rows` draws for
+    every layer from 0, the powers of two, and data.seq_len."""
     log_every: int = 10
     """Steps between training lines in metrics.jsonl."""
     max_nonfinite_steps: int = 10
@@ -256,6 +262,14 @@ class TrainConfig:
         """Check the ranges."""
         at_least("train", self, 1, "steps", "accumulation", "loss_chunk", "log_every", "max_nonfinite_steps")
         at_least("train", self, 0, "seed", "sample_tokens")
+        require(
+            self.schedule_sampling != "pool" or len(self.schedule_pool) > 0,
+            "train.schedule_sampling=pool needs train.schedule_pool: names or lists of TransPoints, found none",
+        )
+        require(
+            self.schedule_sampling != "none" or not self.schedule_pool,
+            "train.schedule_pool is for train.schedule_sampling pool or rows, found none; set it or drop the pool",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,6 +351,9 @@ class EvalConfig:
 
     every: int = 500
     """Steps between evaluations; 0: never, not even at the end."""
+    schedules: tuple[str, ...] = ()
+    """Schedules that the held-out windows are read under besides model.transpoints: names, or TransPoints ("0 64 128").
+    Their figures are eval/<schedule>/loss and so on."""
     windows: int = 128
     """Rows that the held-out loss is measured over, evenly spread over the split; 0: all."""
     batch_size: int = 8

@@ -7,11 +7,12 @@ Loss by position is the mean over the rows at the same distances from the start 
 [0, 1), [1, 2), [2, 4), [4, 8) ... T. Logits exist for `train.loss_chunk` tokens at a time, in float32.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool
 
-from transmamba_jax import data, sharding
+from transmamba_jax import data, schedule, sharding
 from transmamba_jax.config import Config
 from transmamba_jax.evaluate.answers import AnswerCounter, AnswerResult
 from transmamba_jax.evaluate.scoring import token_scores
@@ -75,8 +76,8 @@ class Evaluator:
         Raises:
             ValueError: the held-out split cannot be read or is too short for one window.
         """
-        self._seq_len = config.data.seq_len
-        self._mesh = mesh
+        self._seq_len, self._chunk = config.data.seq_len, config.train.loss_chunk
+        self._model, self._mesh = model, mesh
         batches = data.eval_batches(config.data, tokenizer, config.eval.windows, config.eval.batch_size)
         missing = -config.eval.batch_size % (1 if mesh is None else sharding.row_shards(mesh))
         self._batches = [
@@ -84,9 +85,20 @@ class Evaluator:
             for batch in batches
         ]
         self._transpoints = config.model.transpoints
-        self._score = jax.jit(
-            functools.partial(_nll_by_position, model, config.train.loss_chunk),
-            out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
+        self._score = self._compile()
+
+    def under(self, transpoints: Sequence[int]) -> "Evaluator":
+        """Return an evaluator of the same windows that runs the model, a `TransMamba`, under another schedule."""
+        other = copy.copy(self)
+        other._transpoints = schedule.expand(transpoints, self._model.config.num_layers)
+        other._model = self._model.clone(config=dataclasses.replace(self._model.config, transpoints=other._transpoints))
+        other._score = other._compile()
+        return other
+
+    def _compile(self) -> Callable[..., Any]:
+        return jax.jit(
+            functools.partial(_nll_by_position, self._model, self._chunk),
+            out_shardings=None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec()),
         )
 
     def __call__(self, params: Any, should_stop: Callable[[], bool] = lambda: False) -> EvalResult:

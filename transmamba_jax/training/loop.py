@@ -23,7 +23,7 @@ from transmamba_jax.model import TransMamba
 from transmamba_jax.report import read_metrics, write_report
 from transmamba_jax.runtime import hosts
 from transmamba_jax.runtime.paths import expand_path
-from transmamba_jax.training import resume, run_lock
+from transmamba_jax.training import resume, run_lock, schedule_sampling
 from transmamba_jax.training.console import Console
 from transmamba_jax.training.metrics import MetricsWriter, Record, Throughput, peak_memory_bytes
 from transmamba_jax.training.optimizer import make_optimizer
@@ -41,6 +41,9 @@ from transmamba_jax.training.step import (
 
 EXIT_NOT_SAVED = 74
 """Exit code of a run whose last state, or another file that it needs, could not be saved: EX_IOERR."""
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 class NonFiniteError(ArithmeticError):
@@ -84,6 +87,7 @@ def train(
                 lock = cleanup.enter_context(run_lock.hold(workdir))
         hosts.require_same({f"workdir {workdir}, which all processes share": run_lock.shown(workdir)})
         with hosts.collective_errors():
+            schedule_sampling.models(config, model)
             resume.compare_with_earlier_run(config, model, mesh, workdir)
             tokenizer, batches = _open_data(config, mesh)
             cleanup.callback(batches.close)
@@ -112,6 +116,8 @@ def train(
             writer=writer,
             console=cleanup.enter_context(Console(start, config.train.steps)),
             evaluator=evaluator,
+            others=_evaluators(config, model, evaluator),
+            row_share=hosts.row_share(mesh, config.data.batch_size),
         )
         # 3. Steps, then the report.
         state, step = run.train(state, start)
@@ -123,6 +129,15 @@ def train(
             return EXIT_PREEMPTED
         run.finish(state, step, trained=step > start)
         return 0
+
+
+def _evaluators(config: Config, model: nn.Module, evaluator: Evaluator | None) -> dict[str, Evaluator]:
+    """Return an evaluator for each of `eval.schedules`."""
+    if evaluator is None or not config.eval.schedules:
+        return {}
+    schedule_sampling.require_transmamba(model, "eval.schedules")
+    points = schedule_sampling.resolve(config, config.eval.schedules, "eval.schedules")
+    return {name: evaluator.under(choice) for name, choice in zip(config.eval.schedules, points, strict=True)}
 
 
 def _agreed_mesh(config: Config) -> Mesh:
@@ -163,6 +178,10 @@ class _Run:
     console: Console
     evaluator: Evaluator | None
     """None: nothing is evaluated."""
+    others: dict[str, Evaluator]
+    """Of each of `eval.schedules`."""
+    row_share: tuple[int, int]
+    """Which of how many parts of a batch's rows this process reads."""
 
     def train(self, state: TrainState, start: int) -> tuple[TrainState, int]:
         """Go from `start` to the last step, or to where a signal asks to stop; return the state and its step."""
@@ -174,13 +193,14 @@ class _Run:
         if start > 0 and self._evaluation_due(start) and missing:
             self._evaluate(state, start)
         if start < steps and not self.any_process.now(self.preemption.requested):
-            train_step = self._compile(state, log)
+            train_steps = self._compile(state, log)
 
         step = start
         while step < steps and not self.any_process.lagged(self.preemption.requested):
             # a. The batch is read and the step is queued; the device works while the host goes on.
-            batch = sharding.place_batch(next(self.batches), self.mesh)
-            state, metrics = train_step(state, batch)
+            rows = schedule_sampling.with_transpoints(self.config, next(self.batches), step, *self.row_share)
+            batch = sharding.place_batch(rows, self.mesh)
+            state, metrics = train_steps[schedule_sampling.of_step(self.config, step)](state, batch)
             step += 1
 
             # b. The metrics of the step before are fetched: they are ready, so nobody waits. A diverged run ends here.
@@ -262,13 +282,17 @@ class _Run:
         every = self.config.checkpoint.every
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
-    def _compile(self, state: TrainState, log: "_Log") -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        """Compile the step before any data is consumed, so that a stop during it loses nothing."""
+    def _compile(
+        self, state: TrainState, log: "_Log"
+    ) -> list[Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]:
+        """Compile the step of every schedule before any data is consumed, so that a stop during it loses nothing."""
         self.console.say(f"compiling for {jax.device_count()} x {jax.devices()[0].device_kind}")
         tx = make_optimizer(self.config)
-        train_step = make_train_step(self.config, self.model, tx, self.mesh)
-        begin = time.perf_counter()
-        compiled = train_step.lower(state, abstract_batch(self.config, self.mesh)).compile()
+        begin, batch = time.perf_counter(), abstract_batch(self.config, self.mesh)
+        compiled = []
+        for model in schedule_sampling.models(self.config, self.model):
+            train_step = make_train_step(self.config, model, tx, self.mesh)
+            compiled.append(train_step.lower(state, batch).compile())
         log.start(compile_seconds=time.perf_counter() - begin)
         return compiled
 
@@ -276,18 +300,24 @@ class _Run:
         """Measure and log the held-out loss; None when a signal stopped it, or nothing is evaluated."""
         if self.evaluator is None:
             return None
+        should_stop = lambda: self.any_process.lagged(self.preemption.requested)
         try:
-            result = self.evaluator(
-                state.params, should_stop=lambda: self.any_process.lagged(self.preemption.requested)
-            )
+            result = self.evaluator(state.params, should_stop)
+            others = {name: evaluator(state.params, should_stop) for name, evaluator in self.others.items()}
         except EvaluationStopped:
             return None
         record = {"step": step, **result.metrics()}
+        for name, other in others.items():
+            record |= {key.replace("eval/", f"eval/{name}/", 1): value for key, value in other.metrics().items()}
         if step == self.config.train.steps and hosts.is_first() and not is_synthetic(self.config.data.source):
             texts = data.training_text(self.config.data), data.held_out_text(self.config.data)
             record |= {f"baseline/{name}": value for name, value in data.baselines(*texts).items()}
         self.write(record)
         self.console.say(f"step {step}  held-out loss {result.loss:.4f}  bits per byte {result.bits_per_byte:.4f}")
+        for name, other in others.items():
+            self.console.say(
+                f"step {step}  under {name}: loss {other.loss:.4f}  bits per byte {other.bits_per_byte:.4f}"
+            )
         return result.loss
 
     def _save(self, state: TrainState, step: int, eval_loss: float | None) -> None:

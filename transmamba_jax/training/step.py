@@ -27,7 +27,7 @@ from transmamba_jax.training.optimizer import learning_rate_schedule, make_optim
 
 Batch = dict[str, jax.Array]
 """`tokens` int32 [B, T+1]; `segment_ids` of that shape where rows are packed; `weights` float32 of that shape where
-tokens are not all to be learned, such as the answers of a task."""
+tokens are not all to be learned, such as the answers of a task; `transpoints` int32 [B, L] where rows draw them."""
 Metrics = dict[str, jax.Array]
 
 
@@ -88,11 +88,15 @@ def abstract_state(config: Config, model: nn.Module, mesh: Mesh) -> TrainState:
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes, dtypes and shardings of a batch without reading one."""
     shape = (config.data.batch_size, config.data.seq_len + 1)
-    array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+    arrays = {name: array(shape, jnp.int32) for name in ("tokens", "bytes")}
     if is_synthetic(config.data.source):
-        return {"tokens": array(jnp.int32), "bytes": array(jnp.int32), "weights": array(jnp.float32)}
-    names = ("tokens", "bytes", *(["segment_ids"] if config.data.packing == "first_fit" else []))
-    return dict.fromkeys(names, array(jnp.int32))
+        arrays["weights"] = array(shape, jnp.float32)
+    elif config.data.packing == "first_fit":
+        arrays["segment_ids"] = array(shape, jnp.int32)
+    if config.train.schedule_sampling == "rows":
+        arrays["transpoints"] = array((shape[0], config.model.num_layers), jnp.int32)
+    return arrays
 
 
 def create_state(config: Config, model: nn.Module, mesh: Mesh) -> TrainState:
@@ -115,8 +119,10 @@ def _loss_and_gradient(
     params: Any, model: nn.Module, batch: Batch, weights: Float32[Array, "B T"], chunk: int
 ) -> tuple[Float32[Array, ""], Any]:
     """Return the weighted sum of the cross-entropies of a batch in nats, and its gradient."""
-    inputs = {name: rows[:, :-1] for name, rows in batch.items() if name != "weights"}
-    run = partial(model.apply, tokens=inputs["tokens"], segment_ids=inputs.get("segment_ids"), method="hidden")
+    inputs = {name: batch[name][:, :-1] for name in ("tokens", "segment_ids") if name in batch}
+    if "transpoints" in batch:
+        inputs["transpoints"] = batch["transpoints"].T
+    run = partial(model.apply, **inputs, method="hidden")
     hidden, pullback = jax.vjp(lambda params: run({"params": params}), params)
     name = "lm_head" if "lm_head" in params else "embedding"
     logits = lambda head, part: model.apply({"params": {**params, name: head}}, part, method="logits")
@@ -133,7 +139,8 @@ def loss_and_gradient(
     Each microbatch's weights are divided by the token count of the *batch*, so the sums add up to the batch's own mean
     and gradient however unevenly the tokens are spread.
     """
-    total = jnp.maximum(jnp.sum(token_weights(batch)), 1.0)
+    total = jnp.sum(token_weights(batch))
+    total = jnp.where(total > 0, total, 1.0)
     objective = lambda params, part: _loss_and_gradient(params, model, part, token_weights(part) / total, chunk)
     if accumulation == 1:
         return objective(params, batch)

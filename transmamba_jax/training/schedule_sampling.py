@@ -1,0 +1,100 @@
+"""Training under random schedules, so that one checkpoint is good under many: `train.schedule_sampling`.
+
+    none    every step runs `model.transpoints`
+    pool    every step runs one schedule of `train.schedule_pool`: sliced, one compiled program each
+    rows    every row has TransPoints of its own: one compiled program, which computes both branches everywhere
+
+A draw is a function of (train.seed, step), made on the host: it is the same on every process, and a resumed run draws
+what the run without a break draws.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import flax.linen as nn
+import numpy as np
+
+from transmamba_jax import schedule
+from transmamba_jax.config import Config
+from transmamba_jax.model import TransMamba
+
+if TYPE_CHECKING:
+    from transmamba_jax.training.step import Batch
+
+_SALT = 0x7A9
+"""Keeps the draws apart from other uses of the seed."""
+
+
+def resolve(config: Config, entries: Sequence[str], option: str) -> list[schedule.Schedule]:
+    """Return the schedules that an option lists, one TransPoint per layer.
+
+    Raises:
+        ValueError: an entry is no schedule, or has more TransPoints than the model has layers.
+    """
+    layers, found = config.model.num_layers, []
+    for entry in entries:
+        try:
+            found.append(schedule.expand(schedule.choose(entry, config.data.seq_len, layers), layers))
+        except ValueError as error:
+            raise ValueError(f"{option}: {entry!r}: {error}") from None
+    return found
+
+
+def pool(config: Config) -> list[schedule.Schedule]:
+    """Return the schedules of `train.schedule_pool`; see `resolve`."""
+    return resolve(config, config.train.schedule_pool, "train.schedule_pool")
+
+
+def require_transmamba(model: nn.Module, option: str) -> None:
+    """Refuse an option that needs TransPoints for a model that has none."""
+    if not isinstance(model, TransMamba):
+        raise ValueError(f"{option} needs a TransMamba, found {type(model).__name__}: leave it out for other models")
+
+
+def models(config: Config, model: nn.Module) -> list[nn.Module]:
+    """Return the model of every compiled step: that of each schedule of the pool, or the one that there is.
+
+    Raises:
+        ValueError: a schedule does not fit, or the model is no `TransMamba`.
+    """
+    if config.train.schedule_sampling != "none":
+        require_transmamba(model, f"train.schedule_sampling={config.train.schedule_sampling}")
+    if config.train.schedule_sampling != "pool":
+        return [model]
+    under = lambda points: model.clone(config=dataclasses.replace(config.model, transpoints=points))
+    return [under(points) for points in pool(config)]
+
+
+def of_step(config: Config, step: int) -> int:
+    """Return which of `models` step `step` (from 0) runs."""
+    if config.train.schedule_sampling != "pool":
+        return 0
+    return int(_generator(config, step).integers(len(config.train.schedule_pool)))
+
+
+def of_rows(config: Config, step: int) -> np.ndarray:
+    """Return the TransPoints of every row of step `step` (from 0), int32 [B, L].
+
+    With a pool every row runs one of its schedules. Without one, every row and layer draws from 0, the powers of two
+    below T, and T, all equally likely.
+    """
+    generator, rows = _generator(config, step), config.data.batch_size
+    if config.train.schedule_pool:
+        schedules = np.array(pool(config), np.int32)
+        return schedules[generator.integers(len(schedules), size=rows)]
+    seq_len = config.data.seq_len
+    points = np.array([0, *(2**power for power in range((seq_len - 1).bit_length())), seq_len], np.int32)
+    return points[generator.integers(len(points), size=(rows, config.model.num_layers))]
+
+
+def with_transpoints(config: Config, batch: "Batch", step: int, part: int, parts: int) -> "Batch":
+    """Return this process's batch, rows `part` of `parts`, with the TransPoints of its rows where rows draw them."""
+    if config.train.schedule_sampling != "rows":
+        return batch
+    rows = config.data.batch_size // parts
+    return {**batch, "transpoints": of_rows(config, step)[part * rows : (part + 1) * rows]}
+
+
+def _generator(config: Config, step: int) -> np.random.Generator:
+    return np.random.default_rng((_SALT, config.train.seed, step))
