@@ -43,7 +43,7 @@ EXIT_NOT_SAVED = 74
 """Exit code of a run whose last state, or another file that it needs, could not be saved: EX_IOERR."""
 
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+_Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 class NonFiniteError(ArithmeticError):
@@ -282,9 +282,7 @@ class _Run:
         every = self.config.checkpoint.every
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
-    def _compile(
-        self, state: TrainState, log: "_Log"
-    ) -> list[Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]:
+    def _compile(self, state: TrainState, log: "_Log") -> Sequence[_Step]:
         """Compile the step of every schedule before any data is consumed, so that a stop during it loses nothing."""
         self.console.say(f"compiling for {jax.device_count()} x {jax.devices()[0].device_kind}")
         tx = make_optimizer(self.config)

@@ -10,7 +10,6 @@ what the run without a break draws.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import numpy as np
@@ -19,8 +18,7 @@ from transmamba_jax import schedule
 from transmamba_jax.config import Config
 from transmamba_jax.model import TransMamba
 
-if TYPE_CHECKING:
-    from transmamba_jax.training.step import Batch
+Rows = dict[str, np.ndarray]
 
 _SALT = 0x7A9
 """Keeps the draws apart from other uses of the seed."""
@@ -88,7 +86,7 @@ def of_rows(config: Config, step: int) -> np.ndarray:
     return points[generator.integers(len(points), size=(rows, config.model.num_layers))]
 
 
-def with_transpoints(config: Config, batch: "Batch", step: int, part: int, parts: int) -> "Batch":
+def with_transpoints(config: Config, batch: Rows, step: int, part: int, parts: int) -> Rows:
     """Return this process's batch, rows `part` of `parts`, with the TransPoints of its rows where rows draw them."""
     if config.train.schedule_sampling != "rows":
         return batch

@@ -119,7 +119,7 @@ def _loss_and_gradient(
     params: Any, model: nn.Module, batch: Batch, weights: Float32[Array, "B T"], chunk: int
 ) -> tuple[Float32[Array, ""], Any]:
     """Return the weighted sum of the cross-entropies of a batch in nats, and its gradient."""
-    inputs = {name: batch[name][:, :-1] for name in ("tokens", "segment_ids") if name in batch}
+    inputs: Batch = {name: batch[name][:, :-1] for name in ("tokens", "segment_ids") if name in batch}
     if "transpoints" in batch:
         inputs["transpoints"] = batch["transpoints"].T
     run = partial(model.apply, **inputs, method="hidden")
