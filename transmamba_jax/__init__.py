@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from transmamba_jax.config_io import load_config
+    from transmamba_jax.evaluate.inspection import Inspection, inspect
     from transmamba_jax.generate import Decoder, Sampling, generate, stream
     from transmamba_jax.generate.loaded import LanguageModel, load
     from transmamba_jax.memory_converter import memory_converter
@@ -39,6 +40,7 @@ __all__ = [
     "DataConfig",
     "Decoder",
     "EvalConfig",
+    "Inspection",
     "KernelsConfig",
     "LanguageModel",
     "MeshConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "convert",
     "export",
     "generate",
+    "inspect",
     "load",
     "load_config",
     "make_optimizer",
@@ -71,6 +74,7 @@ _HOMES = {
     "DataConfig": "config",
     "Decoder": "generate",
     "EvalConfig": "config",
+    "Inspection": "evaluate.inspection",
     "KernelsConfig": "config",
     "LanguageModel": "generate.loaded",
     "MeshConfig": "config",
@@ -81,6 +85,7 @@ _HOMES = {
     "TrainState": "training.step",
     "TransMamba": "model",
     "generate": "generate",
+    "inspect": "evaluate.inspection",
     "load": "generate.loaded",
     "load_config": "config_io",
     "make_optimizer": "training.optimizer",

@@ -205,9 +205,9 @@ def merge(layer: LayerCache, recent: LayerCache, starts: Int[Array, "B"], steps:
     """Store the first `steps` recent tokens of each row from its place `starts` on, as far as there is room."""
     if layer.keys is None or layer.values is None or recent.keys is None or recent.values is None:
         return layer
-    index = jnp.arange(recent.keys.shape[2])
+    index = jnp.arange(recent.keys.shape[2], dtype=jnp.int32)
     places = jnp.where(index < steps, starts[:, None] + index, layer.room)  # [B, steps]; beyond the room: dropped
-    rows = jnp.arange(starts.shape[0])[:, None]
+    rows = jnp.arange(starts.shape[0], dtype=jnp.int32)[:, None]
     put = lambda whole, part: whole.at[rows, :, places].set(part.swapaxes(1, 2), mode="drop")
     waiting = layer.steps
     if waiting is not None and recent.steps is not None:
@@ -224,7 +224,7 @@ def shift_window(
     joined = jnp.concatenate([window, inputs], axis=1)
     if valid is None:
         return joined[:, inputs.shape[1] :]
-    places = valid[:, None] + jnp.arange(window.shape[1])
+    places = valid[:, None] + jnp.arange(window.shape[1], dtype=jnp.int32)
     return jnp.take_along_axis(joined, places[..., None], axis=1)
 
 
@@ -246,8 +246,8 @@ def attend_once(
     dot = lambda equation, x, y: jnp.einsum(
         equation, x.astype(operand), y.astype(operand), preferred_element_type=jnp.float32
     )
-    before = jnp.arange(layer.room) < starts[:, None, None]
-    upto = jnp.arange(recent.room) <= index
+    before = jnp.arange(layer.room, dtype=jnp.int32) < starts[:, None, None]
+    upto = jnp.arange(recent.room, dtype=jnp.int32) <= index
     score = jnp.concatenate(
         [
             jnp.where(before, dot("bgn,bgsn->bgs", q, layer.keys), -jnp.inf),

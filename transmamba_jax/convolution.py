@@ -179,13 +179,13 @@ def _sums_in_blocks(padded: Array, dy: Array, readable: tuple[Array, ...] | None
         cut = lambda value, size: jax.lax.dynamic_slice_in_dim(value, start, size, axis=1)
         dy_block, x = cut(dy, block).astype(wide), cut(padded, block + taps - 1).astype(wide)
         mask = None if readable is None else tuple(cut(m, block) for m in readable)
-        ones = jnp.tile((start + jnp.arange(block) >= first).astype(wide), (1, batch))
+        ones = jnp.tile((start + jnp.arange(block, dtype=jnp.int32) >= first).astype(wide), (1, batch))
         add_up = lambda value: (ones @ value.reshape(batch * block, channels))[0]
         products = [add_up(_read(tap, dy_block, mask) * x[:, tap : tap + block]) for tap in range(taps)]
         return (sums[0] + jnp.stack(products), sums[1] + add_up(dy_block)), None
 
     init = jnp.zeros((taps, channels), wide), jnp.zeros((channels,), wide)
-    return jax.lax.scan(body, init, jnp.arange(0, length, block))[0]
+    return jax.lax.scan(body, init, jnp.arange(0, length, block, dtype=jnp.int32))[0]
 
 
 def _check(x: Array, kernel: Array, bias: Array, segment_ids: Array | None, history: Array | None) -> None:

@@ -28,6 +28,7 @@ from transmamba_jax.shapes import (
     Array,
     Dt,
     Float,
+    HeadScalar,
     Hidden,
     Int,
     QueryKey,
@@ -50,12 +51,12 @@ def residual_uniform(num_layers: int) -> nn.initializers.Initializer:
 
 def init_a_log(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """Return log of A ~ U(1, 16), so that -exp(a_log) is the decay rate (Mamba-2)."""
-    return jnp.log(jax.random.uniform(key, shape, minval=1, maxval=16)).astype(dtype)
+    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1, 16)).astype(dtype)
 
 
 def init_dt_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """Return the inverse softplus of Δ, log-uniform between 1e-3 and 1e-1 (Mamba-2; its floor 1e-4 cannot bind)."""
-    dt = jnp.exp(jax.random.uniform(key, shape, minval=math.log(1e-3), maxval=math.log(1e-1)))
+    dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(1e-3), math.log(1e-1)))
     return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
 
 
@@ -152,8 +153,14 @@ class Mixer(nn.Module):
         attended = self._attend(q[:, :stop], k[:, :stop], v[:, :stop], ids)
         attended = jnp.pad(attended, ((0, 0), (0, length - stop), (0, 0)))
         scanned = self._gate(x, self._scan(q, k, v, self._compute_dt(x), None, segment_ids)[0])
-        before = jnp.arange(length) < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
+        before = jnp.arange(length, dtype=jnp.int32) < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
         return over_tokens(self.out, jnp.where(before[..., None], attended, scanned))
+
+    def projections(
+        self, x: Hidden, segment_ids: SegmentIds | None = None
+    ) -> tuple[QueryKey, QueryKey, Value, Dt, HeadScalar]:
+        """Return q, k, v, dt and a, which attention, SSM and Memory Converter read; see `evaluate.inspection`."""
+        return *self._project(x, segment_ids), self._compute_dt(x), self._decay()
 
     def extend(
         self,
@@ -179,10 +186,10 @@ class Mixer(nn.Module):
             ValueError: the cache lacks what is needed.
         """
         length = x.shape[1]
-        positions = start + jnp.arange(length)
+        positions = start + jnp.arange(length, dtype=jnp.int32)
         q, k, v, window = self._continue(x, cache.window, positions, valid)
         cache = dataclasses.replace(cache, window=window)
-        real = jnp.arange(length) < valid[:, None]
+        real = jnp.arange(length, dtype=jnp.int32) < valid[:, None]
         dt = jnp.where(real[..., None], self._compute_dt(x), 0)
         parts = []
         if split > 0:
@@ -279,7 +286,7 @@ class Mixer(nn.Module):
         return (*self._rotate(q, k), v) if cfg.rotary == "both" else (q, k, v)
 
     def _rotate(self, q: QueryKey, k: QueryKey, positions: Int[Array, "T"] | None = None) -> tuple[QueryKey, QueryKey]:
-        positions = jnp.arange(q.shape[1]) if positions is None else positions
+        positions = jnp.arange(q.shape[1], dtype=jnp.int32) if positions is None else positions
         return rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta)
 
     def _compute_dt(self, x: Hidden) -> Dt:
@@ -326,9 +333,9 @@ class Mixer(nn.Module):
 
 def _same_document(before: SegmentIds, after: SegmentIds) -> Array:
     """Tell per row whether the last token of `before` and the first of `after`, padding aside, share a document."""
-    last = jnp.max(jnp.where(before != 0, jnp.arange(before.shape[1]), -1), axis=1)
+    last = jnp.max(jnp.where(before != 0, jnp.arange(before.shape[1], dtype=jnp.int32), -1), axis=1)
     first = jnp.argmax(after != 0, axis=1)
-    row = jnp.arange(before.shape[0])
+    row = jnp.arange(before.shape[0], dtype=jnp.int32)
     return (last >= 0) & (before[row, last] == after[row, first])
 
 

@@ -22,7 +22,21 @@ from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import KernelsConfig, ModelConfig
 from transmamba_jax.mixer import Mixer, fan_in_uniform, over_tokens, residual_uniform
 from transmamba_jax.norm import RMSNorm
-from transmamba_jax.shapes import Array, Float, Hidden, Int, Logits, SegmentIds, Tokens, TransPoint, known
+from transmamba_jax.shapes import (
+    Array,
+    Dt,
+    Float,
+    HeadScalar,
+    Hidden,
+    Int,
+    Logits,
+    QueryKey,
+    SegmentIds,
+    Tokens,
+    TransPoint,
+    Value,
+    known,
+)
 
 HIDDEN = ("rows", "time", None)
 MLP = ("rows", "time", "width")
@@ -93,6 +107,12 @@ class Block(nn.Module):
         """Apply the layer with its TransPoint."""
         return self._after(x + self.mixer(self.mixer_norm(x), transpoint, segment_ids))
 
+    def projections(
+        self, x: Hidden, segment_ids: SegmentIds | None = None
+    ) -> tuple[QueryKey, QueryKey, Value, Dt, HeadScalar]:
+        """Return q, k, v, dt and a of the mixer; see `Mixer.projections`."""
+        return self.mixer.projections(self.mixer_norm(x), segment_ids)
+
     def extend(self, x: Hidden, cache: LayerCache, *arguments: Any) -> tuple[Hidden, LayerCache]:
         """Apply the layer to tokens that follow those in `cache`; arguments as for the mixer's `extend`."""
         mixed, cache = self.mixer.extend(self.mixer_norm(x), cache, *arguments)
@@ -160,14 +180,14 @@ class TransMamba(nn.Module):
     ) -> Hidden:
         """Return the normalised output of the last layer; arguments as for the model itself."""
         cfg = self.config
-        _check_tokens(tokens, segment_ids)
+        check_tokens(tokens, segment_ids)
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         x = embed(cfg, sharding.gather_parameter("embedding", self.embedding), tokens)
         x = sharding.constrain(x, HIDDEN)
         if transpoints is None:
             transpoints = cfg.transpoints
         if isinstance(transpoints, jax.Array | np.ndarray):
-            x = self._traced_stack(x, _check_traced(transpoints, cfg.num_layers, tokens.shape[0]), segment_ids)
+            x = self._traced_stack(x, check_traced(transpoints, cfg.num_layers, tokens.shape[0]), segment_ids)
         else:
             x = self._static_stack(x, schedule.expand(transpoints, cfg.num_layers), segment_ids)
         return self.final_norm(x)
@@ -276,7 +296,8 @@ class TransMamba(nn.Module):
         return jax.lax.scan(step, x, (self.layers, points))[0]
 
 
-def _check_tokens(tokens: Tokens, segment_ids: SegmentIds | None) -> None:
+def check_tokens(tokens: Tokens, segment_ids: SegmentIds | None) -> None:
+    """Raise a ValueError unless tokens and segment ids are integers [B, T]."""
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers [B, T], found shape {tokens.shape}, dtype {tokens.dtype}")
     if tokens.shape[1] < 1:
@@ -290,7 +311,8 @@ def _check_tokens(tokens: Tokens, segment_ids: SegmentIds | None) -> None:
         )
 
 
-def _check_traced(transpoints: Array | np.ndarray, num_layers: int, batch: int) -> Array:
+def check_traced(transpoints: Array | np.ndarray, num_layers: int, batch: int) -> Array:
+    """Return TransPoints as an array; raise a ValueError unless they are integers [L] or [L, B]."""
     shape, dtype = transpoints.shape, transpoints.dtype
     if shape not in ((num_layers,), (num_layers, batch)) or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(

@@ -232,11 +232,15 @@ def _forward(
 
     def whole_row(carry, xs):
         row, h, *by_block = xs
-        (h, *carry), _ = jax.lax.scan(functools.partial(body, row), (h, *carry), (jnp.arange(blocks), *by_block))
+        (h, *carry), _ = jax.lax.scan(
+            functools.partial(body, row), (h, *carry), (jnp.arange(blocks, dtype=jnp.int32), *by_block)
+        )
         return tuple(carry), h
 
     states = jnp.zeros((rows, blocks if keep_states else 0, *h.shape[1:]), jnp.float32)
-    (y, states), h = jax.lax.scan(whole_row, (jnp.zeros_like(x), states), (jnp.arange(rows), h, *by_block))
+    (y, states), h = jax.lax.scan(
+        whole_row, (jnp.zeros_like(x), states), (jnp.arange(rows, dtype=jnp.int32), h, *by_block)
+    )
     return y, h, states
 
 
@@ -249,7 +253,7 @@ def _log_decay_gradient(pairs: jax.Array, reads: jax.Array, writes: jax.Array, t
     chunk = reads.shape[-1]
     since = jnp.tri(chunk, dtype=jnp.float32)  # [i, k]: i >= k
     before = 1.0 - since  # [j, k]: j < k
-    spanning = (jnp.ones((1, chunk)) @ (before * (pairs @ since)))[..., 0, :]
+    spanning = (jnp.ones((1, chunk), jnp.float32) @ (before * (pairs @ since)))[..., 0, :]
     return spanning + reads @ since + writes @ before + through[..., None]
 
 
@@ -322,14 +326,16 @@ def _ssd_bwd(chunk, chunks, residuals, cotangents):
         (dh, _, *carry), gradients = jax.lax.scan(
             functools.partial(body, row),
             (dh, state_before(row, blocks - 1), *carry),
-            (jnp.arange(blocks), *by_block),
+            (jnp.arange(blocks, dtype=jnp.int32), *by_block),
             reverse=True,
         )
         return tuple(carry), (dh, gradients)
 
     # The first three are written whole. Of different values, since equal ones XLA makes once and copies.
     init = (*(jnp.full_like(value, k) for k, value in enumerate((x, b, c))), jnp.zeros_like(d))
-    (dx, db, dc, dd), (dh, (ddt, dl)) = jax.lax.scan(whole_row, init, (jnp.arange(rows), dh, *by_block))
+    (dx, db, dc, dd), (dh, (ddt, dl)) = jax.lax.scan(
+        whole_row, init, (jnp.arange(rows, dtype=jnp.int32), dh, *by_block)
+    )
     return dx, _tokens(ddt), _tokens(dl), db, dc, dd, dh
 
 

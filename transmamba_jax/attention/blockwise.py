@@ -82,7 +82,7 @@ def _first_block(ids: Array) -> Array:
     """
     low, high = ids.min(-1), ids.max(-1)  # [blocks, B]
     overlap = (low[:, None] <= high[None, :]) & (low[None, :] <= high[:, None])
-    return jnp.argmax(overlap.any(-1), axis=1)
+    return jnp.argmax(overlap.any(-1), axis=1).astype(jnp.int32)
 
 
 def _split_ids(ids: Array | None, count: int, block: int) -> tuple[Array | None, Array]:
@@ -167,7 +167,7 @@ def _attend_forward(
         out, log_total = _online_softmax(query, load, index, (start, index), scale, operand)
         return None, (out.astype(v.dtype), log_total)
 
-    _, (out, log_total) = lax.scan(query_block, None, (jnp.arange(count), first, qs, ids_b))
+    _, (out, log_total) = lax.scan(query_block, None, (jnp.arange(count, dtype=jnp.int32), first, qs, ids_b))
     out, log_total = checkpoint_name((_join(out), log_total), NAME)
     return out, (q, k, v, ids, out, log_total)
 
@@ -210,7 +210,7 @@ def _attend_backward(scale: float, block: int, operand: jnp.dtype, saved: Any, g
 
     # zeros_like, here and above: inside shard_map a carry has to vary over the mesh as what is added to it does.
     zeros = jnp.zeros_like(ks, wide), jnp.zeros_like(vs, wide)
-    xs = (jnp.arange(len(qs)), first, qs, grads, log_total, mean, ids_b)
+    xs = (jnp.arange(len(qs), dtype=jnp.int32), first, qs, grads, log_total, mean, ids_b)
     (dk, dv), dq = lax.scan(query_block, zeros, xs)
     return _join(dq * scale).astype(q.dtype), _join(dk * scale).astype(k.dtype), _join(dv).astype(v.dtype), None
 
@@ -237,14 +237,14 @@ def cached_attention(q: QueryKey, keys: Keys, values: Values, start: Int[Array, 
 
     def query_block(xs: tuple[Array, Array]) -> Array:
         index, query = xs
-        positions = start + jnp.minimum(index * edge + jnp.arange(edge), length - 1)
+        positions = start + jnp.minimum(index * edge + jnp.arange(edge, dtype=jnp.int32), length - 1)
 
         def load(column: Array, _: bool) -> tuple[Array, Array, Array]:
             # The last block begins early where blocks do not fill the cache; it shares some keys, which are masked.
             begin = jnp.minimum(column * block, capacity - block)
             key = lax.dynamic_slice_in_dim(keys, begin, block, axis=2)
             value = lax.dynamic_slice_in_dim(values, begin, block, axis=3).swapaxes(2, 3)
-            slots = begin + jnp.arange(block)
+            slots = begin + jnp.arange(block, dtype=jnp.int32)
             seen = (slots >= column * block) & (slots <= positions[:, None])
             return key, value.reshape(batch, groups, block, -1), seen[None, None]
 
@@ -253,5 +253,5 @@ def cached_attention(q: QueryKey, keys: Keys, values: Values, start: Int[Array, 
         return _online_softmax(query, load, 0, (1, stop), 1 / math.sqrt(width), matmul_dtype(q.dtype))[0]
 
     queries = _split(jnp.pad(q, ((0, 0), (0, count * edge - length), (0, 0), (0, 0))), edge)
-    out = _join(lax.map(query_block, (jnp.arange(count), queries)))[:, :length]
+    out = _join(lax.map(query_block, (jnp.arange(count, dtype=jnp.int32), queries)))[:, :length]
     return out.reshape(batch, length, heads, channels).astype(values.dtype)
