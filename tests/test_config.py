@@ -13,7 +13,8 @@ import transmamba_jax as tm
 from transmamba_jax import config_io
 from transmamba_jax.training import __main__ as training_command
 
-CONFIGS = sorted(Path(__file__).parents[1].glob("configs/**/*.yaml"))
+_FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(set(_FOLDER.rglob("*.yaml")) - set(_FOLDER.glob("studies/*")))
 
 
 def write(tmp_path: Path, text: str) -> Path:

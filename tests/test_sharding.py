@@ -23,7 +23,8 @@ def _abstract_mesh(**sizes):
     return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), (jax.sharding.AxisType.Auto,) * len(sizes))
 
 
-CONFIGS = sorted(Path(__file__).parents[1].glob("configs/**/*.yaml"))
+_FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(set(_FOLDER.rglob("*.yaml")) - set(_FOLDER.glob("studies/*")))
 GOLDEN = Path(__file__).parent / "golden" / "parameter_specs.json"
 
 

@@ -82,12 +82,39 @@ def read_experiment(path: str | Path) -> Experiment:
 
 def config_names() -> list[str]:
     """Return the names of the experiments that come with the package."""
-    return sorted(str(file.relative_to(_CONFIGS).with_suffix("")) for file in _CONFIGS.rglob("*.yaml"))
+    names = sorted(str(file.relative_to(_CONFIGS).with_suffix("")) for file in _CONFIGS.rglob("*.yaml"))
+    return [name for name in names if not name.startswith("studies/")]  # grids of experiments, of another form
 
 
 def from_yaml(text: str) -> Config:
     """Read a config that `to_yaml` wrote; see `load_config` for what is refused."""
     return typing.cast(Config, _build(Config, yaml.load(text, _Loader), ""))
+
+
+def from_tree(tree: dict[str, Any]) -> Config:
+    """Make a config from a mapping of sections and options; see `load_config` for what is refused."""
+    return _experiment(tree).config
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """Return a resolved config as a mapping that `from_tree` reads back to an equal config."""
+    return typing.cast(dict[str, Any], _plain(config))
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Read a file of plain YAML in which a key is given once.
+
+    Raises:
+        ValueError: the file cannot be read or is not plain YAML.
+    """
+    path = Path(path)
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        near = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ValueError(f"cannot read the config {str(path)!r}: {error.strerror}; found there: {near}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not plain YAML: {error}") from None
 
 
 def to_yaml(config: Config) -> str:
@@ -183,26 +210,24 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _read(path: Path) -> Experiment:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        near = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ValueError(f"cannot read the config {str(path)!r}: {error.strerror}; found there: {near}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not plain YAML: {error}") from None
+    tree = read_yaml(path)
     tree = {} if tree is None else tree
     if isinstance(tree, dict):
         tree = {"workdir": f"runs/{path.stem}", **tree}
+    try:
+        return _experiment(tree)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _experiment(tree: Any) -> Experiment:
     name = None
     if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
         name = tree["model"].get("transpoints")
-    try:
-        if not isinstance(name, str):
-            return Experiment(typing.cast(Config, _build(Config, tree, "")))
-        config = _build(Config, {**tree, "model": {**tree["model"], "transpoints": [0]}}, "")
-        return Experiment(_scaled(config, name), name)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(name, str):
+        return Experiment(typing.cast(Config, _build(Config, tree, "")))
+    config = _build(Config, {**tree, "model": {**tree["model"], "transpoints": [0]}}, "")
+    return Experiment(_scaled(config, name), name)
 
 
 def _build(cls: type, tree: Any, prefix: str) -> Any:

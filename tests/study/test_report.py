@@ -1,0 +1,115 @@
+"""Tables, plots and the page, from results of a stand-in."""
+
+import json
+
+import pytest
+
+from tests.study.support import Trainer, write_study
+from transmamba_jax.study import report, results
+from transmamba_jax.study.__main__ import main
+from transmamba_jax.study.results import Interval
+from transmamba_jax.study.runner import Selection, run_study
+
+
+@pytest.fixture(name="out", scope="module")
+def _out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    trainer = Trainer()
+    trainer.failures["ssm/n4/search-rate0.001-seed0"] = ValueError("it broke")
+    run_study(write_study(folder), folder / "out", train_cell=trainer)
+    return folder / "out"
+
+
+@pytest.fixture(name="study", scope="module")
+def _study(out):
+    return write_study(out.parent)
+
+
+def test_the_table_has_every_arm_with_its_interval_and_cost(study, out):
+    records, choices = results.read_results(study, out), results.choose_rates(study, out)
+    header, rows = report.table(study, records, choices)
+    assert header[:3] == ["schedule", "state", "eval/accuracy (mean ± 95 %)"]
+    by_arm = {tuple(row[:2]): dict(zip(header, row, strict=True)) for row in rows}
+    assert list(by_arm) == [("attention", "n2"), ("attention", "n4"), ("ssm", "n2"), ("ssm", "n4")]
+    # Seeds 10 to 14 take 0.010 to 0.014 off 0.95; t(0.975, 4) = 2.776, s = 0.001581.
+    assert by_arm["attention", "n2"]["eval/accuracy (mean ± 95 %)"] == "0.9380 ± 0.0020"
+    assert by_arm["attention", "n2"]["learning rate"] == "0.01"
+    assert by_arm["ssm", "n4"]["learning rate"] == "0.1 (edge of the grid)"
+    assert by_arm["ssm", "n4"]["examples to 0.9"] == "16"
+    assert int(by_arm["attention", "n4"]["state bytes"].replace(",", "")) > 0
+
+
+def test_results_are_one_line_a_cell(study, out):
+    report.write_report(study, out)
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == 80
+    wanted = {
+        "config",
+        "seed",
+        "commit",
+        "versions",
+        "machine",
+        "metrics",
+        "seconds",
+        "learning_rate",
+        "stage",
+        "curve",
+    }
+    assert all(wanted <= line.keys() for line in lines if line["error"] is None)
+
+
+def test_the_report_names_what_failed_and_what_lies_at_the_edge(study, out):
+    index = report.write_report(study, out)
+    for text in ((out / "table.md").read_text(encoding="utf-8"), index.read_text(encoding="utf-8")):
+        assert "ssm/n4/search-rate0.001-seed0: ValueError: it broke" in text
+        assert "edge of the grid for ssm/n2, ssm/n4" in text
+        assert "quick variant" not in text
+
+
+def test_figures_are_drawn_as_png_and_svg_and_are_the_same_again(study, out):
+    first = {}
+    for _ in range(2):
+        report.write_report(study, out)
+        pictures = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".png", ".svg")}
+        assert len(pictures) == 10
+        assert pictures == (first or pictures)
+        first = pictures
+    assert index_pictures(out) == 5
+
+
+def index_pictures(out) -> int:
+    return (out / "index.html").read_text(encoding="utf-8").count("<svg")
+
+
+def test_a_study_without_results_is_refused(study, tmp_path):
+    with pytest.raises(ValueError, match="has no result of study 'little'; run it first"):
+        report.write_report(study, tmp_path)
+
+
+def test_a_half_done_study_says_what_is_missing(study, tmp_path):
+    run_study(study, tmp_path, Selection(only="ssm/n2/search*"), train_cell=Trainer())
+    report.write_report(study, tmp_path)
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "The search is not complete for attention/n2, attention/n4, ssm/n4" in text
+    assert "5 reported cells have no result yet" in text
+
+
+def test_a_single_value_has_no_interval():
+    assert report.format_interval(Interval(0.5, float("nan"), (0.5,))) == "0.5000"
+
+
+def test_the_command_lists_and_refuses(tmp_path, capsys):
+    study = write_study(tmp_path)
+    file = str(tmp_path / "little.yaml")
+    assert main([file, "--list", "--out", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["to", "run", "30", "s", study.search_cells()[0].name]
+    assert lines[-1] == "60 cells, 0.50 h to run; 20 reported cells follow when their rates are chosen"
+    assert main([file, "--list", "--shard", "0/2", "--only", "ssm/*"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("15 cells")
+    assert main([str(tmp_path / "none.yaml")]) == 2
+    assert "cannot read" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    with pytest.raises(SystemExit):
+        main([file, "--shard", "2/2"])
+    assert "must be I/N with 0 <= I < N, found '2/2'" in capsys.readouterr().err

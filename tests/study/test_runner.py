@@ -1,0 +1,187 @@
+"""The runner: what runs, what never runs again, what is recorded, and one cell trained for real, twice."""
+
+import itertools
+import json
+import time
+
+import pytest
+
+from tests.study.support import Trainer, accuracy, write_study
+from tests.training.support import Little
+from transmamba_jax.report import read_metrics
+from transmamba_jax.study import measure, results, runner
+from transmamba_jax.study.runner import COMPLETE, UNFINISHED, Selection, run_study
+from transmamba_jax.study.spec import Cell
+from transmamba_jax.training.loop import EXIT_NOT_SAVED, NonFiniteError, train
+from transmamba_jax.training.metrics import TIMING
+from transmamba_jax.training.preemption import EXIT_PREEMPTED
+
+FIRST = "attention/n2/search-rate0.001-seed0"
+
+
+@pytest.fixture(name="trainer")
+def _trainer():
+    return Trainer()
+
+
+def test_a_study_searches_and_then_reports_the_chosen_rates(tmp_path, trainer):
+    study = write_study(tmp_path)
+    assert run_study(study, tmp_path / "out", train_cell=trainer) == COMPLETE
+    assert len(trainer.trained) == len(set(trainer.trained)) == 60 + 20
+    choices = results.choose_rates(study, tmp_path / "out")
+    assert {arm: (choice.rate, choice.at_edge) for arm, choice in choices.items()} == {
+        "attention/n2": (1e-2, False),
+        "attention/n4": (1e-2, False),
+        "ssm/n2": (1e-1, True),
+        "ssm/n4": (1e-1, True),
+    }
+    reported = [name for name in trainer.trained if "/report-" in name]
+    assert len(reported) == 20
+    assert all(("rate0.01-" in name) == name.startswith("attention") for name in reported)
+    found = results.reported(study, results.read_results(study, tmp_path / "out"))["ssm/n2"]
+    assert [record["seed"] for record in found] == [10, 11, 12, 13, 14]
+    config = study.cell_config(Cell(("ssm", "n2"), "report", 1e-1, 10), tmp_path)
+    assert results.metric_of(study, found[0]) == accuracy(config)
+    assert found[0]["curve"] == [[8, pytest.approx(accuracy(config) / 2)], [16, accuracy(config)]]
+    assert found[0]["examples_to_target"] == 16
+
+
+def test_a_finished_cell_is_never_run_again(tmp_path, trainer):
+    study = write_study(tmp_path)
+    run_study(study, tmp_path / "out", train_cell=trainer)
+    again = Trainer()
+    assert run_study(study, tmp_path / "out", train_cell=again) == COMPLETE
+    assert again.trained == []
+
+
+def test_a_stopped_study_continues_where_it_was(tmp_path, trainer):
+    study = write_study(tmp_path)
+    stopped = "ssm/n2/search-rate0.01-seed1"
+    trainer.failures[stopped] = EXIT_PREEMPTED
+    assert run_study(study, tmp_path / "out", train_cell=trainer) == UNFINISHED
+    assert trainer.trained[-1] == stopped
+    before = set(trainer.trained[:-1])
+    again = Trainer()
+    assert run_study(study, tmp_path / "out", train_cell=again) == COMPLETE
+    assert again.trained[0] == stopped
+    assert not before & set(again.trained)
+    assert len(before) + len(again.trained) == 80
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (NonFiniteError("3 steps in a row"), "NonFiniteError: 3 steps in a row"),
+        (ValueError("bad"), "ValueError: bad"),
+        (OSError("no space"), "OSError: no space"),
+        (EXIT_NOT_SAVED, "the last state could not be saved"),
+    ],
+)
+def test_a_failing_cell_is_recorded_and_the_others_run(tmp_path, trainer, failure, message):
+    study = write_study(tmp_path, axes={"schedule": {"attention": {"model": {"transpoints": ["T"]}}}})
+    name = "attention/search-rate0.001-seed0"
+    trainer.failures[name] = failure
+    assert run_study(study, tmp_path / "out", train_cell=trainer) == COMPLETE
+    assert len(trainer.trained) == 15 + 5
+    (record,) = [each for each in results.read_results(study, tmp_path / "out") if each["error"] is not None]
+    assert (record["cell"], record["error"]) == (name, message)
+    run_study(study, tmp_path / "out", train_cell=trainer)
+    assert len(trainer.trained) == 20
+    trainer.failures.clear()
+    run_study(study, tmp_path / "out", retry=True, train_cell=trainer)
+    assert trainer.trained[20:] == [name]
+
+
+def test_an_error_that_is_a_bug_is_not_swallowed(tmp_path, trainer):
+    trainer.failures[FIRST] = TypeError("a bug")
+    with pytest.raises(TypeError, match="a bug"):
+        run_study(write_study(tmp_path), tmp_path / "out", train_cell=trainer)
+
+
+def test_a_metric_that_no_evaluation_has_ends_the_study_and_leaves_no_result(tmp_path, trainer):
+    with pytest.raises(ValueError, match="'eval/acuracy' is no field of an evaluation line; there are eval/loss"):
+        run_study(write_study(tmp_path, metric="eval/acuracy"), tmp_path / "out", train_cell=trainer)
+    assert run_study(write_study(tmp_path), tmp_path / "out", Selection(only=FIRST), train_cell=trainer) == COMPLETE
+    assert trainer.trained == [FIRST, FIRST]
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 7])
+def test_shards_partition_the_cells(tmp_path, shards):
+    cells = write_study(tmp_path).search_cells()
+    parts = [Selection(shard=shard, shards=shards).of(cells) for shard in range(shards)]
+    assert sorted(itertools.chain(*parts), key=cells.index) == cells
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_reported_cells_wait_for_the_search_of_other_shards(tmp_path):
+    study = write_study(tmp_path)
+    trainers = [Trainer(), Trainer()]
+    codes = []
+    for _, shard in itertools.product(range(2), range(2)):
+        selection = Selection(shard=shard, shards=2)
+        codes.append(run_study(study, tmp_path / "out", selection, train_cell=trainers[shard]))
+    assert codes == [UNFINISHED, COMPLETE, COMPLETE, COMPLETE]
+    first, second = (set(trainer.trained) for trainer in trainers)
+    assert not first & second
+    assert len(first | second) == 80
+
+
+def test_only_names_cells_by_pattern(tmp_path, trainer):
+    run_study(write_study(tmp_path), tmp_path / "out", Selection(only="ssm/n2/*seed1*"), train_cell=trainer)
+    assert trainer.trained == [f"ssm/n2/search-rate{rate}-seed1" for rate in ("0.001", "0.003", "0.01", "0.03", "0.1")]
+
+
+def test_the_budget_ends_a_call_between_two_cells(tmp_path, trainer, monkeypatch):
+    clock = itertools.count(step=1000)
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    assert run_study(write_study(tmp_path), tmp_path / "out", train_cell=trainer) == UNFINISHED
+    assert 0 < len(trainer.trained) < 4
+
+
+def test_a_result_of_another_config_is_refused(tmp_path, trainer):
+    run_study(write_study(tmp_path), tmp_path / "out", Selection(only=FIRST), train_cell=trainer)
+    tree = {"model": {"transpoints": ["T"], "d_model": 16}}
+    changed = write_study(
+        tmp_path, axes={"schedule": {"attention": tree}, "state": {"n2": {"model": {"state_dim": 2}}}}
+    )
+    with pytest.raises(ValueError, match=r"another config: model.d_model: 8 -> 16; choose another --out"):
+        run_study(changed, tmp_path / "out", Selection(only=FIRST), train_cell=trainer)
+
+
+def test_times_are_estimated_from_the_finished_cells_of_the_arm(tmp_path):
+    study = write_study(tmp_path)
+    cells = study.search_cells()
+    assert set(runner.estimate(study, tmp_path / "out", cells)) == {30}
+    for cell, seconds in ((cells[0], 10.0), (cells[1], 20.0), (cells[-1], 60.0)):
+        entry = {"arm": cell.arm, "stage": "search", "error": None, "seconds": seconds, "metrics": {"eval/accuracy": 1}}
+        results.write_result(tmp_path / "out", cell, entry)
+    found = dict(zip((cell.arm for cell in cells), runner.estimate(study, tmp_path / "out", cells), strict=True))
+    assert found == {"attention/n2": 15, "attention/n4": 30, "ssm/n2": 30, "ssm/n4": 60}
+
+
+def test_the_largest_state_is_found_at_every_length(tmp_path):
+    study = write_study(tmp_path, axes={"schedule": {"mixed": {"model": {"transpoints": ["T/2", "T"]}}}})
+    config = study.cell_config(Cell(("mixed",), "search", 1e-2, 0), tmp_path)
+    every = [
+        sum(measure.cache_bytes(config.model, 1, length, point) for point in config.model.transpoints)
+        for length in range(1, config.data.seq_len + 1)
+    ]
+    assert measure.largest_state_bytes(config) == max(every)
+
+
+def test_a_cell_is_an_ordinary_run_and_is_reproduced_to_the_digit(tmp_path):
+    study = write_study(tmp_path)
+    cell = Cell(("attention", "n2"), "search", 1e-2, 1)
+    real = lambda config: train(config, Little(config.model))
+    curves = []
+    for name in ("one", "two"):
+        assert run_study(study, tmp_path / name, Selection(only=cell.name), train_cell=real) == COMPLETE
+        folder = results.cell_folder(tmp_path / name, cell)
+        assert {"config.yaml", "metrics.jsonl", "checkpoints", "result.json"} <= {
+            path.name for path in folder.iterdir()
+        }
+        lines = [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(folder / "metrics.jsonl")]
+        record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        curves.append((lines, record["metrics"], record["curve"]))
+    assert curves[0] == curves[1]
+    assert list((tmp_path / "one" / "compiled").iterdir())

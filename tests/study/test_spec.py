@@ -1,0 +1,102 @@
+"""Studies as files: the cells that they make, and every mistake that is refused before anything runs."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.study.support import TREE, study_file, write_study
+from transmamba_jax.study.spec import Cell, find_study, keep_file, load_study, merge, resolve_point
+
+STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
+
+
+def test_the_rule_makes_a_search_and_new_seeds(tmp_path):
+    study = write_study(tmp_path)
+    search = study.search_cells()
+    assert len(search) == 2 * 2 * 5 * 3
+    assert len({cell.name for cell in search}) == len(search)
+    assert {cell.arm for cell in search} == {"attention/n2", "attention/n4", "ssm/n2", "ssm/n4"}
+    report = study.report_cells({"ssm/n4": 3e-3})
+    assert [cell.name for cell in report] == [f"ssm/n4/report-rate0.003-seed{seed}" for seed in (10, 11, 12, 13, 14)]
+
+
+def test_a_cell_has_the_config_of_its_variants_rate_seed_and_split(tmp_path):
+    study = write_study(tmp_path)
+    config = study.cell_config(Cell(("attention", "n2"), "search", 3e-3, 2), Path("there"))
+    assert (config.model.transpoints, config.model.state_dim, config.workdir) == ((12,), 2, "there")
+    assert (config.train.seed, config.data.seed, config.data.eval_split) == (2, 2, "validation")
+    assert config.optimizer.learning_rate * config.optimizer.learning_rate_scale == pytest.approx(3e-3)
+    reported = study.cell_config(Cell(("ssm", "n4"), "report", 1e-2, 10), Path("there"))
+    assert (reported.model.transpoints, reported.model.state_dim) == ((0,), 4)
+    assert (reported.data.eval_split, reported.optimizer.learning_rate_scale) == ("test", 1.0)
+
+
+def test_quick_keeps_the_named_variants_and_needs_no_rule(tmp_path):
+    study = write_study(tmp_path, quick=True)
+    assert study.quick
+    assert [cell.name for cell in study.search_cells()] == [
+        "attention/n4/search-rate0.01-seed0",
+        "ssm/n4/search-rate0.01-seed0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sedes": [1]}, "unknown key 'sedes'; did you mean 'seeds'"),
+        ({"seeds": [10, 11, 12, 13]}, r"5 seeds are needed, found 5, 3 and 4"),
+        ({"learning_rates": [1e-2, 1e-2, 1e-2, 1e-3, 3e-2]}, r"at least 5 learning rates.*found 3, 3 and 5"),
+        ({"seeds": [2, 11, 12, 13, 14]}, "seed 2 is among search_seeds and seeds"),
+        ({"better": "bigger"}, "better must be 'higher' or 'lower', found 'bigger'"),
+        ({"figures": ["bar"]}, "unknown figure 'bar'; did you mean 'bars'"),
+        ({"question": 3}, "question must be of type str, found 3"),
+        ({"axes": {}}, "axes must have at least one axis"),
+        ({"axes": {"schedule": {"a b": None}}}, "no slash and no space, found 'a b'"),
+        ({"axes": {"schedule": {"x": {"model": {"transpoint": [0]}}}}}, r"cell x/.*unknown option 'model.transpoint'"),
+        ({"axes": {"schedule": {"x": {"model": {"transpoints": ["T/0"]}}}}}, "must be a number of tokens, T, or T/"),
+        ({"axes": {"schedule": {"x": {"model": {"num_groups": 3}}}}}, "cell x/.*num_groups must divide"),
+        ({"config": {**TREE["config"], "optimizer": {}}}, "config.optimizer.learning_rate must be given"),
+        ({"quick": {"axes": {"state": ["n8"]}}}, "unknown variant of axis state 'n8'"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_study(study_file(tmp_path, **changes), quick="quick" in changes)
+
+
+def test_a_missing_key_is_named(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("question: why\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"study.yaml: missing keys: claim, source, config"):
+        load_study(path)
+
+
+def test_points_scale_with_the_row():
+    assert [resolve_point(point, 64) for point in (0, "T/4", "T/2", "T", 7)] == [0, 16, 32, 64, 7]
+
+
+def test_a_variant_may_name_its_schedule(tmp_path):
+    study = write_study(tmp_path, axes={"schedule": {"named": {"model": {"transpoints": "transformer"}}}})
+    assert study.cell_config(Cell(("named",), "search", 1e-2, 0), tmp_path).model.transpoints == (12,)
+
+
+def test_merge_replaces_lists_and_leaves_its_arguments_alone():
+    tree = {"a": {"b": [1, 2], "c": 3}}
+    assert merge(tree, {"a": {"b": [4]}, "d": 5}) == {"a": {"b": [4], "c": 3}, "d": 5}
+    assert tree == {"a": {"b": [1, 2], "c": 3}}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_folder_knows_its_study(tmp_path, quick):
+    path = study_file(tmp_path)
+    study = load_study(path, quick)
+    keep_file(path, study, tmp_path / "out")
+    assert find_study(tmp_path / "out") == study
+    with pytest.raises(ValueError, match="must be the folder of a study, with its YAML file, found none"):
+        find_study(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_study_of_the_project_loads(path, quick):
+    assert load_study(path, quick).arms()

@@ -1,0 +1,139 @@
+"""Run a study: a grid of small runs that answers a question, with a table and plots.
+
+python -m transmamba_jax.study FILE           run what has no result yet, then write the report
+python -m transmamba_jax.study report DIR     write the report of the study in DIR again
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from transmamba_jax.runtime import host_memory, logs
+from transmamba_jax.study.spec import Cell, Study, find_study, keep_file, load_study
+
+if TYPE_CHECKING:
+    from transmamba_jax.study.runner import Selection
+
+_DESCRIPTION = "Run the cells of a study that have no result yet, then write its table, plots and page."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, run, write the report; return the exit code.
+
+    0: complete. 2: the study or an option is wrong. 75: the same command continues.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    with logs.safe_output():
+        try:
+            if arguments[:1] == ["report"]:
+                return _report(arguments[1:])
+            options = _parser().parse_args(arguments)
+            study = load_study(options.file, options.quick)
+            return _run(study, options.out or Path("runs/studies") / (study.name + "-quick" * study.quick), options)
+        except ValueError as error:
+            print(f"transmamba study: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    from transmamba_jax.study import report
+
+    parser = argparse.ArgumentParser(prog="transmamba study report", description="Write the report of a study again.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the study's results")
+    folder = parser.parse_args(arguments).folder
+    print(report.write_report(find_study(folder), folder))
+    return 0
+
+
+def _run(study: Study, out: Path, options: argparse.Namespace) -> int:
+    host_memory.keep_freed()
+    from transmamba_jax.study import report, runner  # these import JAX, orbax and Grain
+
+    shard, shards = options.shard
+    selection = runner.Selection(options.only, shard, shards, options.stage)
+    if options.list:
+        _list(study, out, selection)
+        return 0
+    keep_file(options.file, study, out)
+    if options.jobs > 1:
+        code = _run_jobs(study, out, options)
+    else:
+        code = runner.run_study(study, out, selection, options.retry_failed)
+    if shards == 1 and options.stage is None:
+        print(report.write_report(study, out))
+    return code
+
+
+def _run_jobs(study: Study, out: Path, options: argparse.Namespace) -> int:
+    """Run each stage as `jobs` processes, each of which runs a shard, and show a bar over all cells."""
+    from transmamba_jax.study import results, runner
+
+    codes = []
+    for stage in ("search", "report"):
+        command = [sys.executable, "-m", "transmamba_jax.study", str(options.file), "--out", str(out), "--stage", stage]
+        command += ["--only", options.only, *["--quick"] * study.quick, *["--retry-failed"] * options.retry_failed]
+        shards = [[*command, "--shard", f"{number}/{options.jobs}"] for number in range(options.jobs)]
+        children = [subprocess.Popen(shard) for shard in shards]
+        cells = runner.Selection(options.only).of(runner.stage_cells(study, out, stage))
+        with tqdm(total=len(cells), desc=stage, unit="cell", dynamic_ncols=True, disable=None) as bar:
+            while any(child.poll() is None for child in children):
+                bar.update(sum(results.read_result(out, cell) is not None for cell in cells) - bar.n)
+                time.sleep(1)
+        codes += [child.returncode for child in children]
+    return next((code for code in codes if code), 0)
+
+
+def _list(study: Study, out: Path, selection: "Selection") -> None:
+    """Print the selected cells with their estimated times, and the sum of what is left."""
+    from transmamba_jax.study import results, runner
+
+    left = 0.0
+    cells: list[Cell] = [*selection.of(study.search_cells()), *selection.of(runner.stage_cells(study, out, "report"))]
+    for cell, seconds in zip(cells, runner.estimate(study, out, cells), strict=True):
+        record = results.read_result(out, cell)
+        state = "to run" if record is None else "failed" if record["error"] else "finished"
+        left += seconds if record is None else 0.0
+        print(f"{state:<9} {seconds:>6.0f} s  {cell.name}")
+    chosen = len(results.choose_rates(study, out))
+    later = (len(study.arms()) - chosen) * len(study.seeds)
+    print(f"{len(cells)} cells, {left / 3600:.2f} h to run; {later} reported cells follow when their rates are chosen")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with 0 <= I < N, found {text!r}")
+    return int(index), int(count)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="transmamba study", usage="%(prog)s [report] FILE [options]", description=_DESCRIPTION
+    )
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="YAML file of the study, such as configs/studies/s1_recall.yaml"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (default: runs/studies/<name>)")
+    parser.add_argument("--quick", action="store_true", help="run the two-minute variant, which proves no claim")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="cells whose names match, such as 'mamba2/*'")
+    parser.add_argument("--list", action="store_true", help="list the cells with estimated times and run nothing")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="processes that run cells side by side (default: 1)"
+    )
+    parser.add_argument(
+        "--shard", type=_shard, default=(0, 1), metavar="I/N", help="run the I-th of N parts of the cells, I from 0"
+    )
+    parser.add_argument("--stage", choices=("search", "report"), help="run the search or the reported cells alone")
+    parser.add_argument("--retry-failed", action="store_true", help="run cells that failed again")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

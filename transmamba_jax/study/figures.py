@@ -1,0 +1,186 @@
+"""The plots of a study, each as PNG and SVG: means over seeds, with 95 % intervals."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transmamba_jax import schedule
+from transmamba_jax.study import results
+from transmamba_jax.study.results import Choice, Record
+from transmamba_jax.study.spec import Study
+
+_COLOURS = (
+    "#3a74b5",
+    "#b8402f",
+    "#3f8f5b",
+    "#e2a04a",
+    "#7a5ea8",
+    "#667079",
+    "#2aa5a0",
+    "#c65a9a",
+    "#8a6d3b",
+    "#22272e",
+)
+_SALT = "transmamba"  # makes the ids of an SVG, and so the file, the same every time
+
+Drawing = Callable[[Any, Study, Sequence[Record], dict[str, Choice]], bool]
+
+
+def draw(study: Study, records: Sequence[Record], choices: dict[str, Choice], out: Path) -> list[str]:
+    """Draw the figures that the study names and that its results allow so far; return their names."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = []
+    for name in study.figures:
+        figure = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e5e8ea", linewidth=0.8)
+        axes.set_axisbelow(True)
+        if not _DRAWINGS[name](axes, study, records, choices):
+            continue
+        _limit(axes, study, records)
+        with matplotlib.rc_context({"svg.hashsalt": _SALT}):
+            figure.savefig(out / f"{name}.png")
+            figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+        drawn.append(name)
+    return drawn
+
+
+def _bars(axes: Any, study: Study, records: Sequence[Record], _: dict[str, Choice]) -> bool:
+    """Draw each arm's mean and interval, and a dot for each seed."""
+    arms = results.reported(study, records)
+    for place, found in enumerate(arms.values()):
+        value = results.interval([results.metric_of(study, record) for record in found])
+        colour = _COLOURS[place % len(_COLOURS)]
+        half = None if math.isnan(value.half_width) else value.half_width
+        axes.bar(place, value.mean, 0.65, color=colour, alpha=0.35)
+        axes.errorbar(place, value.mean, half, color=colour, capsize=5, linewidth=1.6)
+        spread = np.linspace(-0.18, 0.18, len(found)) if len(found) > 1 else [0.0]
+        axes.plot(place + np.asarray(spread), value.values, "o", color=colour, markersize=3.5)
+    axes.set_xticks(range(len(arms)), [arm.replace("/", "\n") for arm in arms], rotation=20, ha="right")
+    axes.set(ylabel=study.metric, title=f"{study.name}: {study.metric} by arm, mean and 95 % interval over seeds")
+    return bool(arms)
+
+
+def _curves(axes: Any, study: Study, records: Sequence[Record], _: dict[str, Choice]) -> bool:
+    """Draw the metric over the examples seen."""
+    arms = results.reported(study, records)
+    for place, (arm, found) in enumerate(arms.items()):
+        points: dict[float, list[float]] = {}
+        for record in found:
+            for examples, value in record["curve"]:
+                if value is not None:
+                    points.setdefault(examples, []).append(value)
+        _line(axes, sorted(points.items()), arm, place)
+    if study.target is not None:
+        axes.axhline(study.target, color="#8a929a", linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.set(xlabel="training examples (rows)", ylabel=study.metric, title=f"{study.name}: learning curves")
+    _legend(axes)
+    return bool(arms)
+
+
+def _rates(axes: Any, study: Study, records: Sequence[Record], choices: dict[str, Choice]) -> bool:
+    """Draw the search: the metric over the learning rate, and a ring around each arm's choice."""
+    search = [record for record in records if record["stage"] == "search" and record["error"] is None]
+    arms = dict.fromkeys(record["arm"] for record in search)
+    for place, arm in enumerate(arms):
+        points: dict[float, list[float]] = {}
+        for record in search:
+            if record["arm"] == arm:
+                points.setdefault(record["learning_rate"], []).append(results.metric_of(study, record))
+        _line(axes, sorted(points.items()), arm, place)
+        if arm in choices:
+            chosen = dict(choices[arm].means)[choices[arm].rate]
+            colour = _COLOURS[place % len(_COLOURS)]
+            axes.plot(choices[arm].rate, chosen, "o", markersize=11, fillstyle="none", color=colour)
+    axes.set_xscale("log")
+    axes.set_xticks(study.learning_rates, [f"{rate:g}" for rate in study.learning_rates])
+    axes.minorticks_off()
+    axes.set(xlabel="peak learning rate", ylabel=study.metric, title=f"{study.name}: search on the validation split")
+    _legend(axes)
+    return bool(search)
+
+
+def _lines(axes: Any, study: Study, records: Sequence[Record], _: dict[str, Choice]) -> bool:
+    """Draw the metric over the variants of the last axis, one line for each arm of the others."""
+    arms = results.reported(study, records)
+    variants = list(list(study.axes.values())[-1])
+    groups: dict[str, list[tuple[float, list[float]]]] = {}
+    for arm, found in arms.items():
+        group, variant = arm.rpartition("/")[::2]
+        values = [results.metric_of(study, record) for record in found]
+        groups.setdefault(group or "all", []).append((variants.index(variant), values))
+    for place, (group, points) in enumerate(groups.items()):
+        _line(axes, sorted(points), group, place)
+    axes.set_xticks(range(len(variants)), variants)
+    axes.set(xlabel=list(study.axes)[-1], ylabel=study.metric, title=f"{study.name}: {study.metric}")
+    _legend(axes)
+    return bool(arms)
+
+
+def _positions(axes: Any, study: Study, records: Sequence[Record], _: dict[str, Choice]) -> bool:
+    """Draw accuracy by the position of the question, or loss by position, and mark the arms' TransPoints."""
+    arms = results.reported(study, records)
+    if not arms:
+        return False
+    metrics = next(iter(arms.values()))[0]["metrics"]
+    field = "eval/answers_by_query" if "eval/answers_by_query" in metrics else "eval/by_position"
+    marks: set[int] = set()
+    length, first = 1, math.inf
+    for place, (arm, found) in enumerate(arms.items()):
+        points: dict[float, list[float]] = {}
+        for record in found:
+            for start, stop, value, *_count in record["metrics"][field]:
+                points.setdefault(math.sqrt((start + 0.5) * (stop + 0.5)), []).append(value)
+            model, length = record["config"]["model"], record["config"]["data"]["seq_len"]
+            marks.update(schedule.expand(model["transpoints"], model["num_layers"]))
+        _line(axes, sorted(points.items()), arm, place)
+        first = min(first, *points)
+    for mark in marks:
+        axes.axvline(min(mark, length) + 0.5, color="#c3c8cc", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(0.8 * first, length + 1)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    name = "answers that are right" if field == "eval/answers_by_query" else "held-out loss, nats per token"
+    axes.set(xlabel="tokens read (position + 1); dashed: TransPoints", ylabel=name, title=f"{study.name}: by position")
+    _legend(axes)
+    return True
+
+
+def _limit(axes: Any, study: Study, records: Sequence[Record]) -> None:
+    """Show shares from 0 to 1; an interval over two or three seeds reaches far beyond."""
+    values = [results.metric_of(study, record) for record in records if record["error"] is None]
+    if study.better == "higher" and all(0 <= value <= 1 for value in values):
+        axes.set_ylim(0, 1.03)
+
+
+def _line(axes: Any, points: Sequence[tuple[float, list[float]]], label: str, place: int) -> None:
+    """Draw a line through the means, with the intervals of places that have several values."""
+    if not points:
+        return
+    values = [results.interval(found) for _, found in points]
+    halves = [0.0 if math.isnan(value.half_width) else value.half_width for value in values]
+    places = [at for at, _ in points]
+    options: dict[str, Any] = {"color": _COLOURS[place % len(_COLOURS)], "marker": "o", "markersize": 4}
+    axes.errorbar(places, [value.mean for value in values], halves, label=label, capsize=3, linewidth=1.5, **options)
+
+
+def _legend(axes: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+_DRAWINGS: dict[str, Drawing] = {
+    "bars": _bars,
+    "curves": _curves,
+    "rates": _rates,
+    "lines": _lines,
+    "positions": _positions,
+}

@@ -1,0 +1,156 @@
+"""Write the results of a study: results.jsonl, a Markdown table, plots as PNG and SVG, and one HTML page."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from transmamba_jax.study import figures, results
+from transmamba_jax.study.results import Choice, Interval, Record
+from transmamba_jax.study.spec import Study
+
+Row = list[str]
+
+_STYLE = """
+:root { color-scheme: light; } body { margin: 0; color: #22272e; background: #fbfaf7;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+main { max-width: 1060px; margin: 0 auto; padding: 40px 20px 80px; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 4px 18px 4px 0; border-bottom: 1px solid #e4e2dc; }
+th { font-weight: 500; color: #667079; } .scroll { overflow-x: auto; } .note { color: #667079; }
+figure { margin: 1.5rem 0; padding: 12px; background: #fff; border: 1px solid #e4e2dc; border-radius: 10px; }
+svg { width: 100%; height: auto; }
+"""
+
+
+def write_report(study: Study, out: Path) -> Path:
+    """Write the report of the results that a folder has so far, and return its index.html.
+
+    Raises:
+        ValueError: no cell has a result.
+    """
+    records = results.read_results(study, out)
+    if not records:
+        raise ValueError(f"{out} has no result of study {study.name!r}; run it first")
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (out / "results.jsonl").write_text(lines, encoding="utf-8")
+    choices = results.choose_rates(study, out)
+    drawn = figures.draw(study, records, choices, out)
+    header, rows = table(study, records, choices)
+    notes = _notes(study, records, choices)
+    (out / "table.md").write_text(_markdown(study, header, rows, notes, drawn), encoding="utf-8")
+    index = out / "index.html"
+    index.write_text(_page(study, header, rows, notes, drawn, out), encoding="utf-8")
+    return index
+
+
+def table(study: Study, records: Sequence[Record], choices: dict[str, Choice]) -> tuple[Row, list[Row]]:
+    """Return header and rows of the table: one row for each arm with reported cells."""
+    reached = [] if study.target is None else [f"examples to {study.target:g}"]
+    header = [
+        *study.axes,
+        f"{study.metric} (mean ± 95 %)",
+        "seeds",
+        "learning rate",
+        *reached,
+        "parameters",
+        "state bytes",
+        "training FLOPs",
+        "seconds",
+    ]
+    rows = []
+    for arm, found in results.reported(study, records).items():
+        first, choice = found[0], choices[arm]
+        value = results.interval([results.metric_of(study, record) for record in found])
+        rows.append(
+            [
+                *first["variants"].values(),
+                format_interval(value),
+                str(len(found)),
+                f"{choice.rate:g}{' (edge of the grid)' if choice.at_edge else ''}",
+                *([] if study.target is None else [_examples(found)]),
+                f"{first['parameters']:,}",
+                f"{first['state_bytes']:,}",
+                f"{first['training_flops']:.3g}",
+                f"{statistics.fmean(record['seconds'] for record in found):.0f}",
+            ]
+        )
+    return header, rows
+
+
+def format_interval(value: Interval) -> str:
+    """Write mean ± half width with four decimals."""
+    return f"{value.mean:.4f}" if math.isnan(value.half_width) else f"{value.mean:.4f} ± {value.half_width:.4f}"
+
+
+def _examples(found: Sequence[Record]) -> str:
+    """Write the median of the seeds that reached the target, and how many did."""
+    reached = [record["examples_to_target"] for record in found if record["examples_to_target"] is not None]
+    if not reached:
+        return "not reached"
+    share = "" if len(reached) == len(found) else f" ({len(reached)} of {len(found)} seeds)"
+    return f"{statistics.median(reached):,.0f}{share}"
+
+
+def _notes(study: Study, records: Sequence[Record], choices: dict[str, Choice]) -> list[str]:
+    """Say what a reader must know before believing the table."""
+    notes = []
+    if study.quick:
+        notes.append("This is the quick variant: it proves that the pipeline works, and no claim.")
+    edges = [arm for arm, choice in choices.items() if choice.at_edge]
+    if edges:
+        notes.append(
+            f"The best learning rate lies at the edge of the grid for {', '.join(edges)}: a better one may lie outside."
+        )
+    waiting = ["/".join(arm) for arm in study.arms() if "/".join(arm) not in choices]
+    if waiting:
+        notes.append(f"The search is not complete for {', '.join(waiting)}.")
+    missing = len(study.report_cells({arm: choice.rate for arm, choice in choices.items()}))
+    missing -= sum(record["stage"] == "report" for record in records)
+    if missing:
+        notes.append(f"{missing} reported cells have no result yet.")
+    notes += [f"Failed: {record['cell']}: {record['error']}" for record in records if record["error"] is not None]
+    return notes
+
+
+def _facts(study: Study, records_path: str) -> list[tuple[str, str]]:
+    return [
+        ("Question", study.question),
+        ("Claim", f"{study.claim} ({study.source})"),
+        (
+            "Learning rate",
+            f"of {', '.join(f'{rate:g}' for rate in study.learning_rates)}, chosen for each arm over "
+            f"{len(study.search_seeds)} seeds on the validation split; reported on {len(study.seeds)} other seeds "
+            f"and the {study.report_split} split",
+        ),
+        ("Every cell", records_path),
+    ]
+
+
+def _markdown(study: Study, header: Row, rows: Sequence[Row], notes: Sequence[str], drawn: Sequence[str]) -> str:
+    line = lambda cells: f"| {' | '.join(cells)} |"
+    parts = [f"# {study.name}", ""]
+    parts += [f"**{name}.** {text}" + "\n" for name, text in _facts(study, "[results.jsonl](results.jsonl)")]
+    parts += [line(header), line(["---"] * len(header)), *map(line, rows), ""]
+    parts += [f"- {note}" for note in notes] + [""] * bool(notes)
+    parts += [f"![{name}]({name}.png)\n" for name in drawn]
+    return "\n".join(parts)
+
+
+def _page(study: Study, header: Row, rows: Sequence[Row], notes: Sequence[str], drawn: Sequence[str], out: Path) -> str:
+    row = lambda cells, tag: f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+    facts = "".join(f"<p><b>{name}.</b> {escape(text)}</p>" for name, text in _facts(study, "results.jsonl"))
+    pictures = "".join(f"<figure>{_svg(out / f'{name}.svg')}</figure>" for name in drawn)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(study.name)}</title>'
+        f"<style>{_STYLE}</style><main><h1>{escape(study.name)}</h1>{facts}"
+        f'<div class="scroll"><table>{row(header, "th")}{"".join(row(cells, "td") for cells in rows)}</table></div>'
+        f'<ul class="note">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>{pictures}</main></html>\n'
+    )
+
+
+def _svg(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    return text[text.index("<svg") :]

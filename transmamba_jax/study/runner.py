@@ -1,0 +1,217 @@
+"""Run the cells of a study, one after another in one process, so that they share compiled programs.
+
+A cell is an ordinary work directory with a `result.json` beside the run's own files. The search comes first; an arm's
+reported cells follow when its learning rate is chosen. A finished cell is never run again, and a cell that was killed
+continues from its checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import fnmatch
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from tqdm import tqdm
+
+from transmamba_jax import config_io
+from transmamba_jax.config import Config
+from transmamba_jax.report import read_metrics
+from transmamba_jax.runtime import logs
+from transmamba_jax.study import measure, results
+from transmamba_jax.study.results import Record
+from transmamba_jax.study.spec import Cell, Stage, Study
+from transmamba_jax.training.loop import EXIT_NOT_SAVED, NonFiniteError, train
+from transmamba_jax.training.preemption import EXIT_PREEMPTED
+
+COMPLETE, UNFINISHED = 0, 75
+"""Exit codes: every cell that was asked for has a result; the same command continues (EX_TEMPFAIL)."""
+
+Train = Callable[[Config], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The cells of a study that one call runs."""
+
+    only: str = "*"
+    """Shell pattern of the cells' names, such as `mamba2/*`."""
+    shard: int = 0
+    shards: int = 1
+    """Of the cells in order, this call runs those whose number modulo `shards` is `shard`."""
+    stage: Stage | None = None
+    """None: both."""
+
+    def of(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Return the selected ones of all cells of a stage."""
+        mine = [cell for number, cell in enumerate(cells) if number % self.shards == self.shard]
+        return [cell for cell in mine if fnmatch.fnmatchcase(cell.name, self.only)]
+
+
+def run_study(
+    study: Study, out: Path, selection: Selection = Selection(), retry: bool = False, train_cell: Train = train
+) -> int:
+    """Run the selected cells that have no result, and return an exit code.
+
+    Args:
+        study: the study.
+        out: its folder: work directories in `cells/`, compiled programs in `compiled/`.
+        selection: which cells.
+        retry: run cells that failed again.
+        train_cell: trains one config and returns an exit code; replaced in tests.
+
+    Returns:
+        COMPLETE, or UNFINISHED: the budget is spent, a signal asked to stop, or reported cells wait for the search of
+        another shard.
+    """
+    begin = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    with _shared_programs(out / "compiled"):
+        for stage in ("search", "report") if selection.stage is None else (selection.stage,):
+            cells = [cell for cell in selection.of(stage_cells(study, out, stage)) if _is_due(study, out, cell, retry)]
+            for cell in _bar(cells, stage):
+                if time.perf_counter() - begin > 3600 * study.budget_hours:
+                    logs.write_line(f"budget_hours={study.budget_hours:g} are spent; the same command continues")
+                    return UNFINISHED
+                if not run_cell(study, out, cell, retry, train_cell):
+                    return UNFINISHED
+    return UNFINISHED if selection.stage != "search" and _waiting(study, out, selection) else COMPLETE
+
+
+def stage_cells(study: Study, out: Path, stage: Stage) -> list[Cell]:
+    """Return the cells of a stage; reported ones only of arms whose learning rate is chosen."""
+    if stage == "search":
+        return study.search_cells()
+    return study.report_cells({arm: choice.rate for arm, choice in results.choose_rates(study, out).items()})
+
+
+def run_cell(study: Study, out: Path, cell: Cell, retry: bool, train_cell: Train = train) -> bool:
+    """Train a cell and write its result, or why it failed; return False where a signal stopped it."""
+    folder = results.cell_folder(out, cell)
+    if retry and (folder / results.RESULT).exists():
+        shutil.rmtree(folder)
+    config = study.cell_config(cell, folder)
+    begin = time.perf_counter()
+    error = None
+    try:
+        code = train_cell(config)
+        if code == EXIT_PREEMPTED:
+            return False
+        if code == EXIT_NOT_SAVED:
+            error = "the last state could not be saved"
+    except (ValueError, OSError, NonFiniteError, jax.errors.JaxRuntimeError) as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    record = _record(study, cell, config, error, time.perf_counter() - begin)
+    results.write_result(out, cell, record)
+    jax.clear_caches()  # every cell traces functions of its own
+    logs.write_line(_line(study, cell, record))
+    return True
+
+
+def estimate(study: Study, out: Path, cells: Sequence[Cell]) -> list[float]:
+    """Estimate the seconds of each cell: the mean of its arm's finished ones, else of all, else the file's figure."""
+    by_arm: dict[str, list[float]] = {}
+    for record in results.read_results(study, out):
+        if record["error"] is None:
+            by_arm.setdefault(record["arm"], []).append(record["seconds"])
+    every = [seconds for found in by_arm.values() for seconds in found] or [study.seconds_per_cell]
+    mean = lambda values: sum(values) / len(values)
+    return [mean(by_arm[cell.arm]) if cell.arm in by_arm else mean(every) for cell in cells]
+
+
+def _is_due(study: Study, out: Path, cell: Cell, retry: bool) -> bool:
+    """Tell whether a cell has to run; refuse a result of another config than the study's."""
+    record = results.read_result(out, cell)
+    if record is None:
+        return True
+    was, now = config_io.from_tree(record["config"]), study.cell_config(cell, Path(record["config"]["workdir"]))
+    changes = config_io.differences(was, now)
+    if changes:
+        raise ValueError(
+            f"cell {cell.name} has a result of another config: {'; '.join(changes)}; choose another --out, or delete "
+            f"{results.cell_folder(out, cell)}"
+        )
+    return retry and record["error"] is not None
+
+
+def _waiting(study: Study, out: Path, selection: Selection) -> bool:
+    """Tell whether reported cells are missing because another shard's search is not finished."""
+    searching = {cell.arm for cell in study.search_cells() if results.read_result(out, cell) is None}
+    # Whichever rate will be chosen, the pattern decides by the name.
+    rates = {arm: study.learning_rates[0] for arm in searching}
+    arms = sorted({cell.arm for cell in selection.of(study.report_cells(rates))})
+    if arms:
+        logs.write_line(f"the search of {', '.join(arms)} is not finished; run the same command again afterwards")
+    return bool(arms)
+
+
+def _record(study: Study, cell: Cell, config: Config, error: str | None, seconds: float) -> Record:
+    record: Record = {
+        "study": study.name,
+        "quick": study.quick,
+        "cell": cell.name,
+        "arm": cell.arm,
+        "variants": dict(zip(study.axes, cell.variants, strict=True)),
+        "stage": cell.stage,
+        "learning_rate": cell.learning_rate,
+        "seed": cell.seed,
+        "error": error,
+        "seconds": seconds,
+        "config": config_io.to_tree(config),
+        **measure.environment(),
+    }
+    if error is not None:
+        return record
+    lines = [line for line in read_metrics(Path(config.workdir) / "metrics.jsonl") if "eval/loss" in line]
+    if not lines:
+        return {**record, "error": "no evaluation line in metrics.jsonl; set eval.every"}
+    metrics = {name: value for name, value in lines[-1].items() if name != "step"}
+    results.metric_of(study, {"metrics": metrics})  # refuses a metric that evaluation lines do not have
+    curve = [[line["step"] * config.data.batch_size, line[study.metric]] for line in lines]
+    target = study.target
+    return {
+        **record,
+        **measure.model_facts(config),
+        "metrics": metrics,
+        "curve": curve,
+        "examples_to_target": None if target is None else results.examples_to_target(curve, target, study.better),
+    }
+
+
+def _line(study: Study, cell: Cell, record: Record) -> str:
+    if record["error"] is not None:
+        return f"{cell.name}  FAILED: {record['error']}"
+    return f"{cell.name}  {study.metric} {results.metric_of(study, record):.4f}  {record['seconds']:.0f} s"
+
+
+def _bar(cells: Sequence[Cell], stage: str) -> Iterator[Cell]:
+    """Show a bar over cells on a terminal; the runs' own lines are hidden, except what needs a person."""
+    with logs.shown(logging.ERROR):
+        yield from tqdm(cells, desc=stage, unit="cell", dynamic_ncols=True, disable=None)
+
+
+@contextlib.contextmanager
+def _shared_programs(folder: Path) -> Iterator[None]:
+    """Keep compiled programs on disk: cells that differ in the seed alone have the same ones."""
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+
+    def use(values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # JAX decides at the first program of a process whether there is one
+
+    use(options)
+    try:
+        yield
+    finally:
+        use(before)
