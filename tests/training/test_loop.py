@@ -15,7 +15,7 @@ import pytest
 import train as command
 import transmamba_jax as tm
 from tests.training.support import Little, little_config
-from transmamba_jax import checkpoint, config_io, data, export
+from transmamba_jax import checkpoint, config_io, data, export, sharding
 from transmamba_jax.compile_only import compiler
 from transmamba_jax.config import Config, KernelsConfig
 from transmamba_jax.convert.mamba2 import start_run
@@ -34,7 +34,6 @@ def _make(tmp_path):
         defaults = {
             "model": {"vocab_size": 256},
             "data": {"source": f"text:{tmp_path / '*.txt'}"},
-            "train": {"sample_tokens": 0},  # generation needs the model's own layers
             "eval": {"every": 5, "windows": 8},
             "checkpoint": {"every": 4},
         }
@@ -99,6 +98,12 @@ def test_a_run_leaves_its_files_and_a_second_start_only_reports_them(make, capsy
     assert result in output
     assert str(folder / "report" / "index.html") in output
     assert _lines(settings) == lines
+
+
+def test_a_batch_that_is_still_on_the_host_is_an_error_in_the_step(make, monkeypatch):
+    monkeypatch.setattr(sharding, "place_batch", lambda batch, _: batch)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        train(make(eval={"every": 0}))
 
 
 def test_a_held_out_split_that_cannot_be_read_is_refused_before_anything_is_made(make, capsys):

@@ -62,7 +62,7 @@ def train(
         config: the experiment.
         model: a module with the methods of `TransMamba`: `__call__(tokens, segment_ids)`, `hidden` and `logits`, and
             a parameter `embedding` or `lm_head` that `logits` uses. None: `TransMamba(config.model, config.kernels)`.
-            Samples are written with `train.sample_tokens` > 0, which needs the layers of `TransMamba`.
+            Only a `TransMamba` writes samples at the end.
         documents: texts, UTF-8 bytes or lists of token ids, in place of `data.source`; to resume, give them again. Of
             every 20 documents, number 9 is held out for validation and number 19 for test.
 
@@ -200,7 +200,9 @@ class _Run:
             # a. The batch is read and the step is queued; the device works while the host goes on.
             rows = schedule_sampling.with_transpoints(self.config, next(self.batches), step, *self.row_share)
             batch = sharding.place_batch(rows, self.mesh)
-            state, metrics = train_steps[schedule_sampling.of_step(self.config, step)](state, batch)
+            train_step = train_steps[schedule_sampling.of_step(self.config, step)]
+            with jax.transfer_guard("disallow"):  # an accidental copy from or to the host would stall the devices
+                state, metrics = train_step(state, batch)
             step += 1
 
             # b. The metrics of the step before are fetched: they are ready, so nobody waits. A diverged run ends here.
@@ -232,7 +234,9 @@ class _Run:
         report = self.workdir / "report"
         samples, index = report / "sample.txt", report / "index.html"
         text = None
-        wanted = self.config.train.sample_tokens > 0 and not is_synthetic(self.config.data.source)
+        # A program's own model has no decoding cache, and tokens of a synthetic task are no text.
+        decodes = isinstance(self.model, TransMamba) and not is_synthetic(self.config.data.source)
+        wanted = decodes and self.config.train.sample_tokens > 0
         if wanted and hosts.broadcast_from_first(trained or not samples.exists()):
             text = sample_text(self.config, self.model, self.tokenizer, state, step)
         # The others wait: JAX takes a process that waits at the end of the program for one that was left alone.
