@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -228,6 +229,42 @@ def test_bfloat16_weights_train_in_float32_from_the_start_and_from_a_converted_c
         tm.train(
             dataclasses.replace(longer, checkpoint=dataclasses.replace(config.checkpoint, partial=False)), model=model
         )
+
+
+def _replace_by_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.touch()
+
+
+@pytest.mark.parametrize(
+    ("change", "sections", "outcome"),
+    [
+        (lambda folder: (folder / "metrics.jsonl").unlink(), {}, 0),
+        (lambda folder: (folder / "config.yaml").unlink(), {}, 0),
+        (lambda folder: (folder / "config.yaml").write_text(""), {}, 0),
+        (lambda folder: (folder / "config.yaml").write_text("a: 1"), {}, "unknown option 'a'.* delete it to continue"),
+        (lambda folder: _replace_by_file(folder / "report"), {}, "step 6 of 6 is saved, but the report is not written"),
+        (lambda folder: _replace_by_file(folder / "tensorboard"), {}, "File exists: .*tensorboard"),
+        (lambda folder: _replace_by_file(folder / "checkpoints"), {}, "File exists: .*checkpoints"),
+        (lambda _: None, {"optimizer": {"clip_norm": 0.0}}, 0),
+        (lambda _: None, {"train": {"steps": 6, "accumulation": 4}}, 0),
+        (lambda _: None, {"model": {"transpoints": (0,)}}, 0),
+        (lambda _: None, {"model": {"vocab_size": 300}}, r"params/embedding: float32 \[256, 8\] there"),
+        (lambda _: None, {"data": {"shuffle": False}}, "shuffle: saved True, now False.* --checkpoint.partial True"),
+    ],
+)
+def test_unusual_states_of_a_run_that_is_resumed(make, change, sections, outcome):
+    once = {"train": {"steps": 4}, "eval": {"every": 0}, "checkpoint": {"every": 0}}
+    settings = make(**once)
+    train(settings)
+    change(Path(settings.workdir))
+    longer = make(**{**once, "train": {"steps": 6}, **sections})
+    if outcome == 0:
+        assert train(longer) == 0
+        assert _steps(longer) == [4, 6]
+    else:
+        with pytest.raises((ValueError, OSError), match=outcome):
+            train(longer)
 
 
 TEXTS = [f"document {index} of a small text\n" * 4 for index in range(40)]

@@ -42,6 +42,18 @@ def test_a_resumed_run_takes_back_what_lies_beyond_its_step(tmp_path):
         assert _lines(tmp_path) == []
 
 
+@pytest.mark.parametrize("foreign", [b"not json", b'{"note": 3}', b"[1]", b"\xff\xfe", b'{"step": true}', b""])
+def test_lines_that_no_run_wrote_are_left_out_with_a_line_and_a_copy(tmp_path, foreign, caplog):
+    file, good = tmp_path / "metrics.jsonl", b'{"step": 1, "loss": 0.5}\n'
+    content = good + foreign + b"\n" + foreign + b"\n" + good.replace(b"1", b"2")
+    file.write_bytes(content)
+    with MetricsWriter(tmp_path, 2):
+        pass
+    assert _lines(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
+    assert "metrics.jsonl: line 2 (and 1 more) has no step and is left out" in caplog.text
+    assert (tmp_path / "metrics.jsonl.old").read_bytes() == content
+
+
 def test_lines_are_strict_json_and_tensorboard_gets_the_numbers(tmp_path):
     with MetricsWriter(tmp_path, 0) as writer:
         writer.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "eval/by_position": [[0, 1, 2.0]]})

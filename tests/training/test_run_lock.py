@@ -126,6 +126,12 @@ def test_a_job_that_is_requeued_on_another_machine_waits_for_the_lease_and_start
     assert "last renewed its lock 3 s ago, more than 3 s: taking it over" in caplog.text
 
 
+def test_a_lock_whose_time_lies_in_the_future_is_waited_for_as_long(start, hold, tmp_path):
+    start("elsewhere", "no").signal(signal.SIGKILL)
+    os.utime(tmp_path / run_lock.FILE, (2**32, 2**32))
+    assert LEASE / 2 < hold() < 2 * LEASE
+
+
 def test_a_run_that_was_suspended_for_longer_than_its_lease_finds_that_it_lost_the_lock(start, tmp_path):
     holder = start("elsewhere", "no")
     holder.signal(signal.SIGSTOP)

@@ -249,7 +249,8 @@ class _Run:
                     index = write_report(self.workdir)
             except (OSError, ValueError) as error:
                 for file in (samples, index):  # half of one would pass for all of it at the next start
-                    file.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):
+                        file.unlink(missing_ok=True)
                 raise OSError(
                     f"step {step} of {self.config.train.steps} is saved, but the report is not written: {error}; "
                     "the same command writes it"

@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import shutil
 import socket
 import struct
 import sys
@@ -18,6 +19,7 @@ from tensorboardX.record_writer import masked_crc32c
 from transmamba_jax import schedule
 from transmamba_jax.config import Config, ModelConfig
 from transmamba_jax.runtime import hardware
+from transmamba_jax.runtime.logs import LOGGER
 
 Record = dict[str, Any]
 
@@ -137,12 +139,12 @@ class MetricsWriter:
     def __init__(self, workdir: Path, step: int) -> None:
         """Continue after `step`; a line that a killed run left unfinished goes as well."""
         path, board = workdir / "metrics.jsonl", workdir / "tensorboard"
+        board.mkdir(exist_ok=True)
         self.kept = _lines_up_to(path, step)
         rewritten = path.with_suffix(".jsonl.new")
         rewritten.write_text("".join(line + "\n" for line, _ in self.kept), encoding="utf-8")
         rewritten.replace(path)  # atomic: a kill here leaves one or the other
         self._file = _Appended(path)
-        board.mkdir(exist_ok=True)
         # Not tensorboardX's writer: its thread dies of a full disk, and whoever fills its queue waits for ever.
         self._board = _Appended(board / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}")
         self._event(file_version="brain.Event:2")
@@ -203,11 +205,33 @@ class MetricsWriter:
 
 
 def _lines_up_to(path: Path, step: int) -> list[tuple[str, Record]]:
+    """Return the lines of an earlier run up to `step`, and keep a copy of a file that has others in it."""
     if step == 0 or not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
     complete = text[: text.rfind("\n") + 1].splitlines()
-    return [(line, record) for line in complete if (record := json.loads(line))["step"] <= step]
+    records = [(line, _parse(line)) for line in complete]
+    foreign = [index for index, (_, record) in enumerate(records, start=1) if record is None]
+    if foreign:
+        copy = path.with_suffix(".jsonl.old")
+        shutil.copy(path, copy)
+        LOGGER.warning(
+            "%s: line %d%s has no step and is left out; the file as it was is %s",
+            path,
+            foreign[0],
+            f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else "",
+            copy,
+        )
+    return [(line, record) for line, record in records if record is not None and record["step"] <= step]
+
+
+def _parse(line: str) -> Record | None:
+    """Read a line; None: it is not one that a run wrote, or is damaged."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def _nonfinite(value: Any) -> bool:

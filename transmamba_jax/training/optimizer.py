@@ -74,7 +74,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         mask=decay_mask,
     )
     rule = optax.partition({"muon": _muon(config), "adamw": rest}, _labels) if cfg.name == "muon" else rest
-    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule) if cfg.clip_norm > 0 else rule
+    clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm > 0 else optax.identity()
+    return optax.chain(clip, rule)  # one structure of the state: clipping may change in a run
 
 
 def decay_mask(params: Any) -> Any:

@@ -33,7 +33,13 @@ def compare_with_earlier_run(config: Config, model: nn.Module, mesh: Mesh, workd
     if not saved.exists():
         return
     # Where the processes find one another and which kernels run, may change at every start.
-    lines = config_io.differences(config_io.read_config_file(saved), config)
+    try:
+        lines = config_io.differences(config_io.read_config_file(saved), config)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. It is the config of the run in {workdir}: correct it, or delete it to continue without a "
+            "comparison of the options"
+        ) from None
     differences = [line for line in lines if not line.startswith(("hosts.", "kernels."))]
     if differences:
         hosts.log_first(f"{saved} differs from this run:", *differences)

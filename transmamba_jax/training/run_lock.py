@@ -109,6 +109,7 @@ def shown(workdir: Path) -> str:
 def _acquire(path: Path, stream: TextIO, lease: float) -> None:
     """Return when the lock is free or its owner dead; the flock is held then, where the file system has one."""
     seen: float | None = None
+    begin = time.monotonic()
     while True:
         free = _try_flock(stream)
         content = path.read_text(encoding="utf-8")  # opened again: network file systems refresh at an open
@@ -129,7 +130,8 @@ def _acquire(path: Path, stream: TextIO, lease: float) -> None:
             )
         renewed = path.stat().st_mtime
         age = _now(path.parent) - renewed
-        if age > lease:
+        # The second condition ends the wait for a file whose time lies in the future.
+        if age > lease or time.monotonic() - begin > lease:
             limit = f"more than {lease:.0f} s: taking it over"
             _log.warning("%s: %s, last renewed its lock %.0f s ago, %s", path, _who(owner), age, limit)
             return
