@@ -22,7 +22,7 @@ from transmamba_jax.config import Config, KernelsConfig
 from transmamba_jax.convert.mamba2 import start_run
 from transmamba_jax.data import train_tokenizer
 from transmamba_jax.runtime import logs
-from transmamba_jax.training import loop, run_lock
+from transmamba_jax.training import loop, run_lock, step_log
 
 
 @pytest.fixture(name="make")
@@ -361,7 +361,7 @@ def test_a_diverged_run_stops_and_keeps_the_good_checkpoint(make, monkeypatch, c
         eval={"every": 0},
     )
     with pytest.raises(
-        loop.NonFiniteError, match=r"3 steps in a row up to step 4 .*first non-finite leaf is the gradient"
+        step_log.NonFiniteError, match=r"3 steps in a row up to step 4 .*first non-finite leaf is the gradient"
     ):
         train(settings)
     assert saved == [1]

@@ -80,7 +80,8 @@ def _run(options: Options, model: Callable[[ModelConfig], Any] | None, program: 
     host_memory.keep_freed()
     # orbax and Grain take seconds to import: mistakes and --help need neither.
     from transmamba_jax.compile_only import compile_only
-    from transmamba_jax.training.loop import EXIT_NOT_SAVED, NonFiniteError, train
+    from transmamba_jax.training.loop import EXIT_NOT_SAVED, train
+    from transmamba_jax.training.step_log import NonFiniteError
 
     config = options.experiment
     try:

@@ -25,7 +25,7 @@ from transmamba_jax.runtime import hosts
 from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.training import resume, run_lock, schedule_sampling
 from transmamba_jax.training.console import Console
-from transmamba_jax.training.metrics import MetricsWriter, Record, Throughput, peak_memory_bytes
+from transmamba_jax.training.metrics import MetricsWriter, Record
 from transmamba_jax.training.optimizer import make_optimizer
 from transmamba_jax.training.preemption import EXIT_PREEMPTED, Preemption
 from transmamba_jax.training.sample import sample_text
@@ -34,20 +34,15 @@ from transmamba_jax.training.step import (
     Metrics,
     TrainState,
     abstract_batch,
-    first_nonfinite,
-    leaf_name,
     make_train_step,
 )
+from transmamba_jax.training.step_log import StepLog
 
 EXIT_NOT_SAVED = 74
 """Exit code of a run whose last state, or another file that it needs, could not be saved: EX_IOERR."""
 
 
 _Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
-
-class NonFiniteError(ArithmeticError):
-    """The loss or the gradient was not finite for `train.max_nonfinite_steps` steps in a row."""
 
 
 def train(
@@ -186,7 +181,7 @@ class _Run:
     def train(self, state: TrainState, start: int) -> tuple[TrainState, int]:
         """Go from `start` to the last step, or to where a signal asks to stop; return the state and its step."""
         steps = self.config.train.steps
-        log = _Log(self)
+        log = StepLog(self.config, self.console, self.write)
 
         # A stop during the evaluation of the restored step left it undone.
         missing = hosts.broadcast_from_first(self.writer is not None and not self.writer.has_evaluation(start))
@@ -287,7 +282,7 @@ class _Run:
         every = self.config.checkpoint.every
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
-    def _compile(self, state: TrainState, log: "_Log") -> Sequence[_Step]:
+    def _compile(self, state: TrainState, log: StepLog) -> Sequence[_Step]:
         """Compile the step of every schedule before any data is consumed, so that a stop during it loses nothing."""
         self.console.say(f"compiling for {jax.device_count()} x {jax.devices()[0].device_kind}")
         tx = make_optimizer(self.config)
@@ -346,67 +341,3 @@ class _Run:
         failed = self.checkpointer.failed_saves
         self.console.alarm(f"{error}. Failed saves: {failed}. The checkpoints are {self.checkpointer.steps()}")
         self.write({"step": step, "checkpoint/failed_saves": failed})
-
-
-class _Log:
-    """Fetches metrics one step late, stops a diverged run, and writes the lines that are due."""
-
-    def __init__(self, run: _Run) -> None:
-        self._run = run
-        self._pending: tuple[int, Metrics] | None = None
-        self.clock = Throughput(run.config, jax.devices())
-        self._compile_seconds = 0.0
-        self._nonfinite_steps = 0
-
-    def start(self, compile_seconds: float) -> None:
-        """Start the clock of the first step."""
-        self._compile_seconds = compile_seconds
-        self._run.console.begin()
-        self.clock.resume()
-
-    def push(self, step: int, metrics: Metrics, state: TrainState) -> None:
-        """Take the metrics of a step that is under way and finish those of the step before."""
-        self.flush(state)
-        self._pending = step, metrics
-
-    def flush(self, state: TrainState) -> int:
-        """Wait for what is pending, write it, and return how many of the last steps in a row were bad.
-
-        Raises:
-            NonFiniteError: too many.
-        """
-        if self._pending is not None:
-            step, metrics = self._pending
-            self._pending = None
-            self._finish(step, {name: value.item() for name, value in jax.device_get(metrics).items()}, state)
-        return self._nonfinite_steps
-
-    def _finish(self, step: int, values: Record, state: TrainState) -> None:
-        self.clock.step_done()
-        train = self._run.config.train
-        nonfinite_leaf, self._nonfinite_steps = values.pop("nonfinite_leaf"), values["nonfinite_steps"]
-        if self._nonfinite_steps > 0:
-            self._run.console.say(f"step {step} skipped: loss {values['loss']}, gradient norm {values['grad_norm']}")
-        if self._nonfinite_steps >= train.max_nonfinite_steps:
-            raise NonFiniteError(_diagnosis(step, self._nonfinite_steps, nonfinite_leaf, values, state))
-        if step % train.log_every == 0 or step == train.steps:
-            timing = {"compile_seconds": self._compile_seconds, "peak_memory_bytes": peak_memory_bytes()}
-            record = {"step": step, **values, **self.clock.read(), **timing}
-            self._run.write(record)
-            self._run.console.report(record)
-        self._run.console.advance(values["loss"])
-
-
-def _diagnosis(step: int, nonfinite_steps: int, nonfinite_leaf: int, values: Record, state: TrainState) -> str:
-    parameter = first_nonfinite(state.params)
-    if parameter is not None:
-        where = f"parameter {parameter}"
-    elif nonfinite_leaf < len(jax.tree.leaves(state.params)):
-        where = f"the gradient of {leaf_name(state.params, nonfinite_leaf)}"
-    else:
-        where = "the loss itself, with a finite gradient"
-    return (
-        f"{nonfinite_steps} steps in a row up to step {step} had a non-finite loss or gradient (loss {values['loss']}, "
-        f"gradient norm {values['grad_norm']}); the first non-finite leaf is {where}. The parameters are still those "
-        f"of step {step - nonfinite_steps} and nothing was saved over the last checkpoint"
-    )
