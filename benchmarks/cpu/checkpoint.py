@@ -1,8 +1,8 @@
-"""What the manifest of a checkpoint costs beside the save: `python -m benchmarks.cpu.checkpoint`.
+"""Measure the cost of a checkpoint's manifest beside the save: `python -m benchmarks.cpu.checkpoint`.
 
 Saves the training state of a paper config (float32 parameters and the optimizer's two moments, random numbers) with and
-without the checksums of its arrays, in turn, and prints for each: the time until the training thread goes on, and until
-the step is on disk; then the ratio of the time that the checksums take alone to the save's. The disk's cache is flushed
+without the checksums of its arrays, in turn, and prints for each: the time until the training thread continues, and
+until the step is on disk; then the ratio of the time that the checksums take alone to the save's. The disk's cache is flushed
 before each save is timed, so that one does not pay for another's writes. Goal: 0.10, off the training thread.
 """
 
@@ -35,14 +35,14 @@ ROOT = Path(__file__).parents[2]
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What is saved."""
+    """The part of a training state that is saved."""
 
     params: Any
     opt_state: Any
 
 
 def make_state(config: Config) -> State:
-    """Random numbers in the shapes of a config's parameters and optimizer state, no two blocks of memory alike."""
+    """Make random numbers in the shapes of a config's parameters and optimizer state, no two blocks of memory alike."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     shapes = abstract_state(config, TransMamba(config.model), mesh)
     rng = np.random.default_rng(0)
@@ -56,7 +56,7 @@ def make_state(config: Config) -> State:
 
 
 def save(folder: Path, state: State, config: Config, step: int, checksums: bool) -> tuple[float, float]:
-    """Save a step; return the seconds until the caller goes on and until all is on disk."""
+    """Save a step; return the seconds until the caller continues and until all is on disk."""
     os.sync()
     nothing = lambda arrays: lambda: dict.fromkeys(arrays, "")
     start = manifests.start_checksums if checksums else nothing

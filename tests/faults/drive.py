@@ -1,4 +1,4 @@
-"""What processes that have accidents run; `python -m tests.faults.drive` serves them (tests/forks.py)."""
+"""Processes that have accidents; `python -m tests.faults.drive` serves them (tests/forks.py)."""
 
 import contextlib
 import ctypes

@@ -148,7 +148,7 @@ def test_killed_during_a_save(server, straight, point, count, left, line):
 def test_terminated(server, straight, where, at, saved):
     workdir = server.folder / f"terminated-{where}"
     text = server.train(workdir, accident=f"terminate-in-{where}", at=at, expect=EXIT_PREEMPTED)
-    assert f"stopped at step {saved[-1]}; the same command goes on from there" in text
+    assert f"stopped at step {saved[-1]}; the same command continues from there" in text
     assert good(workdir) == saved
     server.train(workdir)
     assert_same_end(workdir, straight, 12)

@@ -156,7 +156,7 @@ def test_two_processes_are_one_run_through_a_failing_save_a_signal_and_another_n
     first, second = server.run("two", {}, {"forbid files": 4, "terminate": 6}, expect=ends)
     assert "ALARM: checkpoint 4 was not saved: process 1: " in first
     assert "File too large" in first
-    assert "stopped at step 7; the same command goes on from there" in first
+    assert "stopped at step 7; the same command continues from there" in first
     assert "step 5/12" in first
     assert "SIGTERM" not in first
     assert "step" not in second

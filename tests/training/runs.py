@@ -1,4 +1,4 @@
-"""What tests of whole runs share: a signal at a chosen call, and two runs that must have ended alike."""
+"""Helpers for tests of whole runs: a signal at a chosen call, and two runs that must have ended alike."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def metrics_of(workdir: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_end(workdir: Path, straight: Path, step: int) -> None:
-    """Bit for bit the state, data position and metrics of a run without an accident."""
+    """Compare state, data position and metrics with a run that had no accident, bit for bit."""
     found, expected = (checkpoint.restore(folder / "checkpoints") for folder in (workdir, straight))
     assert found.step == expected.step == step
     assert found.data_states == expected.data_states

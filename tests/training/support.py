@@ -1,4 +1,4 @@
-"""What the training tests share: a model that compiles in a second, configs and batches."""
+"""Helpers for the training tests: a model that compiles in a second, configs and batches."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What metrics.jsonl keeps, and the count of operations."""
+"""The lines of metrics.jsonl, and the count of operations."""
 
 import errno
 import json

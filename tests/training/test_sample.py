@@ -1,4 +1,4 @@
-"""Where the prompts of a run's samples come from."""
+"""The prompts of a run's samples."""
 
 import dataclasses
 import types

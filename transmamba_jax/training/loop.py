@@ -1,7 +1,7 @@
 """The training loop. The order of its parts is fixed: what is checked, saved and logged relies on it.
 
 Resuming is exact: parameters, optimizer state, counters, random key and data position are saved together, metrics
-lines beyond the restored step are taken back, and an evaluation that was due but interrupted is made up for.
+lines beyond the restored step are taken back, and an evaluation that was due but interrupted is run first.
 """
 
 import contextlib
@@ -71,59 +71,67 @@ def train(
     if documents is not None:
         config = dataclasses.replace(config, data=data.give_documents(config.data, config.workdir, documents))
     with Preemption() as preemption, contextlib.ExitStack() as cleanup:
-        # 1. What can be refused cheaply is refused first, everywhere: other hosts, devices, the earlier run, the data.
-        mesh = _agreed_mesh(config)
-        cleanup.enter_context(jax.set_mesh(mesh))
-        model = TransMamba(config.model, config.kernels) if model is None else model
-        workdir = Path(config.workdir)
-        lock = None
-        with hosts.collective_errors():
-            if hosts.is_first():
-                lock = cleanup.enter_context(run_lock.hold(workdir))
-        hosts.require_same({f"workdir {workdir}, which all processes share": run_lock.shown(workdir)})
-        with hosts.collective_errors():
-            schedule_sampling.models(config, model)
-            resume.compare_with_earlier_run(config, model, mesh, workdir)
-            tokenizer, batches = _open_data(config, mesh)
-            cleanup.callback(batches.close)
-            evaluator = Evaluator(model, config, tokenizer, mesh) if config.eval.every > 0 else None
-
-        # 2. The state: the newest checkpoint's, or a new one. Then where numbers go: one process writes and prints.
-        checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint)
-        cleanup.callback(checkpointer.close)
-        state, start = resume.newest_state(checkpointer, batches, config, model, mesh, tokenizer)
-        writer = None
-        with hosts.collective_errors(OSError):
-            if hosts.is_first():
-                (workdir / "config.yaml").write_text(config_io.to_yaml(config), encoding="utf-8")
-                writer = cleanup.enter_context(MetricsWriter(workdir, start))
-        run = _Run(
-            config=config,
-            workdir=workdir,
-            lock=lock,
-            model=model,
-            mesh=mesh,
-            tokenizer=tokenizer,
-            batches=batches,
-            checkpointer=checkpointer,
-            preemption=preemption,
-            any_process=hosts.AnyProcess(mesh),
-            writer=writer,
-            console=cleanup.enter_context(Console(start, config.train.steps)),
-            evaluator=evaluator,
-            others=_evaluators(config, model, evaluator),
-            row_share=hosts.row_share(mesh, config.data.batch_size),
-        )
+        run, state, start = _open_run(config, model, preemption, cleanup)
         # 3. Steps, then the report.
         state, step = run.train(state, start)
-        if checkpointer.newest != step:
-            run.console.say(f"step {step} is NOT saved; the checkpoints are {checkpointer.steps()}")
+        if run.checkpointer.newest != step:
+            run.console.say(f"step {step} is NOT saved; the checkpoints are {run.checkpointer.steps()}")
             return EXIT_NOT_SAVED
         if run.any_process.now(preemption.requested):
-            run.console.say(f"stopped at step {step}; the same command goes on from there")
+            run.console.say(f"stopped at step {step}; the same command continues from there")
             return EXIT_PREEMPTED
         run.finish(state, step, trained=step > start)
         return 0
+
+
+def _open_run(
+    config: Config, model: nn.Module | None, preemption: Preemption, cleanup: contextlib.ExitStack
+) -> tuple["_Run", TrainState, int]:
+    """Check and open everything that a run needs; return it with the state and the step that it starts from."""
+    # 1. What can be refused cheaply is refused first, everywhere: other hosts, devices, the earlier run, the data.
+    mesh = _agreed_mesh(config)
+    cleanup.enter_context(jax.set_mesh(mesh))
+    model = TransMamba(config.model, config.kernels) if model is None else model
+    workdir = Path(config.workdir)
+    lock = None
+    with hosts.collective_errors():
+        if hosts.is_first():
+            lock = cleanup.enter_context(run_lock.hold(workdir))
+    hosts.require_same({f"workdir {workdir}, which all processes share": run_lock.shown(workdir)})
+    with hosts.collective_errors():
+        schedule_sampling.models(config, model)
+        resume.compare_with_earlier_run(config, model, mesh, workdir)
+        tokenizer, batches = _open_data(config, mesh)
+        cleanup.callback(batches.close)
+        evaluator = Evaluator(model, config, tokenizer, mesh) if config.eval.every > 0 else None
+
+    # 2. The state: the newest checkpoint's, or a new one. Then where numbers go: one process writes and prints.
+    checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint)
+    cleanup.callback(checkpointer.close)
+    state, start = resume.newest_state(checkpointer, batches, config, model, mesh, tokenizer)
+    writer = None
+    with hosts.collective_errors(OSError):
+        if hosts.is_first():
+            (workdir / "config.yaml").write_text(config_io.to_yaml(config), encoding="utf-8")
+            writer = cleanup.enter_context(MetricsWriter(workdir, start))
+    run = _Run(
+        config=config,
+        workdir=workdir,
+        lock=lock,
+        model=model,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        batches=batches,
+        checkpointer=checkpointer,
+        preemption=preemption,
+        any_process=hosts.AnyProcess(mesh),
+        writer=writer,
+        console=cleanup.enter_context(Console(start, config.train.steps)),
+        evaluator=evaluator,
+        others=_evaluators(config, model, evaluator),
+        row_share=hosts.row_share(mesh, config.data.batch_size),
+    )
+    return run, state, start
 
 
 def _evaluators(config: Config, model: nn.Module, evaluator: Evaluator | None) -> dict[str, Evaluator]:
@@ -155,7 +163,7 @@ def _open_data(config: Config, mesh: Mesh) -> tuple[data.Tokenizer, data.BatchIt
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What stays the same from step to step."""
+    """A run: everything that stays the same from step to step."""
 
     config: Config
     workdir: Path
@@ -192,7 +200,7 @@ class _Run:
 
         step = start
         while step < steps and not self.any_process.lagged(self.preemption.requested):
-            # a. The batch is read and the step is queued; the device works while the host goes on.
+            # a. The batch is read and the step is queued; the device works while the host continues.
             rows = schedule_sampling.with_transpoints(self.config, next(self.batches), step, *self.row_share)
             batch = sharding.place_batch(rows, self.mesh)
             train_step = train_steps[schedule_sampling.of_step(self.config, step)]
@@ -259,7 +267,7 @@ class _Run:
         self.console.say(f"report      {index}")
 
     def _say_result(self, step: int) -> None:
-        """Put the held-out loss of the last step beside what it has to beat."""
+        """Log the held-out loss of the last step beside its baselines."""
         for record in read_metrics(self.workdir / "metrics.jsonl"):
             bits = [record.get(f"{name}bits_per_byte") for name in ("eval/", "baseline/order2_", "baseline/gzip_")]
             if record["step"] == step and None not in bits:

@@ -74,7 +74,7 @@ def peak_memory_bytes() -> int:
 
 
 class Throughput:
-    """Counts steps and the seconds spent in them, evaluations and saves left out."""
+    """Count steps and the seconds spent in them, without evaluations and saves."""
 
     def __init__(self, config: Config, devices: list[jax.Device]) -> None:
         """Make a clock that stands still until `resume`."""
@@ -99,7 +99,7 @@ class Throughput:
         self._since = time.perf_counter()
 
     def read(self) -> Record:
-        """Return the rates since the last reading, and start anew."""
+        """Return the rates since the last reading and reset the counts."""
         self.pause()
         rate = self._steps * self._tokens / self._seconds
         self._steps, self._seconds = 0, 0.0
@@ -109,7 +109,7 @@ class Throughput:
 
 
 class _Appended:
-    """A file that bytes are added to. What it does not take, on a full disk say, is kept and goes first next time."""
+    """A file that bytes are appended to. Bytes that a full disk refuses are kept and written first next time."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
@@ -134,7 +134,7 @@ class _Appended:
 
 
 class MetricsWriter:
-    """Appends records to metrics.jsonl and TensorBoard; an earlier run's lines beyond `step` are taken back."""
+    """Append records to metrics.jsonl and TensorBoard; remove an earlier run's lines beyond `step`."""
 
     def __init__(self, workdir: Path, step: int) -> None:
         """Continue after `step`; a line that a killed run left unfinished goes as well."""
@@ -152,7 +152,7 @@ class MetricsWriter:
             self._event(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=step + 1)
 
     def has_evaluation(self, step: int) -> bool:
-        """Tell whether the evaluation of `step` was written before this process started."""
+        """Return whether the evaluation of `step` was written before this process started."""
         return any(record["step"] == step and "eval/loss" in record for _, record in self.kept)
 
     def write(self, record: Record) -> None:

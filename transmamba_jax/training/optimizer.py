@@ -79,7 +79,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Any) -> Any:
-    """Tell which leaves weight decay applies to."""
+    """Return a tree of booleans: True for the leaves that weight decay applies to."""
     return jax.tree.map_with_path(lambda path, _: NO_DECAY.fullmatch(path_name(path)) is None, params)
 
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from transmamba_jax.runtime.logs import LOGGER
 
 EXIT_PREEMPTED = 75
-"""Exit code of a run that was asked to stop and saved: EX_TEMPFAIL, start the same command again to go on."""
+"""Exit code of a run that was asked to stop and saved: EX_TEMPFAIL, the same command continues it."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _CLOSE = 0  # no signal has this number
@@ -32,7 +32,7 @@ class Preemption:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has asked the run to stop."""
+        """Return whether a signal has asked the run to stop."""
         return self._requested.is_set()
 
     def __enter__(self) -> "Preemption":

@@ -1,4 +1,4 @@
-"""The samples at the end of a run: pieces of a text, and what the model makes of each."""
+"""The samples at the end of a run: pieces of a text, each continued by the model."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def sample_text(
 
 
 def _pieces(text: bytes) -> list[str]:
-    """Return what follows `PROMPTS` places of a text, from the beginning of the line there where it is near."""
+    """Return pieces of a text from `PROMPTS` positions, each from the beginning of a line that is near."""
     places = [index * len(text) // PROMPTS for index in range(PROMPTS)]
     starts = [text.rfind(b"\n", max(place - 2**10, 0), place) + 1 or place for place in places]
     return [text[start : start + 2**12].decode("utf-8", errors="ignore") for start in starts]

@@ -196,22 +196,17 @@ def make_train_step(
             skipped_steps=state.skipped_steps + ~good,
             nonfinite_steps=jnp.where(good, 0, state.nonfinite_steps + 1),
         )
-        weights = token_weights(batch)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),
             # The rate of the update that was made: skipped steps do not move the schedule.
             "learning_rate": jnp.asarray(rate(state.step - state.skipped_steps), jnp.float32),
-            "tokens": jnp.sum(weights),
             "skipped_steps": new_state.skipped_steps,
             "nonfinite_steps": new_state.nonfinite_steps,
             "nonfinite_leaf": _first_nonfinite_index(squares),
         }
-        if "bytes" in batch:
-            bytes_read = jnp.sum(batch["bytes"][:, 1:] * weights)
-            metrics["bits_per_byte"] = loss * metrics["tokens"] / (math.log(2) * jnp.maximum(bytes_read, 1.0))
-        return new_state, metrics
+        return new_state, metrics | _token_metrics(loss, batch)
 
     everywhere = NamedSharding(mesh, P())
     states = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
@@ -221,6 +216,15 @@ def make_train_step(
         in_shardings=(states, sharding.batch_sharding(mesh)),
         out_shardings=(states, everywhere),
     )
+
+
+def _token_metrics(loss: Float32[Array, ""], batch: Batch) -> Metrics:
+    weights = token_weights(batch)
+    tokens = jnp.sum(weights)
+    if "bytes" not in batch:
+        return {"tokens": tokens}
+    bytes_read = jnp.sum(batch["bytes"][:, 1:] * weights)
+    return {"tokens": tokens, "bits_per_byte": loss * tokens / (math.log(2) * jnp.maximum(bytes_read, 1.0))}
 
 
 def leaf_name(tree: Any, index: int) -> str:
