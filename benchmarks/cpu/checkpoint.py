@@ -2,8 +2,8 @@
 
 Saves the training state of a paper config (float32 parameters and the optimizer's two moments, random numbers) with and
 without the checksums of its arrays, in turn, and prints for each: the time until the training thread continues, and
-until the step is on disk; then the ratio of the time that the checksums take alone to the save's. The disk's cache is flushed
-before each save is timed, so that one does not pay for another's writes. Goal: 0.10, off the training thread.
+until the step is on disk; then the ratio of the time that the checksums take alone to the save's. The disk's cache is
+flushed before each save is timed, so that one does not pay for another's writes. Goal: 0.10, off the training thread.
 """
 
 import argparse
