@@ -12,9 +12,10 @@ from transmamba_jax.report import read_metrics
 from transmamba_jax.study import measure, results, runner
 from transmamba_jax.study.runner import COMPLETE, UNFINISHED, Selection, run_study
 from transmamba_jax.study.spec import Cell
-from transmamba_jax.training.loop import EXIT_NOT_SAVED, NonFiniteError, train
+from transmamba_jax.training.loop import EXIT_NOT_SAVED, train
 from transmamba_jax.training.metrics import TIMING
 from transmamba_jax.training.preemption import EXIT_PREEMPTED
+from transmamba_jax.training.step_log import NonFiniteError
 
 FIRST = "attention/n2/search-rate0.001-seed0"
 

@@ -26,8 +26,9 @@ from transmamba_jax.runtime import logs
 from transmamba_jax.study import measure, results
 from transmamba_jax.study.results import Record
 from transmamba_jax.study.spec import Cell, Stage, Study
-from transmamba_jax.training.loop import EXIT_NOT_SAVED, NonFiniteError, train
+from transmamba_jax.training.loop import EXIT_NOT_SAVED, train
 from transmamba_jax.training.preemption import EXIT_PREEMPTED
+from transmamba_jax.training.step_log import NonFiniteError
 
 COMPLETE, UNFINISHED = 0, 75
 """Exit codes: every cell that was asked for has a result; the same command continues (EX_TEMPFAIL)."""
