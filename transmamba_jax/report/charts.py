@@ -30,6 +30,8 @@ COLOURS = {
 }  # fmt: skip
 """Name of a colour on the page -> its value in a picture; no two are equal."""
 
+_RUNS = ("#3a74b5", "#b8402f", "#e2a04a", "#4d9a6a", "#8a63b3", "#4aa3b0")  # between light and dark
+
 _MAX_POINTS = 400  # of a line; more are averaged, which no screen could tell apart
 
 
@@ -98,6 +100,33 @@ def loss(training: Sequence[Point], held_out: Sequence[Point]) -> Chart:
         return tips
 
     return Chart("Training and held-out loss", 300, draw)
+
+
+def curves(xlabel: str, series: Sequence[tuple[str, Sequence[Point], Sequence[Point]]]) -> Chart:
+    """Chart losses of several runs: per run its name, the training loss (thin) and the held-out loss (dots)."""
+
+    def draw(axes: Any, narrow: bool) -> Tips:
+        for index, (name, training, held_out) in enumerate(series):
+            colour = _RUNS[index % len(_RUNS)]
+            style = ("-", "--", ":")[index // len(_RUNS) % 3]
+            label = name if len(name) <= 24 or not narrow else f"{name[:11]}...{name[-11:]}"
+            if training:
+                xs, ys = zip(*thinned(training), strict=True)
+                axes.plot(xs, ys, color=colour, linestyle=style, linewidth=0.7, label=None if held_out else label)
+            if held_out:
+                xs, ys = zip(*held_out, strict=True)
+                axes.plot(xs, ys, color=colour, linestyle=style, linewidth=1.6, label=label, marker="o", markersize=4)
+        axes.set(xlabel=xlabel, ylabel="nats per token")
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5 if narrow else 8, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+        columns = 1 if narrow else 3
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.2)
+        return {}
+
+    from matplotlib import ticker
+
+    return Chart(f"Loss over {xlabel}", 300 + 14 * len(series), draw)
 
 
 def speed(speeds: Sequence[Point]) -> Chart:
@@ -261,6 +290,14 @@ def byte_count(value: float) -> str:
 def token_count(value: float) -> str:
     """Write a number of tokens: 512, 1k, 64k."""
     return f"{value / 1024:g}k" if value >= 1024 and value % 1024 == 0 else f"{value:g}"
+
+
+def _short(value: float) -> str:
+    """Write a number of steps, tokens or hours: 0.5, 200, 1.5k, 2M."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.4g}"
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:

@@ -62,6 +62,7 @@ pre { white-space: break-spaces; overflow-wrap: anywhere; background: var(--pane
   border-radius: 10px; padding: 14px 16px; margin: 0 0 1rem; tab-size: 4;
   font: 13.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
 pre .prompt { color: var(--soft); } pre .own { background: var(--own); }
+.scroll { overflow-x: auto; } .scroll td { white-space: nowrap; } .scroll th { vertical-align: bottom; }
 .columns { columns: 2 380px; column-gap: 28px; }
 .columns section { break-inside: avoid; margin-bottom: 1.2rem; } .columns table { width: 100%; }
 .columns td { overflow-wrap: anywhere; } h3 { margin: 0 0 .3rem; font-size: 1rem; }
@@ -87,16 +88,21 @@ def page(name: str, config: Config, records: Sequence[Record], samples: str | No
         "configuration": ("Configuration", _configuration(config)),
     }
     sections = "".join(f'<section id="{key}"><h2>{bodies[key][0]}</h2>{bodies[key][1]}</section>' for key in SECTIONS)
+    return document(name, f"<header>{_header(name, config, records)}</header>{sections}")
+
+
+def document(title: str, body: str) -> str:
+    """Write a page of the report's style around its content."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)}</title><style>{_STYLE}</style></head>\n"
-        f"<body><main><header>{_header(name, config, records)}</header>{sections}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 
-def _numbers(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
+def numbers(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
     """Return (step, value) where there is a finite one; null is one that was not."""
     pairs = [(record["step"], record[name]) for record in records if name in record]
     return [(step, value) for step, value in pairs if value is not None and np.isfinite(value)]
@@ -118,12 +124,12 @@ def _header(name: str, config: Config, records: Sequence[Record]) -> str:
         ("eval/loss", "held-out loss, nats per token", "card"),
         ("loss", "last training loss", "card"),
     ):
-        if found := _numbers(records, key):
+        if found := numbers(records, key):
             cards.append((f"{found[-1][1]:.3f}", text, css))
     cards.append((_millions(step * rows.batch_size * rows.seq_len), "tokens read in training", "card"))
-    if speeds := _numbers(records, "tokens_per_second"):
+    if speeds := numbers(records, "tokens_per_second"):
         cards.append((f"{statistics.median(value for _, value in speeds):,.0f}", "tokens per second, median", "card"))
-    if peaks := _numbers(records, "peak_memory_bytes"):
+    if peaks := numbers(records, "peak_memory_bytes"):
         cards.append((charts.byte_count(max(value for _, value in peaks)), "peak memory", "card"))
     drawn = "".join(f'<div class="{css}"><b>{value}</b><span>{text}</span></div>' for value, text, css in cards)
     return (
@@ -133,8 +139,8 @@ def _header(name: str, config: Config, records: Sequence[Record]) -> str:
 
 def _alarms(records: Sequence[Record]) -> str:
     """Say what went wrong, where something did."""
-    skipped = _numbers(records, "skipped_steps")
-    failed = _numbers(records, "checkpoint/failed_saves")
+    skipped = numbers(records, "skipped_steps")
+    failed = numbers(records, "checkpoint/failed_saves")
     lines = []
     if skipped and skipped[-1][1] > 0:
         lines.append(f"{skipped[-1][1]:,.0f} steps were skipped because their loss or gradient was not finite.")
@@ -145,7 +151,7 @@ def _alarms(records: Sequence[Record]) -> str:
 
 def loss_chart(records: Sequence[Record]) -> charts.Chart:
     """Chart the losses of a run that are finite."""
-    return charts.loss(_numbers(records, "loss"), _numbers(records, "eval/loss"))
+    return charts.loss(numbers(records, "loss"), numbers(records, "eval/loss"))
 
 
 def _loss(records: Sequence[Record]) -> str:
@@ -183,7 +189,7 @@ def _positions(config: Config, records: Sequence[Record]) -> str:
 
 def _speed(config: Config, records: Sequence[Record]) -> str:
     parts, rows = [], []
-    speeds = _numbers(records, "tokens_per_second")
+    speeds = numbers(records, "tokens_per_second")
     if len(speeds) > 1:
         parts.append(f"<figure>{svg.inline(charts.speed(speeds))}</figure>")
     for key, text, write in (
@@ -193,9 +199,9 @@ def _speed(config: Config, records: Sequence[Record]) -> str:
         ("compile_seconds", "compilation of the step, seconds", lambda values: f"{values[-1]:.1f}"),
         ("peak_memory_bytes", "peak memory", lambda values: charts.byte_count(max(values))),
     ):
-        if values := [value for _, value in _numbers(records, key)]:
+        if values := [value for _, value in numbers(records, key)]:
             rows.append((text, write(values)))
-    parts.append(_table(rows))
+    parts.append(table(rows))
     return f"{''.join(parts)}{_decode_memory(config)}"
 
 
@@ -245,7 +251,7 @@ def _evaluations(records: Sequence[Record]) -> str:
         (f"{record['step']:,}", *(_figure(record[key]) for key in ("eval/loss", "eval/bits_per_byte")))
         for record in rows
     ]
-    return _table(cells, ("step", "nats per token", "bits per byte"))
+    return table(cells, ("step", "nats per token", "bits per byte"))
 
 
 def _configuration(config: Config) -> str:
@@ -265,7 +271,7 @@ def _configuration(config: Config) -> str:
     return f'{note}<div class="columns">{"".join(sections)}</div>'
 
 
-def _table(rows: Sequence[Sequence[str]], heading: Sequence[str] = ()) -> str:
+def table(rows: Sequence[Sequence[str]], heading: Sequence[str] = ()) -> str:
     """Write a table of figures, whose first column is text where there is no heading."""
     head = "".join(f'<th class="number">{escape(cell)}</th>' for cell in heading)
     body = ""

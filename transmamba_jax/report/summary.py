@@ -13,7 +13,7 @@ import csv
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transmamba_jax import schedule
 from transmamba_jax.config import Config
@@ -26,12 +26,19 @@ from transmamba_jax.runtime.paths import expand_path
 Record = dict[str, Any]
 
 
-def write_report(workdir: Path) -> Path:
-    """Write the report of the run in `workdir` and return its index.html.
+class Run(NamedTuple):
+    """The configuration and metrics of a run."""
+
+    workdir: Path
+    config: Config
+    records: list[Record]
+
+
+def read_run(workdir: str | Path) -> Run:
+    """Read the configuration and the metrics in a work directory.
 
     Raises:
-        ValueError: config.yaml, metrics.jsonl or sample.txt is missing or not what a run writes, or the report cannot
-            be written.
+        ValueError: config.yaml or metrics.jsonl is missing or not what a run writes.
     """
     workdir = expand_path(workdir)
     if not (workdir / "config.yaml").is_file():
@@ -41,10 +48,21 @@ def write_report(workdir: Path) -> Path:
         )
     config = load_config(workdir / "config.yaml")
     records = read_metrics(workdir / "metrics.jsonl")
+    if not any("loss" in record or "eval/loss" in record for record in records):
+        raise ValueError(f"{workdir / 'metrics.jsonl'} has no line with a loss")
+    return Run(workdir, config, records)
+
+
+def write_report(workdir: Path) -> Path:
+    """Write the report of the run in `workdir` and return its index.html.
+
+    Raises:
+        ValueError: config.yaml, metrics.jsonl or sample.txt is missing or not what a run writes, or the report cannot
+            be written.
+    """
+    workdir, config, records = read_run(workdir)
     training = [record for record in records if "loss" in record]
     held_out = [record for record in records if "eval/loss" in record]
-    if not training and not held_out:
-        raise ValueError(f"{workdir / 'metrics.jsonl'} has no line with a loss")
     folder = workdir / "report"
     samples = _read_samples(folder / "sample.txt")
     tensor_files.make(folder)
