@@ -31,7 +31,7 @@ def write_comparison(workdirs: Sequence[str | Path], output: str | Path) -> Path
     names = run_names([run.workdir for run in runs])
     rows = [results(name, run) for name, run in zip(names, runs, strict=True)]
     tensor_files.make(folder)
-    with tensor_files.explained(folder):
+    with tensor_files.raise_as_value_error(folder):
         with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
         (folder / "index.html").write_text(_page(names, runs, rows), encoding="utf-8")
