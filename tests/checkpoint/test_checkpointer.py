@@ -377,6 +377,17 @@ def test_restore_reads_the_newest_or_the_step_asked_for(saved):
         newest["nothing"]
 
 
+def test_what_is_restored_prints_a_few_lines(saved):
+    assert repr(checkpoint.restore(saved)) == "Checkpoint of step 8\n  params: 3 arrays, 71 numbers\n  state: 8 arrays"
+    assert repr(checkpoint.restore(saved, params_only=True)).endswith("\n  state: not read")
+    reader = checkpoint.Checkpointer(saved, CheckpointConfig())
+    target = jax.eval_shape(lambda: make_state().replace(params={"embedding": jnp.zeros((7, 4))}))
+    restored = reader.restore_newest(target, partial=True)
+    reader.close()
+    # 28 numbers of the embedding, 2 x 68 moments, two counts, the step, the key.
+    assert repr(restored) == "Restored of step 8\n  state: 9 arrays, 168 numbers\n  differences: 2"
+
+
 def test_restore_says_what_is_there(saved, tmp_path):
     with pytest.raises(ValueError, match=r"no complete checkpoint of step 4 .* complete steps are 3, 8$"):
         checkpoint.restore(saved, 4)

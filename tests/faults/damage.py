@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import pickle
 import shutil
 from pathlib import Path
@@ -132,10 +133,12 @@ def main(folder):
         harm(hurt)
         before = sorted(str(path) for path in hurt.rglob("*"))
         said = io.StringIO()
-        with contextlib.redirect_stderr(said):
-            reader = checkpoint.Checkpointer(hurt, CheckpointConfig())
-            restored = reader.restore_newest(make_state(0))
-            reader.close()
+        handler = logging.StreamHandler(said)
+        logging.getLogger("transmamba_jax").addHandler(handler)
+        reader = checkpoint.Checkpointer(hurt, CheckpointConfig())
+        restored = reader.restore_newest(make_state(0))
+        reader.close()
+        logging.getLogger("transmamba_jax").removeHandler(handler)
         same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), restored.state, make_state(restored.step))
         lines = [line for line in said.getvalue().splitlines() if line.startswith("checkpoint ")]
         by_hand = io.StringIO()

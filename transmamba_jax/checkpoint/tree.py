@@ -1,4 +1,4 @@
-"""A training state as named arrays, and back; what a checkpoint gives. Knows no orbax."""
+"""Convert between a training state and named arrays; the classes that a restore returns. Knows no orbax."""
 
 import dataclasses
 import json
@@ -19,31 +19,31 @@ ITEMS = ("params", "state")
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Restored:
-    """What a training run continues from."""
+    """A step that a training run continues from."""
 
     step: int
     state: Any
-    """A leaf that is not in the checkpoint is the abstract one that was asked for; see `differences`."""
+    """A leaf that is missing in the checkpoint is the abstract one of the target; see `differences`."""
     data_states: list[dict[str, Any]]
     """Of each process that saved."""
     config_yaml: str
     tokenizer_json: str
     differences: list[str]
-    """Each leaf that differs from the one asked for and was left out; empty unless `partial` was."""
+    """A line for each leaf that was not restored: missing, unexpected, or a mismatch. Empty unless `partial`."""
 
     @property
     def data_state(self) -> dict[str, Any]:
-        """Return that of this process, where as many saved."""
+        """Return the data state of this process, if as many processes saved."""
         return self.data_states[jax.process_index()]
 
     def __repr__(self) -> str:
-        """Return a few lines: the step, the size of the state, and what was left out."""
+        """Return a few lines: the step, the size of the state, the count of leaves that were not restored."""
         return f"Restored of step {self.step}\n  state: {_size(self.state)}\n  differences: {len(self.differences)}"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Checkpoint:
-    """What a notebook or a command reads; `checkpoint["params"]` is `checkpoint.params`."""
+    """A step that a notebook or a command reads; `checkpoint["params"]` is `checkpoint.params`."""
 
     step: int
     params: dict[str, Any]
@@ -69,7 +69,7 @@ def _size(tree: Any) -> str:
 
 
 class Entry(NamedTuple):
-    """One leaf of a training state and its place in the checkpoint, `state/opt_state/1/0/mu/embedding`."""
+    """One leaf of a training state and its path in the checkpoint, `state/opt_state/1/0/mu/embedding`."""
 
     path: str
     leaf: Any
@@ -138,7 +138,7 @@ def kind(leaf: Any) -> str:
 
 
 def physical(leaf: Any) -> Any:
-    """Return what is stored: a typed key is stored as its uint32 data, which any program can read."""
+    """Return the array to store: of a typed key its uint32 data, which any program can read."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
@@ -148,7 +148,7 @@ def logical(array: Any, like: Any) -> Any:
 
 
 def target(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Return the stored shape and dtype of a leaf and where it has to land."""
+    """Return the stored shape and dtype of a leaf and the sharding to restore it to."""
     stored = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
     sharding = None if isinstance(leaf, np.ndarray) else leaf.sharding
     return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding or everywhere())
