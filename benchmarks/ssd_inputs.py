@@ -1,4 +1,4 @@
-"""What the races of the SSD operator are run on."""
+"""Inputs of the races of the SSD operator."""
 
 import numpy as np
 

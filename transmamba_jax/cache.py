@@ -1,4 +1,4 @@
-"""What a model remembers between two calls: windows, states, and the keys and values of layers that still attend.
+"""The memory of a model between two calls: windows, states, and the keys and values of layers that still attend.
 
 A layer with TransPoint P keeps, for rows of n tokens so far,
 

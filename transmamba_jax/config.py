@@ -106,7 +106,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class KernelsConfig:
-    """Which implementations run: a matter of speed, not of the result, and no part of a checkpoint."""
+    """Choose the implementations that run: a matter of speed, not of the result, and no part of a checkpoint."""
 
     ssd: str | None = None
     """SSD operator: reference, associative, sequential, pallas_tpu, pallas_gpu or triton; None: by device and shape."""
@@ -129,7 +129,7 @@ class KernelsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, how it becomes tokens, and how tokens become rows."""
+    """Text to read, and the way from there to tokens and rows."""
 
     source: str = "stdlib"
     """`stdlib`, `text:<glob>`, `tfds:<name>[/config][:version]`, `array_record:<glob>`, a task such as
@@ -274,7 +274,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each axis of the mesh has; -1 (at most once) takes what is left."""
+    """Number of devices per axis of the mesh; -1 (at most once) takes what is left."""
 
     data: int = -1
     """Copies of the parameters; rows are split over them."""
@@ -295,7 +295,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HostsConfig:
-    """How the processes of a run on several hosts find one another; a Cloud TPU slice and Slurm need none of it."""
+    """Addresses by which processes on several hosts find one another; a Cloud TPU slice and Slurm need none of it."""
 
     coordinator: str | None = None
     """HOST:PORT of the first process; None: what the environment says."""

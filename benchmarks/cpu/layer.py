@@ -1,4 +1,4 @@
-"""What the split at the TransPoint costs: mixers, their parts and compilation, in one process.
+"""Measure the cost of the split at the TransPoint: mixers, their parts and compilation, in one process.
 
     python -m benchmarks.cpu.layer [--seq-len 8192] [--rounds 7] [--only cost|compilation]
 

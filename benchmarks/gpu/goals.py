@@ -1,4 +1,4 @@
-"""What the races of `gpu_suite.py` are judged by: the roofline floor, ratios, and goals."""
+"""Goals of the races of `suite.py`: the roofline floor, ratios, and goals."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Who races in `gpu_suite.py`: this project's SSD operator and, where they are installed, those of others.
+"""Contenders of `suite.py`: this project's SSD operator and, where they are installed, those of others.
 
 A contender is a pair of functions of a dictionary of arrays, forward and forward + backward, that start the work and
 return its results; `wait` waits for them. Every one computes y and the final state of Mamba-2's recurrence, and the
@@ -37,7 +37,7 @@ Run = Callable[[Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """How to run, feed and await one implementation."""
+    """Functions that run, feed and await one implementation."""
 
     forward: Run
     both: Run

@@ -1,4 +1,4 @@
-"""What the TPU kernels of SSD cost, from their compiled programs, without a TPU: `python -m benchmarks.tpu.compile`.
+"""Cost the TPU kernels of SSD by their compiled programs, without a TPU: `python -m benchmarks.tpu.compile`.
 
 One table over shapes, passes and chips, bfloat16, a group per head, nothing in it typed in by hand but the rates:
 
@@ -139,7 +139,7 @@ Product = tuple[int, int, int, int, int]
 
 
 def padded_flops(products: Iterable[Product], edge: int) -> int:
-    """What the matrix unit spends: its sides are K and N, padded to its edge, once for each pass."""
+    """Return the FLOPs that the matrix unit spends: its sides are K and N, padded to its edge, once for each pass."""
     pad = lambda size: -(-size // edge) * edge
     return sum(2 * m * pad(k) * pad(n) * passes * times for m, k, n, passes, times in products)
 

@@ -1,4 +1,4 @@
-"""What a step of the paper's models takes on TPU pods, without one: `python -m benchmarks.tpu.paper_compile`.
+"""Predict the step of the paper's models on TPU pods, without one: `python -m benchmarks.tpu.paper_compile`.
 
 Compiles the train steps of configs/paper/ with the TPU's own compiler, one process a row, and appends each finished row
 to benchmarks/results/paper_compile.jsonl; rows that are there are not compiled again. Then prints the table:

@@ -112,7 +112,7 @@ class Checkpointer:
 
     @property
     def saving(self) -> bool:
-        """Whether a save is under way in the background."""
+        """True while a save is under way in the background."""
         return self._pending is not None and not self._pending[1].done()
 
     def restore_newest(self, abstract_state: Any, *, partial: bool = False) -> Restored | None:

@@ -73,7 +73,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a step consists of."""
+    """Contents of a step."""
 
     step: int
     eval_loss: float | None

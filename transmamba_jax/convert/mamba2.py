@@ -46,7 +46,7 @@ class _Part:
 
     @property
     def layered(self) -> bool:
-        """Whether the leaf is stacked over the layers."""
+        """True for a leaf that is stacked over the layers."""
         return self.path.startswith("layers/")
 
 

@@ -1,4 +1,4 @@
-"""What a model has to beat: a byte model of order 2 and gzip."""
+"""Baselines that a model has to beat: a byte model of order 2 and gzip."""
 
 import zlib
 

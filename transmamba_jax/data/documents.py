@@ -68,7 +68,7 @@ class Documents:
 
     @property
     def has_long(self) -> bool:
-        """Whether a document is long enough to be read in parts, which `size` and `read_range` then do."""
+        """Tell whether a document is long enough to be read in parts, which `size` and `read_range` then do."""
         return False
 
     def size(self, index: int) -> int:

@@ -83,7 +83,7 @@ def prepared_sets(root: Path, name: str = "*") -> list[PreparedSet]:
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether a prepared set has its description and every shard that the description lists."""
+    """Tell whether a prepared set has its description and every shard that the description lists."""
     try:
         info = _info(directory)
     except (OSError, json.JSONDecodeError):

@@ -54,7 +54,7 @@ class TextFiles(Documents):
 
     @functools.cached_property
     def has_long(self) -> bool:
-        """Whether a file has more than PART_BYTES."""
+        """Tell whether a file has more than PART_BYTES."""
         return max(self._sizes) > PART_BYTES
 
     def size(self, index: int) -> int:

@@ -45,7 +45,7 @@ class PositionLoss:
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """What one pass over the held-out windows gives."""
+    """Result of one pass over the held-out windows."""
 
     loss: float
     """Nats per token."""

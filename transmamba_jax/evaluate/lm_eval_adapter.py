@@ -30,7 +30,7 @@ _Options = tuple[list[str], int, Sampling]
 
 
 class RefusedError(ValueError):
-    """What the command line or a task asks for cannot be had; the message is for who asked."""
+    """A request of the command line or of a task that cannot be met; the message is for its author."""
 
 
 @contextlib.contextmanager

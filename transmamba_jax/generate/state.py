@@ -1,4 +1,4 @@
-"""Where the rows of a generation have got to: in memory, and as a file of safetensors."""
+"""Positions and caches of the rows of a generation: in memory, and as a file of safetensors."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ _OTHER_FIELDS = {"transpoints", "param_dtype", "remat"}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Where rows have got to: plain data, to be kept, copied, sliced (`rows`) or written to a file (`Decoder.save`)."""
+    """Positions and caches of rows: plain data, to keep, copy, slice (`rows`) or write to a file (`Decoder.save`)."""
 
     cache: Cache
     logits: Float32[Array, "B V"]

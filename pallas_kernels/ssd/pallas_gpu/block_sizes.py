@@ -31,14 +31,14 @@ _MIN_PARTS = 3
 
 @dataclasses.dataclass(frozen=True)
 class GpuBlocks:
-    """What a thread block holds: `values` columns of x, and `stages` chunks in flight."""
+    """Contents of a thread block: `values` columns of x, and `stages` chunks in flight."""
 
     values: int
     stages: int
 
 
 def squares_of(pieces: int) -> int:
-    """How many [Q, Q] operands the backward kernel keeps in shared memory at once; the others wait in registers."""
+    """Return the number of [Q, Q] operands that the backward kernel keeps in shared memory; others wait in registers."""
     return 3 if pieces == 1 else 1
 
 

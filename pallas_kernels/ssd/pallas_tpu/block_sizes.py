@@ -32,7 +32,7 @@ _MAX_HEADS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """What one grid cell holds: `heads` heads, `tokens` tokens, walked in chunks of `chunk` tokens."""
+    """Contents of one grid cell: `heads` heads, `tokens` tokens, walked in chunks of `chunk` tokens."""
 
     heads: int
     tokens: int
@@ -83,7 +83,7 @@ def choose(
     ]
 
     def copies(heads: int) -> int:
-        """How many of x and b need a transposed copy."""
+        """Return the number of x and b that need a transposed copy."""
         in_cell = max(1, heads // ratio)
         return (not whole_lanes(heads * head_dim, num_heads * head_dim)) + (
             not whole_lanes(in_cell * state_dim, groups * state_dim)

@@ -18,7 +18,7 @@ _BUSY = 256
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How the Triton kernels cut a call: `segments` of `chunks` chunks of `chunk` tokens, tiles of dims, heads."""
+    """Cut of a call of the Triton kernels: `segments` of `chunks` chunks of `chunk` tokens, tiles of dims, heads."""
 
     chunk: int
     chunks: int
