@@ -38,7 +38,7 @@ class GpuBlocks:
 
 
 def squares_of(pieces: int) -> int:
-    """Return the number of [Q, Q] operands that the backward kernel keeps in shared memory; others wait in registers."""
+    """Return the number of [Q, Q] operands that the backward kernel keeps in shared memory, others in registers."""
     return 3 if pieces == 1 else 1
 
 
