@@ -91,7 +91,7 @@ import numpy as np
 from transmamba_jax import sharding
 from transmamba_jax.config import Config, DataConfig, KernelsConfig, MeshConfig, ModelConfig, TrainConfig
 from transmamba_jax.model import TransMamba
-from transmamba_jax.training.step import create_state, loss_and_gradient
+from transmamba_jax.training.step import TrainState, loss_and_gradient
 
 ROWS, TIME = 16, 32
 model_config = ModelConfig(vocab_size=64, num_layers=2, d_model=16, num_heads=8, num_groups=4, head_dim=4, state_dim=4,
@@ -116,7 +116,7 @@ def held(tree, mesh):  # the largest share of the numbers of a tree that one dev
 def mesh_of(sizes):
     return sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
 
-state = create_state(config, model, mesh_of((2, 4, 1, 1)))
+state = TrainState.create(config, model, mesh_of((2, 4, 1, 1)))
 report = {"born": held(state.params, mesh_of((2, 4, 1, 1))), "optimizer": held(state.opt_state, mesh_of((2, 4, 1, 1)))}
 params = jax.device_get(state.params)
 # At the start the state is tiny beside D x, and the norm behind it takes away the scale: the gradient of D all but

@@ -15,7 +15,7 @@ from tests.training.support import Little, little_config, packed_batch, relative
 from transmamba_jax import sharding
 from transmamba_jax.training.optimizer import make_optimizer
 from transmamba_jax.training.step import (
-    create_state,
+    TrainState,
     first_nonfinite,
     leaf_name,
     loss_and_gradient,
@@ -42,7 +42,7 @@ def _mesh():
 
 @pytest.fixture(name="first", scope="module")
 def _first(mesh):
-    return create_state(CONFIG, MODEL, mesh)
+    return TrainState.create(CONFIG, MODEL, mesh)
 
 
 @pytest.fixture(name="initial")
@@ -128,7 +128,7 @@ def test_a_bfloat16_step_has_loss_gradient_parameters_and_moments_in_float32(mes
     for dtype in ("float32", "bfloat16"):
         config = little_config(model={"dtype": dtype, **small}, train={"accumulation": 2})
         model = tm.TransMamba(config.model, tm.KernelsConfig(chunk_size=8))
-        state = create_state(config, model, mesh)
+        state = TrainState.create(config, model, mesh)
         step = make_train_step(config, model, make_optimizer(config), mesh)
         gradient = partial(loss_and_gradient, model=model, batch=packed_batch(0), accumulation=2, chunk=24)
         found[dtype] = jax.jit(gradient)(state.params)

@@ -17,7 +17,7 @@ from transmamba_jax.checkpoint import Checkpointer, DamagedError, Restored, comp
 from transmamba_jax.config import Config
 from transmamba_jax.runtime import hosts
 from transmamba_jax.training.optimizer import learning_rate_schedule
-from transmamba_jax.training.step import TrainState, abstract_state, create_state, master_weights
+from transmamba_jax.training.step import TrainState, abstract_state, master_weights
 
 _PARTIAL = "--checkpoint.partial True"
 
@@ -100,12 +100,12 @@ def newest_state(
     asked = _as_stored(abstract_state(config, model, mesh), stored)
     restored = checkpointer.restore_newest(asked, partial=config.checkpoint.partial)
     if restored is None:
-        return create_state(config, model, mesh), 0
+        return TrainState.create(config, model, mesh), 0
     with hosts.collective_errors():
         _proceed(restored, batches, tokenizer, config)
     state = restored.state
     if restored.differences:
-        state = _fill(state, create_state(config, model, mesh))
+        state = _fill(state, TrainState.create(config, model, mesh))
     state = dataclasses.replace(state, params=jax.tree.map(master_weights, state.params))
     if 0 < restored.step < config.train.steps:
         _say_new_rate(config_io.from_yaml(restored.config_yaml), config, state)

@@ -51,9 +51,19 @@ class TrainState:
     nonfinite_steps: Int[Array, ""]
     """How many of the last steps in a row were skipped."""
 
+    @classmethod
+    def create(cls, config: Config, model: nn.Module, mesh: Mesh | None = None) -> "TrainState":
+        """Make the initial state, born sharded: no device ever holds a whole copy of an array that is split.
+
+        Parameters and moments are float32. `mesh`: None is that of `config.mesh` over all devices.
+        """
+        mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
+        return jax.jit(partial(init_state, config, model), out_shardings=shardings)()
+
 
 def init_state(config: Config, model: nn.Module) -> TrainState:
-    """Initialise parameters, optimizer and counters; a pure function to trace, see `create_state`.
+    """Initialise parameters, optimizer and counters; a pure function to trace, see `TrainState.create`.
 
     Parameters and moments are float32, whatever `model.param_dtype` is: an update of 3e-4 is lost in a bfloat16 1.0,
     whose neighbours are 4e-3 and 8e-3 away.
@@ -97,12 +107,6 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     if config.train.schedule_sampling == "rows":
         arrays["transpoints"] = array((shape[0], config.model.num_layers), jnp.int32)
     return arrays
-
-
-def create_state(config: Config, model: nn.Module, mesh: Mesh) -> TrainState:
-    """Make the initial state, born sharded: no device ever holds a whole copy of what is cut."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
-    return jax.jit(partial(init_state, config, model), out_shardings=shardings)()
 
 
 def token_weights(batch: Batch) -> Float32[Array, "B T"]:
@@ -163,9 +167,12 @@ def make_train_step(
     config: Config,
     model: nn.Module,
     tx: optax.GradientTransformation,
-    mesh: Mesh,
+    mesh: Mesh | None = None,
 ) -> jax.stages.Wrapped:
     """Return the jitted step (state, batch) -> (state, metrics); the state is donated.
+
+    `mesh`: None is that of `config.mesh` over all devices. `batch` has `tokens` int32 [B, T+1] and, where rows are
+    packed, `segment_ids` of the same shape.
 
     A step whose loss or gradient is not finite leaves parameters and optimizer state as they are and counts itself.
     Metrics are scalars: loss (nats per token), bits_per_byte where the batch has the `bytes` of its tokens,
@@ -176,6 +183,7 @@ def make_train_step(
     Raises:
         ValueError: the batch does not divide over the devices.
     """
+    mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
     sharding.check_divides(config, mesh)
     rate = learning_rate_schedule(config, config.optimizer.learning_rate)
 
