@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.evaluate.test_scoring import Spelling
-from tests.generate.test_decode import TWO, make
+from tests.generate.test_decode import TWO, make, random_params
 from transmamba_jax import checkpoint, data
 from transmamba_jax.config import Config, DataConfig
 from transmamba_jax.config_io import load_config
@@ -142,7 +142,7 @@ def test_the_documented_arguments_fit_the_model_of_the_first_command(monkeypatch
     root = Path(__file__).parents[2]
     config = load_config(root / "configs" / "tiny.yaml")
     tokenizer = data.load_tokenizer("bytes").to_json()
-    restored = types.SimpleNamespace(config=config, params={}, tokenizer_json=tokenizer)
+    restored = types.SimpleNamespace(config=config, params=random_params(config.model), tokenizer_json=tokenizer)
     monkeypatch.setattr(checkpoint, "restore", lambda *_, **__: restored)
     for text in (lm_eval_adapter.__doc__, (root / "docs" / "evaluation.md").read_text()):
         (arguments,) = re.findall(r"--model_args (\S+)", text)
@@ -211,6 +211,14 @@ def test_each_way_of_generating_gets_its_requests_and_its_options(monkeypatch):
         (["."], 50, Sampling(temperature=0.5, top_p=0.9)),
         ([], 50, Sampling()),
     ]
+    # Options as other models of the harness take them: None is not given, top_k 0 and -1 are all tokens.
+    calls.clear()
+    sampled = {"do_sample": True, "temperature": "0.5", "max_gen_toks": "4"}
+    for options in ({"temperature": None, "until": None}, {**sampled, "top_k": 0}, {**sampled, "top_k": -1}):
+        asked = [Instance(request_type="generate_until", doc={}, arguments=("a", options), idx=0)]
+        assert TransMambaLM(scorer).generate_until(asked) == ["A"]
+    warm = ([], 4, Sampling(temperature=0.5))
+    assert calls == [([], 50, Sampling()), warm, warm]
     wrong = Instance(request_type="generate_until", doc={}, arguments=("a", {"num_beams": 4}), idx=0)
     with pytest.raises(ValueError, match="generation_kwargs has num_beams"):
         TransMambaLM(scorer).generate_until([wrong])

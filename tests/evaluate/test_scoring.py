@@ -315,3 +315,55 @@ def test_continuations_of_characters_of_several_bytes_are_whole(tokenizer, monke
         assert scorer.continuations(["a"], max_tokens=50) == [text]
         assert scorer.continuations(["a"], ["宙"], max_tokens=50) == ["天地玄黄宇"]
         assert scorer.continuations(["a"], ["黄天", "荒😀"], max_tokens=50) == ["天地玄黄宇宙洪"]
+
+
+def test_odd_texts_and_arrays_are_requests(params):
+    scorer = make_scorer(params)
+    arrays = [(np.array(context), jnp.array(continuation)) for context, continuation in PAIRS[:3]]
+    check(scorer.log_likelihoods(arrays), [answer(params, *pair) for pair in PAIRS[:3]])
+    assert scorer.log_likelihoods([]) == scorer.text_log_likelihoods([]) == scorer.continuations([]) == []
+    # Halves of surrogate pairs, which JSON can hold: together a character, alone U+FFFD. NUL is read as a space.
+    pairs = [("a", "\ud83d\ude00"), ("a", "😀"), ("a", "\ud83d!"), ("a", "\N{REPLACEMENT CHARACTER}!"), ("a", "\0")]
+    found = scorer.text_log_likelihoods([*pairs, ("a", " ")])
+    assert found[0::2] == found[1::2]
+    assert scorer.text_log_likelihoods([("e", "\u0301")]) == scorer.log_likelihoods([([101], [0xCC, 0x81])])
+    narrow = make_scorer(params, max_length=1)
+    each = [answer(params, [context], [token])[0] for context, token in (b"ab", b"bc", b"cd")]
+    assert narrow.text_log_likelihoods([("a", "bcd")])[0][0] == pytest.approx(sum(each), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "requests", "message"),
+    [
+        ("log_likelihoods", [([1], [2], [3])], r"request 0 must be a pair \(context, continuation\), found"),
+        ("log_likelihoods", ([1], [2]), r"request 0 must be a pair \(context, continuation\), found \[1\]"),
+        ("text_log_likelihoods", ["ab"], r"request 0 must be a pair \(context, continuation\), found 'ab'"),
+        ("text_log_likelihoods", [("a", None)], "a request must be of texts, found NoneType None"),
+        ("text_log_likelihoods", [("a", 3)], "a request must be of texts, found int 3"),
+        ("text_log_likelihoods", [(b"a", b"b")], "a request must be of texts, found bytes b'a'"),
+        ("continuations", "abc", "prompts must be a list of texts, found the text 'abc'"),
+        ("continuations", [3], "a request must be of texts, found int 3"),
+    ],
+)
+def test_refuses_what_is_no_request(params, method, requests, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(make_scorer(params), method)(requests)
+
+
+def test_parameters_of_something_else_are_refused(params):
+    with pytest.raises(ValueError, match=r'pass variables\["params"\]'):
+        make_scorer({"params": params})
+    with pytest.raises(ValueError, match="params do not fit the model"):
+        make_scorer({"other": params["embedding"]})
+    with pytest.raises(ValueError, match=r"max_length must be an integer, found float 21.0"):
+        make_scorer(params, max_length=21.0)
+    with pytest.raises(ValueError, match=r"max_tokens must be an integer, found float 4.0"):
+        make_scorer(params).continuations(["a"], max_tokens=4.0)
+
+
+def test_one_text_that_ends_is_not_its_letters():
+    scorer = Scorer(*make(TWO), Spelling(), max_length=16, batch_size=1)
+    (whole,) = scorer.continuations(["bfeceh"], max_tokens=7)
+    stop = whole[2:4]
+    assert scorer.continuations(["bfeceh"], until=stop, max_tokens=7) == [whole[: whole.index(stop)]]
+    assert scorer.continuations(["bfeceh"], until=None, max_tokens=7) == [whole]

@@ -117,7 +117,7 @@ class TransMambaLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the tokens of a text; there are never special ones among them."""
         del add_special_tokens, kwargs
-        return self.scorer.tokenizer.encode(string)
+        return self.scorer.tokenizer.encode(scoring.well_formed(string))
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return log p of each continuation and whether greedy decoding would give it."""
@@ -161,11 +161,13 @@ class TransMambaLM(TemplateLM):
 
 def _options(generation: Mapping[str, Any], max_gen_toks: int) -> _Options:
     """Read a task's generation_kwargs: what ends a text, tokens at most, sampling."""
-    given = normalize_gen_kwargs(dict(generation), max_gen_toks)
+    given = normalize_gen_kwargs({k: v for k, v in generation.items() if v is not None}, max_gen_toks)
     unknown = sorted(set(given) - _KNOWN)
     if unknown:
         raise ValueError(f"generation_kwargs has {', '.join(unknown)}; this model takes {', '.join(sorted(_KNOWN))}")
     choices = {name: given[name] for name in _CHOICES if name in given}
+    if choices.get("top_k") in (0, -1):  # as transformers and vLLM write "all tokens"
+        del choices["top_k"]
     temperature = float(given["temperature"]) if "temperature" in given else 1.0 if given["do_sample"] else 0.0
     return (
         [text for text in given["until"] if text],

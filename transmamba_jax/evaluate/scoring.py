@@ -18,6 +18,7 @@ from jaxtyping import Bool
 
 from transmamba_jax import cache, data
 from transmamba_jax.checkpoint import command_options
+from transmamba_jax.generate.arguments import check_params, whole_number
 from transmamba_jax.generate.decode import Decoder
 from transmamba_jax.generate.prompts import check_prompt
 from transmamba_jax.generate.sampling import Sampling, fold_rows
@@ -66,6 +67,19 @@ def windows(context: Sequence[int], tokens: Sequence[int], length: int) -> list[
     return pairs
 
 
+def well_formed(text: str) -> str:
+    """Return a text that UTF-8 can spell: halves of a surrogate pair are joined, a single one becomes U+FFFD.
+
+    JSON files have them, where a text was cut between them.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"a request must be of texts, found {type(text).__name__} {text!r}"[:120])
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def encode_pair(tokenizer: data.Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]] | None:
     """Return the tokens of a context and of its continuation, as the lm-evaluation-harness cuts them.
 
@@ -76,6 +90,7 @@ def encode_pair(tokenizer: data.Tokenizer, context: str, continuation: str) -> t
     Returns:
         None where the continuation is a text and no token spells it: it has no likelihood.
     """
+    context, continuation = well_formed(context), well_formed(continuation)
     text = context.rstrip()
     continuation, context = context[len(text) :] + continuation, text
     before = tokenizer.encode(context)
@@ -110,13 +125,14 @@ class Scorer:
             seed: of the random keys where continuations are sampled: one a request, by its place.
 
         Raises:
-            ValueError: the tokenizer does not fit the model, or a number is less than 1.
+            ValueError: the tokenizer or the parameters do not fit the model, or a number is less than 1.
         """
         data.check_vocabulary(tokenizer, model.config.vocab_size)
-        for name, value in (("max_length", max_length), ("batch_size", batch_size), ("loss_chunk", loss_chunk)):
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, found {value}")
-        self.tokenizer, self.max_length, self.batch_size = tokenizer, max_length, batch_size
+        check_params(model, params)
+        self.tokenizer = tokenizer
+        self.max_length = whole_number("max_length", max_length, 1)
+        self.batch_size = whole_number("batch_size", batch_size, 1)
+        loss_chunk = whole_number("loss_chunk", loss_chunk, 1)
         self._model, self._key = model, jax.random.key(seed)
         self._params, self._mesh = serving_mesh.place(params)
         self._scores = jax.jit(functools.partial(token_scores, model, loss_chunk, vocab_size=tokenizer.vocab_size))
@@ -137,8 +153,8 @@ class Scorer:
         """
         rows, owners = list[tuple[list[int], list[int]]](), list[int]()
         lost = 0
-        for index, (context, continuation) in enumerate(pairs):
-            context, continuation = self._check(context, continuation, index)
+        for index, pair in enumerate(pairs):
+            context, continuation = self._check(*_pair(pair, index), index)
             lost += len(context) > 1 and len(context) + len(continuation) > self.max_length + 1
             cut = windows(context, continuation, self.max_length)
             rows += cut
@@ -154,7 +170,7 @@ class Scorer:
     def _check(self, context: Any, continuation: Any, index: int) -> tuple[list[int], list[int]]:
         size = self._model.config.vocab_size
         context = check_prompt(context, size, f"the context of request {index}")
-        return context, check_prompt(continuation, size, f"the continuation of request {index}") if continuation else []
+        return context, check_prompt(continuation, size, f"the continuation of request {index}", least=0)
 
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Score pairs of at most `max_length` + 1 tokens."""
@@ -179,7 +195,7 @@ class Scorer:
 
         A continuation that no token spells, as a tokenizer without spaces has none for " ", gets (-inf, False).
         """
-        encoded = [encode_pair(self.tokenizer, *pair) for pair in pairs]
+        encoded = [encode_pair(self.tokenizer, *_pair(pair, index)) for index, pair in enumerate(pairs)]
         answers = iter(self.log_likelihoods([pair for pair in encoded if pair is not None]))
         missing = [pair for pair, found in zip(pairs, encoded, strict=True) if found is None]
         if missing:
@@ -194,7 +210,11 @@ class Scorer:
         return [score for score, _ in self.log_likelihoods(pairs)]
 
     def continuations(
-        self, prompts: Sequence[str], until: Sequence[str] = (), max_tokens: int = 256, sampling: Sampling | None = None
+        self,
+        prompts: Sequence[str],
+        until: str | Sequence[str] | None = (),
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
     ) -> list[str]:
         """Continue each prompt up to the first text of `until`, the end of the document, or `max_tokens` tokens.
 
@@ -203,10 +223,14 @@ class Scorer:
         new tokens get half of `max_length` each. A line says either.
 
         Raises:
-            ValueError: max_tokens < 1.
+            ValueError: `prompts` is one text, or max_tokens < 1.
         """
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be >= 1, found {max_tokens}")
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a list of texts, found the text {prompts[:20]!r}")
+        max_tokens, until = (
+            whole_number("max_tokens", max_tokens, 1),
+            [until] if isinstance(until, str) else until or [],
+        )
         if max_tokens >= self.max_length:
             asked, max_tokens = max_tokens, max(self.max_length // 2, 1)
             _log.warning(
@@ -217,7 +241,7 @@ class Scorer:
             )
         sampling = Sampling() if sampling is None else sampling
         space = max(self.max_length - max_tokens, 1)
-        whole = [self.tokenizer.encode(prompt) or [self.tokenizer.end_of_document] for prompt in prompts]
+        whole = [self.tokenizer.encode(well_formed(prompt)) or [self.tokenizer.end_of_document] for prompt in prompts]
         _warn_of_cuts(sum(len(tokens) > space for tokens in whole), space)
         rows = [tokens[-space:] for tokens in whole]
         answers = [""] * len(rows)
@@ -272,6 +296,12 @@ def load(
     model = command_options.with_schedule(config.model, schedule, length, "schedule")
     tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
     return Scorer(TransMamba(model), saved.params, tokenizer, length, batch_size, config.train.loss_chunk, seed)
+
+
+def _pair(pair: Any, index: int) -> tuple[Any, Any]:
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+        raise ValueError(f"request {index} must be a pair (context, continuation), found {pair!r}"[:160])
+    return pair[0], pair[1]
 
 
 def _warn_of_cuts(count: int, length: int) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from transmamba_jax import cache as memory
 from transmamba_jax import schedule, sharding
@@ -33,6 +34,7 @@ from transmamba_jax.config import ModelConfig
 from transmamba_jax.generate import decode_step
 from transmamba_jax.generate import sampling as sampler
 from transmamba_jax.generate import state as decode_state
+from transmamba_jax.generate.arguments import check_model, check_params, check_schedule, raise_not_finite, whole_number
 from transmamba_jax.generate.decode_step import Branch, LayerMode, Weights
 from transmamba_jax.generate.prompts import check_prompts, padded_length
 from transmamba_jax.generate.sampling import Sampling, SamplingParams
@@ -78,23 +80,18 @@ class Decoder:
                 ids from `vocab_size` on are never sampled. None: every id of the model may be.
 
         Raises:
-            ValueError: the schedule is invalid, `vocab_size` is not in 1..the model's, the parameters are placed on
-                several meshes, or the model has an attention function of its own.
+            ValueError: the model has an attention function of its own, the parameters do not fit it or are placed on
+                several meshes, the schedule is invalid, or `vocab_size` is not in 1..the model's.
         """
-        if model.attention is not None:
-            raise ValueError(
-                "model must attend by softmax, which is how the cache is read, found TransMamba(attention=...); "
-                "call the model on the whole row for each token instead"
-            )
-        self.config = model.config
-        if vocab_size is not None and not 1 <= vocab_size <= model.config.vocab_size:
-            size = model.config.vocab_size
+        check_model(model)
+        check_params(model, params)
+        self.config, size = model.config, model.config.vocab_size
+        if vocab_size is not None and not 1 <= vocab_size <= size:
             raise ValueError(f"vocab_size must be in 1..{size}, the ids of the model, found {vocab_size}")
-        self._vocab_size = None if vocab_size == model.config.vocab_size else vocab_size
+        self._vocab_size = None if vocab_size == size else vocab_size
         self._model, self._lazy = model, lazy
         self._params, self._mesh = serving_mesh.place(params)
-        points = model.config.transpoints if transpoints is None else tuple(transpoints)
-        self.transpoints = schedule.expand(points, model.config.num_layers)
+        self.transpoints = check_schedule(transpoints, model)
         with serving_mesh.use(self._mesh):
             self._weights = _pack_weights(model.config, self._params)
 
@@ -167,13 +164,12 @@ class Decoder:
                 f"rows of different lengths must get as many tokens each, found rows of {lengths.tolist()} tokens and "
                 f"prompts of {news.tolist()}; read each row alone (state.rows), or together from the start"
             )
-        if prefill_chunk_size < 1:
-            raise ValueError(f"prefill_chunk_size must be >= 1, found {prefill_chunk_size}")
+        size = whole_number("prefill_chunk_size", prefill_chunk_size, 1)
         with serving_mesh.use(self._mesh):
             if even and (not level or (lengths[0] > 0 and news[0] <= BLOCK_STEPS)):
                 # A few tokens cost less one after another than a program for them would.
                 return self._decode_tokens(state, np.array(prompts, np.int32), Sampling(), None, total, donate)[1]
-            return self._prefill_chunks(state, prompts, prefill_chunk_size, total, donate)
+            return self._prefill_chunks(state, prompts, size, total, donate)
 
     def decode(
         self,
@@ -199,8 +195,7 @@ class Decoder:
         Raises:
             ValueError: steps < 0, a key is missing or of a wrong shape, or the state is empty or another schedule's.
         """
-        if steps < 0:
-            raise ValueError(f"steps must be >= 0, found {steps}")
+        steps = whole_number("steps", steps, 0)
         self._check_schedule(state)
         if state.lengths.min() == 0:
             raise ValueError("state must have at least one token per row; read a prompt first")
@@ -232,7 +227,9 @@ class Decoder:
             block[:, :count] = given[:, done : done + count]
             options = keys, sampling.as_params(), self._vocab_size
             static = self.config, modes, sampling.top_k
-            tokens, state = _decode_block(self._weights, state, block, *options, count, *static)
+            tokens, broken, state = _decode_block(self._weights, state, block, *options, count, *static)
+            if broken:
+                raise_not_finite(self._params)
             read[:, done : done + count] = np.asarray(tokens)[:, :count]
             done += count
             state = self._trim_cache(state)
@@ -240,10 +237,8 @@ class Decoder:
 
     def _check_schedule(self, state: DecodeState) -> None:
         if state.cache.transpoints != self.transpoints:
-            raise ValueError(
-                f"state must come from a decoder with the TransPoints {self.transpoints}, "
-                f"found {state.cache.transpoints}: a cache fits no other schedule"
-            )
+            asked, found = self.transpoints, state.cache.transpoints
+            raise ValueError(f"state must come from a decoder with the TransPoints {asked}, found {found}")
 
     def _until_event(self, lengths: np.ndarray) -> int:
         """Count the steps until the shortest or the longest row reaches a TransPoint."""
@@ -361,8 +356,12 @@ def _decode_block(
     config: ModelConfig,
     modes: tuple[LayerMode, ...],
     top_k: int | None,
-) -> tuple[Int[Array, "B S"], DecodeState]:
-    """Read `steps` tokens, the given ones or (where -1) sampled ones; return them with the state after them."""
+) -> tuple[Int[Array, "B S"], Bool[Array, ""], DecodeState]:
+    """Read `steps` tokens, the given ones or (where -1) sampled ones.
+
+    Returns:
+        The tokens, whether logits are NaN, and the state after the tokens.
+    """
     rows, starts, large = jnp.arange(len(given)), state.cache.lengths, state.cache.layers
     # The loop carries what changes with every token; large caches stay outside and are only read.
     moving = tuple(LayerCache(layer.window, layer.state) for layer in large)
@@ -370,8 +369,7 @@ def _decode_block(
 
     def read_one(index: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         tokens, logits, seen, moving, recents = carry
-        allowed = sampler.mask_vocabulary(logits, vocab_size)
-        sampled = sampler.sample(allowed, seen, keys, starts + index, params, top_k)
+        sampled = sampler.sample(logits, seen, keys, starts + index, params, top_k, vocab_size)
         token = jnp.where(given[:, index] < 0, sampled, given[:, index])
         x = embed(config, weights.embedding, token)
         moved, written = [], []
@@ -393,7 +391,8 @@ def _decode_block(
         for layer, recent, small in zip(large, recents, moving, strict=True)
     )
     state = _placed_state(state.cache, layers, starts + steps, logits, seen)
-    return sharding.constrain(tokens, (None, None)), state
+    broken = jnp.isnan(logits).any()  # NaN stays in a cache, and so in the logits of all later tokens
+    return sharding.constrain(tokens, (None, None)), broken, state
 
 
 def _placed_state(

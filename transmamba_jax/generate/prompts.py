@@ -38,14 +38,16 @@ def check_prompts(prompts: Any, vocab_size: int, name: str = "prompts") -> list[
     return [check_prompt(prompt, vocab_size, f"{name}[{index}]") for index, prompt in enumerate(prompts)]
 
 
-def check_prompt(row: Any, vocab_size: int, place: str) -> list[int]:
-    """Return one prompt as a list of Python integers; `place` names it in messages.
+def check_prompt(row: Any, vocab_size: int, place: str, least: int = 1) -> list[int]:
+    """Return one prompt of `least` tokens or more as a list of Python integers; `place` names it in messages.
 
     Raises:
         ValueError: as for `check_prompts`.
     """
     _refuse_text(row, place)
-    if len(row) == 0:
+    if not isinstance(row, Sequence) and not (_is_array(row) and row.ndim):
+        raise ValueError(f"{place} must be a list of token ids, found {_describe(row)}")
+    if len(row) < least:
         raise ValueError(f"{place} is empty; it needs at least one token")
     ids = _as_array(row, place)
     outside = (ids < 0) | (ids >= vocab_size)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
+from transmamba_jax.generate.arguments import real_number, whole_number
 from transmamba_jax.shapes import Array, Float32, Int
 
 _LEAST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)  # normal numbers
@@ -30,13 +31,16 @@ class Sampling:
     """Sample among tokens at least this fraction as likely as the most likely one."""
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges; numbers of any type become Python's."""
+        for name in ("repetition_penalty", "temperature", "top_p", "min_p"):
+            if name == "temperature" or getattr(self, name) is not None:
+                object.__setattr__(self, name, real_number(name, getattr(self, name)))
+        if self.top_k is not None:
+            object.__setattr__(self, "top_k", whole_number("top_k", self.top_k, 1))
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be >= 0, found {self.temperature}")
         if self.temperature > _LARGEST:
             raise ValueError(f"temperature must be a finite float32, found {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be >= 1, found {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], found {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
@@ -103,15 +107,19 @@ def sample(
     positions: Int[Array, "B"],
     params: SamplingParams,
     top_k: int | None,
+    vocab_size: int | Array | None = None,
 ) -> Int[Array, "B"]:
-    """Sample the token of each row at its position; greedily without a temperature or without keys.
+    """Sample the token of each row, an id below `vocab_size`; greedily without a temperature or without keys.
 
     The randomness of a token comes from its row's key (of `row_keys`) and its position alone: neither the other rows
     nor the cutting of the work into calls matters.
     """
     penalty = params.repetition_penalty
     if penalty is not None:
-        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+        penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        # Of several infinite logits no softmax exists: an extreme penalty makes them as large as float32 allows.
+        logits = jnp.where(seen, jnp.clip(penalized, -_LARGEST / 4, _LARGEST / 4), logits)
+    logits = mask_vocabulary(logits, vocab_size)
     if params.temperature is None or keys is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # The largest becomes 0: divided by a small temperature, logits overflow to -inf and never to +inf, whose softmax

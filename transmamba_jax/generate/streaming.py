@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from transmamba_jax.generate.arguments import check_model, whole_number
 from transmamba_jax.generate.decode import BLOCK_STEPS, PREFILL_CHUNK_SIZE, Decoder, DecodeState
 from transmamba_jax.generate.prompts import check_prompts
 from transmamba_jax.generate.sampling import Sampling, row_keys
@@ -60,6 +61,7 @@ def generate(
             or an option is out of range.
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+    check_model(model)
     rows: list[list[int]] = [[] for _ in check_prompts(prompts, model.config.vocab_size)]
     decoder = Decoder(model, params, transpoints, vocab_size=vocab_size)
     options: Any = {"stop": stop, "prefill_chunk_size": prefill_chunk_size, "block": BLOCK_STEPS}
@@ -97,11 +99,9 @@ def stream(
     Raises:
         ValueError: as for `generate`, when called and not at the first token.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be >= 0, found {max_new_tokens}")
-    if block < 1:
-        raise ValueError(f"block must be >= 1, found {block}")
-    stop = check_prompts(stop, decoder.config.vocab_size, "stop") if len(stop) else []
+    max_new_tokens, block = whole_number("max_new_tokens", max_new_tokens, 0), whole_number("block", block, 1)
+    whole_number("prefill_chunk_size", prefill_chunk_size, 1)
+    stop = [] if isinstance(stop, list | tuple) and not stop else check_prompts(stop, decoder.config.vocab_size, "stop")
     if isinstance(prompts, DecodeState):
         rows, total = len(prompts.lengths), None  # more may follow
     else:
