@@ -113,15 +113,25 @@ NARROW = dataclasses.replace(
 
 @pytest.mark.parametrize("name", tm.schedule.NAMED)
 def test_every_position_under_every_schedule(name: str) -> None:
-    """Prefixes of every length in one batch, each read at once and then one token further."""
+    """Prefixes of every length in one batch, each read at once and then one token further.
+
+    Within what a change of the last bit of the parameters makes of the logits: under `descending` it is 8e-5 of them.
+    """
     points = tm.schedule.named(name, 16)
     config = dataclasses.replace(NARROW, num_layers=len(points))
     decoder, expected = Decoder(*make(config), points), logits_of(config, TOKENS, points)[0]
     state = decoder.prefill([TOKENS[0, :length].tolist() for length in range(1, TOTAL)], total=TOTAL)
     after = decoder.extend(state, TOKENS[0, 1:, None].tolist(), total=TOTAL)
+    draw, plain = np.random.default_rng(0), dataclasses.replace(config, transpoints=(0,))
+    bit = lambda leaf: leaf * np.float32(1 + 6e-8 * draw.choice([-1, 0, 1], leaf.shape))
+    tolerance = 2e-5
+    for _ in range(6):
+        moved = forward(plain, jax.tree.map(bit, make(config)[1]), TOKENS, np.array(points))[0]
+        tolerance = max(tolerance, *(oracle.relative_error(moved[row], expected[row]) for row in range(TOTAL)))
+    assert tolerance < 2e-4
     for row in range(TOTAL - 1):
-        assert oracle.relative_error(state.logits[row], expected[row]) < 2e-5, row
-        assert oracle.relative_error(after.logits[row], expected[row + 1]) < 2e-5, row
+        assert oracle.relative_error(state.logits[row], expected[row]) < tolerance, row
+        assert oracle.relative_error(after.logits[row], expected[row + 1]) < tolerance, row
 
 
 def test_lazy_conversion_gives_the_eager_state() -> None:

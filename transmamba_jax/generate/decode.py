@@ -35,7 +35,7 @@ from transmamba_jax.generate import decode_step
 from transmamba_jax.generate import sampling as sampler
 from transmamba_jax.generate import state as decode_state
 from transmamba_jax.generate.arguments import check_model, check_params, check_schedule, raise_not_finite, whole_number
-from transmamba_jax.generate.decode_step import Branch, LayerMode, Weights
+from transmamba_jax.generate.decode_step import LayerMode, Weights
 from transmamba_jax.generate.prompts import check_prompts, padded_length
 from transmamba_jax.generate.sampling import Sampling, SamplingParams
 from transmamba_jax.generate.state import DecodeState
@@ -219,7 +219,7 @@ class Decoder:
         while done < steps:
             lengths = state.lengths
             count = min(steps - done, BLOCK_STEPS, self._until_event(lengths))
-            modes = tuple(_layer_mode(point, lengths) for point in self.transpoints)
+            modes = tuple(decode_step.layer_mode(point, lengths) for point in self.transpoints)
             state = self._prepare_cache(state, int(lengths.max()) + count, int(lengths.min()), total)
             if not donate and done == 0:
                 state = jax.tree.map(jnp.copy, state)
@@ -312,14 +312,6 @@ class Decoder:
         splits = tuple(min(max(point - start, 0), width) for point in self.transpoints)
         state = _prefill_program(self._params, state, tokens, jnp.int32(start), valid, self._model, splits, fresh)
         return self._trim_cache(state)
-
-
-def _layer_mode(point: int, lengths: np.ndarray) -> LayerMode:
-    """Return the mode of a layer with TransPoint `point` at the next token of rows of these lengths."""
-    attending = lengths < point
-    if attending.all():
-        return LayerMode(Branch.ATTENTION)
-    return LayerMode(Branch.MIXED, point) if attending.any() else LayerMode(Branch.SSM)
 
 
 _pack_weights = jax.jit(decode_step.pack_weights, static_argnums=0)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from transmamba_jax import cache as memory
 from transmamba_jax import parallel, sharding
@@ -36,6 +37,14 @@ class LayerMode(NamedTuple):
     branch: Branch
     transpoint: int = 0
     """0 unless MIXED, so that layers of one branch share a program."""
+
+
+def layer_mode(point: int, lengths: np.ndarray) -> LayerMode:
+    """Return the mode of a layer with TransPoint `point` at the next token of rows of these lengths."""
+    attending = lengths < point
+    if attending.all():
+        return LayerMode(Branch.ATTENTION)
+    return LayerMode(Branch.MIXED, point) if attending.any() else LayerMode(Branch.SSM)
 
 
 # Over a mesh, one token's activations are whole on every device but for rows and heads: a gather of so little is short.
