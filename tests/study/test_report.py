@@ -1,5 +1,6 @@
 """Tables, plots and the page, from results of a stand-in."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from transmamba_jax.study import report, results
 from transmamba_jax.study.__main__ import main
 from transmamba_jax.study.results import Interval
 from transmamba_jax.study.runner import Selection, run_study
+from transmamba_jax.study.spec import FIGURES
 
 
 @pytest.fixture(name="out", scope="module")
@@ -25,6 +27,11 @@ def _study(out):
     return write_study(out.parent)
 
 
+@pytest.fixture(name="index", scope="module")
+def _index(study, out):
+    return report.write_report(study, out)
+
+
 def test_the_table_has_every_arm_with_its_interval_and_cost(study, out):
     records, choices = results.read_results(study, out), results.choose_rates(study, out)
     header, rows = report.table(study, records, choices)
@@ -39,9 +46,15 @@ def test_the_table_has_every_arm_with_its_interval_and_cost(study, out):
     assert int(by_arm["attention", "n4"]["state bytes"].replace(",", "")) > 0
 
 
-def test_results_are_one_line_a_cell(study, out):
-    report.write_report(study, out)
-    lines = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+def test_the_table_shows_other_fields_where_an_arm_has_them(out):
+    study = write_study(out.parent / "also", also=["eval/loss", "eval/mamba2/loss"])
+    header, rows = report.table(study, results.read_results(study, out), results.choose_rates(study, out))
+    row = dict(zip(header, rows[0], strict=True))
+    assert (row["eval/loss"], row["eval/mamba2/loss"]) == ("1.0000 ± 0.0000", "–")
+
+
+def test_results_are_one_line_a_cell(index):
+    lines = [json.loads(line) for line in index.with_name("results.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(lines) == 80
     wanted = {
         "config",
@@ -58,27 +71,22 @@ def test_results_are_one_line_a_cell(study, out):
     assert all(wanted <= line.keys() for line in lines if line["error"] is None)
 
 
-def test_the_report_names_what_failed_and_what_lies_at_the_edge(study, out):
-    index = report.write_report(study, out)
-    for text in ((out / "table.md").read_text(encoding="utf-8"), index.read_text(encoding="utf-8")):
+def test_the_report_names_what_failed_and_what_lies_at_the_edge(index):
+    for text in (index.with_name("table.md").read_text(encoding="utf-8"), index.read_text(encoding="utf-8")):
         assert "ssm/n4/search-rate0.001-seed0: ValueError: it broke" in text
         assert "edge of the grid for ssm/n2, ssm/n4" in text
         assert "quick variant" not in text
 
 
-def test_figures_are_drawn_as_png_and_svg_and_are_the_same_again(study, out):
-    first = {}
-    for _ in range(2):
-        report.write_report(study, out)
-        pictures = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".png", ".svg")}
-        assert len(pictures) == 10
-        assert pictures == (first or pictures)
-        first = pictures
-    assert index_pictures(out) == 5
-
-
-def index_pictures(out) -> int:
-    return (out / "index.html").read_text(encoding="utf-8").count("<svg")
+def test_figures_are_drawn_as_png_and_svg_and_are_the_same_again(study, index):
+    pictures = lambda: {
+        path.name: path.read_bytes() for path in index.parent.iterdir() if path.suffix in (".png", ".svg")
+    }
+    first = pictures()
+    assert sorted(first) == sorted(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg"))
+    assert index.read_text(encoding="utf-8").count("<svg") == len(FIGURES)
+    report.write_report(study, index.parent)
+    assert pictures() == first
 
 
 def test_a_study_without_results_is_refused(study, tmp_path):
@@ -88,7 +96,7 @@ def test_a_study_without_results_is_refused(study, tmp_path):
 
 def test_a_half_done_study_says_what_is_missing(study, tmp_path):
     run_study(study, tmp_path, Selection(only="ssm/n2/search*"), train_cell=Trainer())
-    report.write_report(study, tmp_path)
+    report.write_report(dataclasses.replace(study, figures=()), tmp_path)
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "The search is not complete for attention/n2, attention/n4, ssm/n4" in text
     assert "5 reported cells have no result yet" in text

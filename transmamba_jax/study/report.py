@@ -52,6 +52,7 @@ def table(study: Study, records: Sequence[Record], choices: dict[str, Choice]) -
     header = [
         *study.axes,
         f"{study.metric} (mean ± 95 %)",
+        *study.also,
         "seeds",
         "learning rate",
         *reached,
@@ -68,6 +69,7 @@ def table(study: Study, records: Sequence[Record], choices: dict[str, Choice]) -
             [
                 *first["variants"].values(),
                 format_interval(value),
+                *(_also(found, field) for field in study.also),
                 str(len(found)),
                 f"{choice.rate:g}{' (edge of the grid)' if choice.at_edge else ''}",
                 *([] if study.target is None else [_examples(found)]),
@@ -83,6 +85,12 @@ def table(study: Study, records: Sequence[Record], choices: dict[str, Choice]) -
 def format_interval(value: Interval) -> str:
     """Write mean ± half width with four decimals."""
     return f"{value.mean:.4f}" if math.isnan(value.half_width) else f"{value.mean:.4f} ± {value.half_width:.4f}"
+
+
+def _also(found: Sequence[Record], field: str) -> str:
+    """Write the interval of another field; a dash where the arm does not have it."""
+    values = [record["metrics"][field] for record in found if field in record["metrics"]]
+    return format_interval(results.interval(values)) if values and None not in values else "–"
 
 
 def _examples(found: Sequence[Record]) -> str:

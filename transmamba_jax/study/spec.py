@@ -30,6 +30,7 @@ _KEYS = {
     "metric": str,
     "better": str,
     "target": float,
+    "also": list,
     "report_split": str,
     "budget_hours": float,
     "seconds_per_cell": float,
@@ -37,7 +38,7 @@ _KEYS = {
     "quick": dict,
 }
 _QUICK = ".quick"
-_OPTIONAL = {"target": None, "report_split": "test"}
+_OPTIONAL: Tree = {"target": None, "also": [], "report_split": "test"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,8 @@ class Study:
     better: Literal["higher", "lower"]
     target: float | None
     """Value of the metric for which the table counts the examples that an arm needs."""
+    also: tuple[str, ...]
+    """Other fields of an evaluation line that the table shows."""
     report_split: str
     """Held-out split of the reported runs. The search uses the base config's `data.eval_split`."""
     budget_hours: float
@@ -261,6 +264,7 @@ def _study(name: str, tree: Tree, quick: bool) -> Study:
         search_seeds=tuple(values["search_seeds"]),
         seeds=tuple(values["seeds"]),
         target=values["target"],
+        also=tuple(values["also"]),
         budget_hours=float(values["budget_hours"]),
         seconds_per_cell=float(values["seconds_per_cell"]),
         figures=tuple(values["figures"]),
