@@ -1,4 +1,4 @@
-"""Which hardware a function is traced and lowered for."""
+"""The hardware that a function is traced and lowered for."""
 
 from typing import Any
 
@@ -29,9 +29,9 @@ def device_kind() -> str:
 
 
 def unpartitioned() -> bool:
-    """Say whether the compiler leaves what is traced now on one device: there is one, or this is in `jax.shard_map`.
+    """Tell whether a function traced now stays on one device: there is one, or this is inside `jax.shard_map`.
 
-    A compiler cannot partition a kernel.
+    The compiler cannot partition a kernel.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = jax.device_count() if mesh.empty else mesh.size
@@ -39,17 +39,20 @@ def unpartitioned() -> bool:
 
 
 def _interpreted(like: jax.Array) -> bool:
-    """Say whether Pallas kernels that are traced now are interpreted: `force_tpu_interpret_mode()` and the like."""
-    call = pl.pallas_call(lambda _: None, out_shape=varying.result_like(like, (1,), jnp.float32))
+    """Tell whether Pallas kernels traced now are interpreted, under `force_tpu_interpret_mode()` say."""
+    call = pl.pallas_call(lambda _: None, out_shape=varying.out_struct_like(like, (1,), jnp.float32))
     (equation,) = jax.make_jaxpr(call)().eqns
     return bool(equation.params["interpret"])
 
 
-# What a call is lowered for is known when it is lowered, not when it is traced: hence an operation that does nothing.
-_only_on = jax.extend.core.Primitive("only_on")
-_only_on.def_abstract_eval(lambda value, **_: value)
-_only_on.def_impl(lambda value, **params: jax.jit(lambda value: _only_on.bind(value, **params))(value))
-batching.primitive_batchers[_only_on] = lambda values, axes, **params: (_only_on.bind(*values, **params), axes[0])
+# The platform is known at lowering, not while tracing. Hence an identity operation with a lowering rule that checks it.
+_assert_platform = jax.extend.core.Primitive("assert_platform")
+_assert_platform.def_abstract_eval(lambda value, **_: value)
+_assert_platform.def_impl(lambda value, **params: jax.jit(lambda value: _assert_platform.bind(value, **params))(value))
+batching.primitive_batchers[_assert_platform] = lambda values, axes, **params: (
+    _assert_platform.bind(*values, **params),
+    axes[0],
+)
 
 
 def _lower(ctx: mlir.LoweringRuleContext, value: Any, *, name: str, wanted: str, advice: str) -> list[Any]:
@@ -57,16 +60,16 @@ def _lower(ctx: mlir.LoweringRuleContext, value: Any, *, name: str, wanted: str,
     if others:
         raise ValueError(
             f"implementation {name!r} cannot serve this call: it is lowered for {', '.join(others)}, and the kernels "
-            f"are for {wanted}. Leave `implementation` (`model.kernel` of a config) at None or name a portable one "
+            f"are for {wanted}. Leave `implementation` (`kernels.ssd` of a config) at None or name a portable one "
             f"(associative, sequential){advice}"
         )
     return [value]
 
 
-mlir.register_lowering(_only_on, _lower)
+mlir.register_lowering(_assert_platform, _lower)
 
 
-def only_on(value: jax.Array, name: str, wanted: str, interpreter: str | None = None) -> jax.Array:
+def assert_platform(value: jax.Array, name: str, wanted: str, interpreter: str | None = None) -> jax.Array:
     """Return `value`, an operand of a kernel; lowering it for another platform than `wanted` is a ValueError.
 
     Args:
@@ -78,4 +81,4 @@ def only_on(value: jax.Array, name: str, wanted: str, interpreter: str | None = 
     if interpreter is not None and _interpreted(value):
         return value
     advice = "" if interpreter is None else f"; to test on a CPU, call under {interpreter}()"
-    return _only_on.bind(value, name=name, wanted=wanted, advice=advice)
+    return _assert_platform.bind(value, name=name, wanted=wanted, advice=advice)

@@ -1,12 +1,13 @@
-"""Kernels inside `jax.shard_map`: over which mesh axes their operands and results vary."""
+"""Mesh axes over which operands and results of kernels vary inside `jax.shard_map`."""
 
 import jax
 
 
-def vary_alike(*values: jax.Array) -> tuple[jax.Array, ...]:
+def align_varying_axes(*values: jax.Array) -> tuple[jax.Array, ...]:
     """Make all values vary over the mesh axes of any, inside `jax.shard_map`; elsewhere change nothing.
 
-    A kernel's operands and results vary over the same axes; the gradient of what did not is summed on the way back.
+    A kernel's operands and results vary over the same axes; the backward pass sums the gradient of
+    an operand that did not.
     """
     axes = frozenset().union(*(jax.typeof(value).manual_axis_type.varying for value in values))
 
@@ -17,6 +18,6 @@ def vary_alike(*values: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(vary(value) for value in values)
 
 
-def result_like(like: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
+def out_struct_like(like: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
     """Return the type of a kernel's result, varying over the mesh axes as the operand `like`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)

@@ -90,7 +90,7 @@ def test_a_tpu_copies_nothing_for_the_gradient(kernels: bool, monkeypatch: pytes
     The kernels write nothing but sums of eight tokens.
     """
     if not kernels:
-        monkeypatch.setattr(pallas_tpu, "refusal", lambda *_: "not asked for")
+        monkeypatch.setattr(pallas_tpu, "unsupported_reason", lambda *_: "not asked for")
     device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
     mesh = Mesh(np.array([device]), ("rows",), axis_types=(AxisType.Auto,))
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))

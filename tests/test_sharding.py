@@ -260,13 +260,16 @@ def test_what_parts_of_the_sequence_exchange_does_not_depend_on_its_length():
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"start": 3}, "start must be 0 where mesh.context splits the rows, found 3"), ({"state": True}, "initial_state")],
+    [
+        ({"start": 3}, "output_start must be 0 where mesh.context splits the rows, found 3"),
+        ({"state": True}, "initial_state"),
+    ],
 )
 def test_rows_that_are_split_have_no_state_and_no_start(given: dict[str, Any], message: str) -> None:
     mesh = AbstractMesh((1, 1, 2, 1), ("data", "fsdp", "context", "tensor"), axis_types=(AxisType.Auto,) * 4)
     x, dt, a = jnp.ones((1, 8, 2, 4)), jnp.ones((1, 8, 2)), -jnp.ones(2)
     state = jnp.zeros((1, 2, 4, 4)) if "state" in given else None
-    options: dict[str, Any] = {"chunk_size": 4, "implementation": "sequential", "start": given.get("start", 0)}
+    options: dict[str, Any] = {"chunk_size": 4, "implementation": "sequential", "output_start": given.get("start", 0)}
     with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=message):
         parallel.scan(x, dt, a, x, x, None, state, None, **options)
 

@@ -70,7 +70,7 @@ def causal_conv(
 def _kernels_serve(x: Array, kernel: Array) -> bool:
     if target.platform() != "tpu" or not target.unpartitioned() or not known(*x.shape):
         return False
-    return x.shape[1] >= _LEAST and pallas_tpu.refusal(x, kernel) is None
+    return x.shape[1] >= _LEAST and pallas_tpu.unsupported_reason(x, kernel) is None
 
 
 def _convolve_by_kernels(

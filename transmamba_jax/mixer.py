@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ssd import starts_in_passing
+from pallas_kernels.ssd import supports_output_start
 from transmamba_jax import cache as memory
 from transmamba_jax import parallel
 from transmamba_jax.attention import Attention, causal_attention
@@ -262,7 +262,7 @@ class Mixer(nn.Module):
         before = None if segment_ids is None else segment_ids[:, :point]
         after = None if segment_ids is None else segment_ids[:, point:]
         past, rest = slice(None, point), slice(point, None)
-        if starts_in_passing(v, k, self.kernels.ssd):
+        if supports_output_start(v, k, self.kernels.ssd):
             (q, q_past), (k, k_past), (v, v_past) = (_with_first(array, point) for array in (q, k, v))
             attended = self._attend(q_past, k_past, v_past, before)
             y, _ = self._scan(q, k, v, dt, None, segment_ids, point)
@@ -325,7 +325,7 @@ class Mixer(nn.Module):
     ) -> tuple[Value, State]:
         options: dict[str, Any] = {"chunk_size": self.kernels.chunk_size, "implementation": self.kernels.ssd}
         skip = self.skip.astype(jnp.float32) if self.config.use_d_skip else None
-        return parallel.scan(v, dt, self._decay(), k, q, skip, state, segment_ids, start=start, **options)
+        return parallel.scan(v, dt, self._decay(), k, q, skip, state, segment_ids, output_start=start, **options)
 
     def _gate(self, x: Hidden, y: Value) -> Float[Array, "B T HP"]:
         return self.norm(y.reshape(*y.shape[:2], -1) * nn.silu(over_tokens(self.z, x)), flat=True)

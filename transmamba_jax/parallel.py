@@ -131,20 +131,22 @@ def scan(
     *,
     chunk_size: int,
     implementation: str | None,
-    start: int = 0,
+    output_start: int = 0,
 ) -> tuple[Value, State]:
-    """Apply `ssd`. With the tokens split over devices there is no initial state and no `start`.
+    """Apply `ssd`. With the tokens split over devices there is no initial state and no `output_start`.
 
     Raises:
-        ValueError: an initial state or a `start`, and tokens that are split over devices.
+        ValueError: an initial state or an `output_start`, and tokens that are split over devices.
     """
-    run = partial(ssd, chunk_size=chunk_size, implementation=implementation, start=start)
+    run = partial(ssd, chunk_size=chunk_size, implementation=implementation, output_start=output_start)
     split = splits_time(x.shape[1])
     if split:
         if initial_state is not None:
             raise ValueError("initial_state must be None where mesh.context splits the rows: the first shard starts")
-        if start:
-            raise ValueError(f"start must be 0 where mesh.context splits the rows, found {start}: slice y instead")
+        if output_start:
+            raise ValueError(
+                f"output_start must be 0 where mesh.context splits the rows, found {output_start}: slice y instead"
+            )
         run = partial(_scan_shard, chunk_size=chunk_size, implementation=implementation)
     tokens = _TOKENS if split else _WHOLE
     heads = (*tokens, "heads")

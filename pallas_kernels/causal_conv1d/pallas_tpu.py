@@ -109,8 +109,8 @@ class _Tiles:
         return pl.CostEstimate(operations * values, values if self.silu else 0, moved)
 
 
-def refusal(x: jax.Array, kernel: jax.Array) -> str | None:
-    """Say why the kernels cannot serve a call of these shapes and dtypes; None: they can."""
+def unsupported_reason(x: jax.Array, kernel: jax.Array) -> str | None:
+    """Return why the kernels do not support these shapes and dtypes; None: they do."""
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x must be bfloat16 or float32, found {x.dtype.name}"
     if kernel.shape[0] > _MAX_TAPS:
@@ -143,15 +143,15 @@ def causal_conv1d(
     Raises:
         ValueError: the kernels cannot serve the call: dtype, taps or channels.
     """
-    reason = refusal(x, kernel)
+    reason = unsupported_reason(x, kernel)
     if reason is not None:
         raise ValueError(f"the TPU kernels of the convolution cannot serve this call: {reason}")
     if readable is not None:
         # Tokens are a register's rows, and so are bits here: one a lane costs less than turning rows in the kernel.
         readable = jnp.broadcast_to(readable.astype(jnp.int8)[..., None], (*readable.shape, _LANES))
-        x, kernel, bias, readable = varying.vary_alike(x, kernel, bias, readable)
+        x, kernel, bias, readable = varying.align_varying_axes(x, kernel, bias, readable)
     else:
-        x, kernel, bias = varying.vary_alike(x, kernel, bias)
+        x, kernel, bias = varying.align_varying_axes(x, kernel, bias)
     return _convolve(x, kernel, bias, readable, silu)
 
 
@@ -160,7 +160,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array, readable: jax.Ar
     tiles = _tiles_of(x, kernel, readable, silu)
     masks = () if readable is None else (readable,)
     operands = (x, *masks, *_weights(tiles, kernel, bias))
-    out = varying.result_like(x, x.shape, x.dtype)
+    out = varying.out_struct_like(x, x.shape, x.dtype)
     return pl.pallas_call(
         functools.partial(_forward_kernel, tiles=tiles),
         grid=tiles.grid,
@@ -190,8 +190,8 @@ def _backward(silu: bool, residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax
     operands = (x, x, dy, *masks, *_weights(tiles, kernel, bias))
     rows = (tiles.taps + 1) * _ROWS
     outs = [
-        varying.result_like(x, x.shape, x.dtype),
-        varying.result_like(x, (tiles.batch, rows, tiles.channels), jnp.float32),
+        varying.out_struct_like(x, x.shape, x.dtype),
+        varying.out_struct_like(x, (tiles.batch, rows, tiles.channels), jnp.float32),
     ]
     dx, sums = pl.pallas_call(
         functools.partial(_backward_kernel, tiles=tiles),

@@ -1,25 +1,38 @@
-"""Public SSD operator: checks the arguments, folds documents into the decays, picks an implementation.
-
-An implementation is a module with two functions, `scan` and `final_state`, of the signatures in `reference.py`.
-"""
+"""Public SSD operator: check the arguments, fold documents into the decays, dispatch to an implementation."""
 
 import functools
 import logging
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import target
-from pallas_kernels.ssd import associative, decay, pallas_gpu, pallas_tpu, reference, sequential, triton
+from pallas_kernels.ssd import associative, decay, reference, sequential
+from pallas_kernels.ssd.pallas_gpu import implementation as pallas_gpu
+from pallas_kernels.ssd.pallas_tpu import implementation as pallas_tpu
+from pallas_kernels.ssd.protocol import SsdImplementation, SsdInputs
+from pallas_kernels.ssd.triton import implementation as triton
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {
+IMPLEMENTATIONS: dict[str, SsdImplementation] = {
     "reference": reference,
     "associative": associative,
     "sequential": sequential,
     "pallas_tpu": pallas_tpu,
     "pallas_gpu": pallas_gpu,
     "triton": triton,
+}
+
+Choice = str | tuple[str, ...] | None
+"""A name; names in the order of preference; None: the order for the platform."""
+
+_ORDER = {"cpu": ("sequential",), "tpu": ("pallas_tpu", "associative"), "gpu": ("pallas_gpu", "triton", "associative")}
+"""Preference by platform; the last one supports every call."""
+
+_ELSEWHERE = ("associative",)
+
+_BY_NAME_ONLY = {
+    "pallas_gpu": "it has not been measured on a GPU; name it to use it",
+    "triton": "it has not been measured on a GPU; name it to use it",
 }
 
 _LOGGER = logging.getLogger(__name__)
@@ -42,15 +55,16 @@ def ssd(
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     chunk_size: int = 128,
-    implementation: str | None = None,
-    start: int = 0,
+    implementation: Choice = None,
+    output_start: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Run the state space model over whole rows (Mamba-2, arXiv 2405.21060, section 6; TransMamba, arXiv 2503.24067).
 
         h_t = exp(dt_t a) h_{t-1} + dt_t x_t b_t^T        y_t = h_t c_t + d x_t
 
     Head h reads the b and c of group h // (H / G). Decay sums, state and accumulation are float32 whatever the inputs
-    are. Differentiable in every float input, and through the final state.
+    are. Differentiable in every float input, and through the final state. Second derivatives, `jax.jvp` and
+    `jax.jacfwd` need implementation "reference": the others are `jax.custom_vjp`, reverse mode once.
 
     Args:
         x: [B, T, H, P], T >= 1.
@@ -63,43 +77,54 @@ def ssd(
         segment_ids: int [B, T]. Equal ids are one document, documents are contiguous, 0 is padding. The state restarts
             at every document but a row's first, which continues `initial_state`; padding leaves the state alone, so
             that the final state is the one after the last real token.
-        chunk_size: tokens of one chunk, 1 or more: a matter of speed and memory, not of the result. An implementation
-            may use a smaller one.
-        implementation: one of `implementations()`; None: by the hardware of the mesh of `jax.set_mesh`, or of
-            the default backend where none is set: "sequential" on a CPU, "pallas_tpu" on a TPU where it can serve the
-            call (see `_automatic`), "associative" elsewhere.
-        start: first token with a y, in 0..T-1. Those before it go into the state alone, at the cost of the state alone,
-            and their c is not read. "pallas_tpu" copies nothing for it, the others slice.
+        chunk_size: tokens of one chunk, 1 or more, taken as 256 at most: a matter of speed and memory, not of the
+            result. "associative" uses it, "sequential" up to 32. The kernels choose their own chunk, and "reference"
+            has none.
+        implementation: one of `implementations()`, or a tuple of them, of which the first that supports the call runs.
+            None: the order for the hardware of the mesh of `jax.set_mesh`, or of the default backend where none is
+            set: "sequential" on a CPU, "pallas_tpu" then "associative" on a TPU, "associative" elsewhere. The choice
+            is logged once, with the reason for every implementation passed over.
+        output_start: first token with a y, in 0..T-1. Earlier ones contribute to the state alone, at the cost of the
+            state alone, and their c is not read. "pallas_tpu" copies nothing for it, the others slice.
 
     Returns:
-        y [B, T - start, H, P] in x.dtype (at padding: finite, without meaning), final state float32 [B, H, P, N].
+        y [B, T - output_start, H, P] in x.dtype (at padding: finite, without meaning), final state float32
+        [B, H, P, N].
 
     Raises:
-        ValueError: a shape or dtype does not fit, T = 0, or the implementation does not exist or cannot serve the call.
+        ValueError: a shape or dtype does not fit, T = 0, or the implementation does not exist or does not support the
+            call; with every reason.
     """
     _check(x, dt, a, b, initial_state, segment_ids, chunk_size)
     _check_like("c", c, "b", b)
     if d is not None:
         _check_array("d", d, (x.shape[2],), (jnp.float32, x.dtype))
-    if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < x.shape[1]:
-        raise ValueError(f"start must be an int in 0..T-1 = 0..{x.shape[1] - 1}, found {start!r}")
-    module = _module(implementation, x, b)
+    if isinstance(output_start, bool) or not isinstance(output_start, int) or not 0 <= output_start < x.shape[1]:
+        raise ValueError(f"output_start must be an int in 0..T-1 = 0..{x.shape[1] - 1}, found {output_start!r}")
+    chosen = IMPLEMENTATIONS[_choose(implementation, x, b)]
     dt, log_decay = decay.log_decays(dt, a, segment_ids)
-    skip, state = None if d is None else d.astype(jnp.float32), _state(x, b, initial_state)
+    skip = None if d is None else d.astype(jnp.float32)
+    inputs = SsdInputs(x, dt, log_decay, b, c, skip, _state(x, b, initial_state))
     chunk_size = min(chunk_size, decay.MAX_CHUNK)
-    if start and module is pallas_tpu:
-        return pallas_tpu.scan(x, dt, log_decay, b, c, skip, state, chunk_size, start)
-    if start:
-        before = (value[:, :start] for value in (x, dt, log_decay, b))
-        state = module.final_state(*before, state, chunk_size)
-        x, dt, log_decay, b, c = (value[:, start:] for value in (x, dt, log_decay, b, c))
-    return module.scan(x, dt, log_decay, b, c, skip, state, chunk_size)
+    if output_start and not chosen.supports_output_start:
+        inputs = _enter(chosen, inputs, chunk_size, output_start)
+        output_start = 0
+    return chosen.forward(inputs, chunk_size, output_start)
 
 
-def starts_in_passing(x: jax.Array, b: jax.Array, implementation: str | None) -> bool:
-    """Say whether `start` is free of copies for such a call on one device, or inside `jax.shard_map`."""
-    wanted = implementation == "pallas_tpu" or (implementation is None and target.platform() == "tpu")
-    return wanted and pallas_tpu.refusal(x, b) is None
+def _enter(chosen: SsdImplementation, inputs: SsdInputs, chunk_size: int, output_start: int) -> SsdInputs:
+    """Replace the tokens before `output_start` by the state after them."""
+    x, dt, log_decay, b, c, d, state = inputs
+    before = [value[:, :output_start] for value in (x, dt, log_decay, b)]
+    state = chosen.final_state(SsdInputs(*before)._replace(initial_state=state), chunk_size)
+    x, dt, log_decay, b, c = (value[:, output_start:] for value in (x, dt, log_decay, b, c))
+    return SsdInputs(x, dt, log_decay, b, c, d, state)
+
+
+def supports_output_start(x: jax.Array, b: jax.Array, implementation: Choice) -> bool:
+    """Tell whether `output_start` is free of copies for such a call on one device, or inside `jax.shard_map`."""
+    chosen = IMPLEMENTATIONS[_select(implementation, x, b, unpartitioned=True)[0]]
+    return chosen.supports_output_start and chosen.unsupported_reason(x, b) is None
 
 
 def ssd_state(
@@ -110,7 +135,7 @@ def ssd_state(
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     chunk_size: int = 128,
-    implementation: str | None = None,
+    implementation: Choice = None,
 ) -> jax.Array:
     """Return the final state of `ssd` alone, at the cost of the state alone.
 
@@ -119,34 +144,65 @@ def ssd_state(
     Arguments and errors as for `ssd` -> float32 [B, H, P, N]. Differentiable in every float input.
     """
     _check(x, dt, a, b, initial_state, segment_ids, chunk_size)
-    module = _module(implementation, x, b)
+    chosen = IMPLEMENTATIONS[_choose(implementation, x, b)]
     dt, log_decay = decay.log_decays(dt, a, segment_ids)
-    return module.final_state(x, dt, log_decay, b, _state(x, b, initial_state), min(chunk_size, decay.MAX_CHUNK))
+    inputs = SsdInputs(x, dt, log_decay, b, initial_state=_state(x, b, initial_state))
+    return chosen.final_state(inputs, min(chunk_size, decay.MAX_CHUNK))
 
 
-def _automatic(x: jax.Array, b: jax.Array) -> str:
-    """Name the implementation that runs best, of those that can serve the call, on the hardware that this is for."""
-    backend = target.platform()
-    if backend == "cpu":
-        return "sequential"
-    if backend == "tpu" and target.unpartitioned() and pallas_tpu.refusal(x, b) is None:
-        return "pallas_tpu"
-    return "associative"
+def _choose(implementation: Choice, x: jax.Array, b: jax.Array) -> str:
+    """Name the implementation of a call; log a choice that is not the caller's.
+
+    Raises:
+        ValueError: a name is unknown, or nothing named supports the call.
+    """
+    name, passed_over = _select(implementation, x, b, target.unpartitioned())
+    if isinstance(implementation, str):
+        reason = IMPLEMENTATIONS[name].unsupported_reason(x, b)
+        if reason is not None:
+            raise ValueError(f"implementation {name!r} cannot serve this call: {reason}")
+        return name
+    reasons = "".join(f"; passed over {other!r}: {reason}" for other, reason in passed_over.items())
+    _log_choice(f"SSD runs as {name!r}, chosen for {target.platform()!r}{reasons}")
+    return name
+
+
+def _select(implementation: Choice, x: jax.Array, b: jax.Array, unpartitioned: bool) -> tuple[str, dict[str, str]]:
+    """Return the name given, or the first of the order that supports the call and the reasons of those before it."""
+    if isinstance(implementation, str):
+        _check_names((implementation,), implementation)
+        return implementation, {}
+    excluded: dict[str, str] = {}
+    if implementation is None:
+        order, excluded = _ORDER.get(target.platform(), _ELSEWHERE), _BY_NAME_ONLY
+    else:
+        order = implementation if isinstance(implementation, tuple) else ()
+        _check_names(order, implementation)
+    passed_over: dict[str, str] = {}
+    for name in order:
+        reasons = [excluded[name]] if name in excluded else []
+        if not unpartitioned and not IMPLEMENTATIONS[name].partitionable:
+            reasons.append("the compiler cannot partition a kernel over devices outside jax.shard_map")
+        reason = IMPLEMENTATIONS[name].unsupported_reason(x, b)
+        reasons += [] if reason is None else [reason]
+        if not reasons:
+            return name, passed_over
+        passed_over[name] = "; ".join(reasons)
+    every = "; ".join(f"{name!r}: {reason}" for name, reason in passed_over.items())
+    raise ValueError(f"no implementation of {', '.join(order)} can serve this call: {every}")
+
+
+def _check_names(names: tuple[str, ...], given: object) -> None:
+    if not names or any(name not in IMPLEMENTATIONS for name in names):
+        raise ValueError(
+            f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, or a tuple of them, found {given!r}"
+        )
 
 
 @functools.cache
-def _log_choice(name: str) -> None:
-    _LOGGER.info("SSD runs as %r, chosen for %r", name, target.platform())
-
-
-def _module(implementation: str | None, x: jax.Array, b: jax.Array) -> ModuleType:
-    name = implementation
-    if name is None:
-        name = _automatic(x, b)
-        _log_choice(name)
-    if not isinstance(name, str) or name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, found {name!r}")
-    return IMPLEMENTATIONS[name]
+def _log_choice(choice: str) -> None:
+    """Log each distinct choice once a process."""
+    _LOGGER.info("%s", choice)
 
 
 def _state(x: jax.Array, b: jax.Array, initial_state: jax.Array | None) -> jax.Array:

@@ -19,6 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.ssd import decay
 from pallas_kernels.ssd.kernel_vjp import NAME
+from pallas_kernels.ssd.protocol import SsdInputs
+
+supports_output_start = False
+partitionable = True
 
 
 def _einsum(spec: str, left: jax.Array, right: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -47,11 +51,11 @@ def _chunk_decays(log_decay: jax.Array, chunk: int, groups: int) -> jax.Array:
     return by_chunk.transpose(0, 1, 3, 4, 2)
 
 
-def _written(x: jax.Array, dt: jax.Array, chunk: int, groups: int) -> jax.Array:
-    """What the tokens write, dt x in float32: [B, chunks, Q, G, R, P]."""
+def _dtx(x: jax.Array, dt: jax.Array, chunk: int, groups: int) -> jax.Array:
+    """Dt x in float32: [B, chunks, Q, G, R, P]."""
     batch, _, num_heads, head_dim = x.shape
-    written = dt[..., None] * x.astype(jnp.float32)
-    return _chunk(written, chunk).reshape(batch, -1, chunk, groups, num_heads // groups, head_dim)
+    dtx = dt[..., None] * x.astype(jnp.float32)
+    return _chunk(dtx, chunk).reshape(batch, -1, chunk, groups, num_heads // groups, head_dim)
 
 
 def _by_token(value: jax.Array) -> jax.Array:
@@ -60,37 +64,37 @@ def _by_token(value: jax.Array) -> jax.Array:
 
 
 @jax.checkpoint
-def _inside(written: jax.Array, log_decay: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-    """What each chunk puts out from a zero state: [B, chunks, Q, G, R, P] float32."""
-    scores = _einsum("bkign,bkjgn->bkgij", c, b, b.dtype)[:, :, :, None] * decay.pairs(log_decay)
-    return _einsum("bkgrij,bkjgrp->bkigrp", scores, written, b.dtype)
+def _within_chunks(dtx: jax.Array, log_decay: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+    """Outputs of each chunk from a zero state: [B, chunks, Q, G, R, P] float32."""
+    scores = _einsum("bkign,bkjgn->bkgij", c, b, b.dtype)[:, :, :, None] * decay.segsum(log_decay)
+    return _einsum("bkgrij,bkjgrp->bkigrp", scores, dtx, b.dtype)
 
 
 @jax.checkpoint
-def _states(written: jax.Array, log_decay: jax.Array, b: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _states(dtx: jax.Array, log_decay: jax.Array, b: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Array]:
     """State before each chunk [B, chunks, G, R, P, N] and after the last one [B, G, R, P, N]."""
-    added = _einsum("bkjgrp,bkjgn->bkgrpn", written * _by_token(decay.to_end(log_decay)), b, b.dtype)
-    kept = decay.from_start(log_decay)[..., -1, None, None]
+    updates = _einsum("bkjgrp,bkjgn->bkgrpn", dtx * _by_token(decay.to_end(log_decay)), b, b.dtype)
+    decays = decay.from_start(log_decay)[..., -1, None, None]
 
     def combine(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return first[0] * second[0], second[0] * first[1] + second[1]
 
-    if not isinstance(kept.shape[1], int):
+    if not isinstance(decays.shape[1], int):
         # A number of chunks that is a symbol (jax.export) has no tree of combinations: one chunk after another.
         final, before = jax.lax.scan(
-            lambda h, chunk: (chunk[0] * h + chunk[1], h), h, (jnp.moveaxis(kept, 1, 0), jnp.moveaxis(added, 1, 0))
+            lambda h, chunk: (chunk[0] * h + chunk[1], h), h, (jnp.moveaxis(decays, 1, 0), jnp.moveaxis(updates, 1, 0))
         )
         return jnp.moveaxis(before, 0, 1), final
-    # The initial state is a chunk of its own that keeps nothing of what was before it.
-    kept = jnp.concatenate([jnp.ones_like(kept[:, :1]), kept], axis=1)
-    added = jnp.concatenate([h[:, None], added], axis=1)
-    _, states = jax.lax.associative_scan(combine, (kept, added), axis=1)
+    # The initial state is a chunk of its own at the front.
+    decays = jnp.concatenate([jnp.ones_like(decays[:, :1]), decays], axis=1)
+    updates = jnp.concatenate([h[:, None], updates], axis=1)
+    _, states = jax.lax.associative_scan(combine, (decays, updates), axis=1)
     return states[:, :-1], states[:, -1]
 
 
 @jax.checkpoint
-def _carried(states: jax.Array, log_decay: jax.Array, c: jax.Array) -> jax.Array:
-    """What each chunk puts out because of the state before it: [B, chunks, Q, G, R, P] float32."""
+def _from_states(states: jax.Array, log_decay: jax.Array, c: jax.Array) -> jax.Array:
+    """Contribution of the state before each chunk to its outputs: [B, chunks, Q, G, R, P] float32."""
     read = _einsum("bkign,bkgrpn->bkigrp", c, states, jnp.float32)
     return read * _by_token(decay.from_start(log_decay))
 
@@ -99,36 +103,33 @@ def _split_heads(state: jax.Array, groups: int) -> jax.Array:
     return state.reshape(state.shape[0], groups, -1, *state.shape[2:])
 
 
-def scan(
-    x: jax.Array,
-    dt: jax.Array,
-    log_decay: jax.Array,
-    b: jax.Array,
-    c: jax.Array,
-    d: jax.Array | None,
-    initial_state: jax.Array,
-    chunk_size: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Chunked SSD; shapes and result as `reference.scan`."""
+def unsupported_reason(x: jax.Array, b: jax.Array) -> str | None:
+    """Return None: every call is supported."""
+    del x, b
+    return None
+
+
+def forward(inputs: SsdInputs, chunk_size: int, output_start: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Run chunked SSD as `protocol.SsdImplementation.forward` says."""
+    del output_start
+    x, dt, log_decay, b, c, d, initial_state = inputs
     batch, length, num_heads, head_dim = x.shape
     groups, chunk = b.shape[2], _chunk_tokens(chunk_size, length)
     log_decay = _chunk_decays(log_decay, chunk, groups)
-    written = _written(x, dt, chunk, groups)
+    dtx = _dtx(x, dt, chunk, groups)
     b, c = _chunk(b, chunk), _chunk(c, chunk)
-    states, final = checkpoint_name(_states(written, log_decay, b, _split_heads(initial_state, groups)), NAME)
-    y = checkpoint_name(_inside(written, log_decay, b, c) + _carried(states, log_decay, c), NAME)
+    states, final = checkpoint_name(_states(dtx, log_decay, b, _split_heads(initial_state, groups)), NAME)
+    y = checkpoint_name(_within_chunks(dtx, log_decay, b, c) + _from_states(states, log_decay, c), NAME)
     y = y.reshape(batch, -1, num_heads, head_dim)[:, :length]
     if d is not None:
         y = y + d[:, None] * x.astype(jnp.float32)
     return y.astype(x.dtype), final.reshape(initial_state.shape)
 
 
-def final_state(
-    x: jax.Array, dt: jax.Array, log_decay: jax.Array, b: jax.Array, initial_state: jax.Array, chunk_size: int
-) -> jax.Array:
-    """Return the last state of `scan` alone, float32 [B,H,P,N]."""
-    groups, chunk = b.shape[2], _chunk_tokens(chunk_size, x.shape[1])
-    log_decay = _chunk_decays(log_decay, chunk, groups)
-    written = _written(x, dt, chunk, groups)
-    state = _split_heads(initial_state, groups)
-    return _states(written, log_decay, _chunk(b, chunk), state)[1].reshape(initial_state.shape)
+def final_state(inputs: SsdInputs, chunk_size: int) -> jax.Array:
+    """Return the final state of `forward` alone, float32 [B,H,P,N]."""
+    groups, chunk = inputs.b.shape[2], _chunk_tokens(chunk_size, inputs.x.shape[1])
+    log_decay = _chunk_decays(inputs.log_decay, chunk, groups)
+    dtx = _dtx(inputs.x, inputs.dt, chunk, groups)
+    state = _split_heads(inputs.initial_state, groups)
+    return _states(dtx, log_decay, _chunk(inputs.b, chunk), state)[1].reshape(inputs.initial_state.shape)

@@ -116,7 +116,7 @@ to_end.defvjp(_to_end_fwd, _to_end_bwd)
 
 
 @jax.custom_vjp
-def pairs(log_decay: jax.Array) -> jax.Array:
+def segsum(log_decay: jax.Array) -> jax.Array:
     """exp(s_i - s_j) at [i, j] for i >= j, else 0: [..., Q] -> [..., Q, Q]."""
     coarse, fine = _sums(log_decay)
     exponent = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
@@ -124,16 +124,16 @@ def pairs(log_decay: jax.Array) -> jax.Array:
     return jnp.exp(jnp.where(jnp.tri(exponent.shape[-1], dtype=bool), exponent, -jnp.inf))
 
 
-def _pairs_fwd(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
-    decays = pairs(log_decay)
+def _segsum_fwd(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
+    decays = segsum(log_decay)
     return decays, decays
 
 
-def _pairs_bwd(decays: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+def _segsum_bwd(decays: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
     before = jnp.tri(decays.shape[-1], k=-1, dtype=decays.dtype)  # [k, j]: j < k
     since = jnp.tri(decays.shape[-1], dtype=decays.dtype).T  # [k, i]: i >= k
     rows = _times(since, cotangent * decays)  # [k, j]
     return (jnp.sum(before * rows, axis=-1),)
 
 
-pairs.defvjp(_pairs_fwd, _pairs_bwd)
+segsum.defvjp(_segsum_fwd, _segsum_bwd)

@@ -1,4 +1,4 @@
-"""The two operators of an implementation by kernels, differentiable, from one pass forwards and one backwards."""
+"""The two operators of an implementation by kernels, differentiable, from one forward and one backward kernel."""
 
 import dataclasses
 import functools
@@ -9,95 +9,68 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.varying import vary_alike
-
-Gradients = dict[str, jax.Array]
-
+from pallas_kernels.ssd.protocol import SsdInputs
+from pallas_kernels.varying import align_varying_axes
 
 NAME = "ssd"
-"""What a forward pass leaves for the backward one has this name, for the policies of `jax.checkpoint` that keep it."""
+"""Name of the residuals of a forward pass, for the policies of `jax.checkpoint` that save them."""
+
+Run = Callable[[Any, SsdInputs, bool], tuple[jax.Array | None, jax.Array, Any]]
+Gradients = Callable[[Any, SsdInputs, Any, jax.Array | None, jax.Array], SsdInputs]
 
 
-def _differentiable_scan(run: Callable[..., Any], gradients: Callable[..., Gradients]) -> Callable[..., Any]:
+def _differentiable(run: Run, gradients: Gradients) -> Callable[[Any, SsdInputs], tuple[Any, jax.Array]]:
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def whole(plan, x, dt, log_decay, b, c, d, h):
-        return run(plan, x, dt, log_decay, b, c, d, h, keep=False)[:2]
+    def operator(plan, inputs):
+        return run(plan, inputs, False)[:2]
 
-    def forward(plan, x, dt, log_decay, b, c, d, h):
-        y, final, kept = checkpoint_name(run(plan, x, dt, log_decay, b, c, d, h, keep=True), NAME)
-        return (y, final), (x, dt, log_decay, b, c, d, kept)
+    def forward(plan, inputs):
+        y, final, saved = checkpoint_name(run(plan, inputs, True), NAME)
+        return (y, final), (inputs._replace(initial_state=None), saved)
 
     def backward(plan, residuals, cotangents):
-        found = gradients(plan, *residuals, *cotangents)
-        return tuple(found[name] for name in ("x", "dt", "log_decay", "b", "c", "d", "h"))
+        return (gradients(plan, *residuals, *cotangents),)
 
-    whole.defvjp(forward, backward)
-    return whole
-
-
-def _differentiable_state(run: Callable[..., Any], gradients: Callable[..., Gradients]) -> Callable[..., Any]:
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def state_alone(plan, x, dt, log_decay, b, h):
-        return run(plan, x, dt, log_decay, b, None, None, h, keep=False)[1]
-
-    def forward(plan, x, dt, log_decay, b, h):
-        _, final, kept = checkpoint_name(run(plan, x, dt, log_decay, b, None, None, h, keep=True), NAME)
-        return final, (x, dt, log_decay, b, kept)
-
-    def backward(plan, residuals, dfinal):
-        x, dt, log_decay, b, kept = residuals
-        found = gradients(plan, x, dt, log_decay, b, None, None, kept, None, dfinal)
-        return tuple(found[name] for name in ("x", "dt", "log_decay", "b", "h"))
-
-    state_alone.defvjp(forward, backward)
-    return state_alone
+    operator.defvjp(forward, backward)
+    return operator
 
 
 def operators(
-    plan_of: Callable[[jax.Array, jax.Array], Any],
-    run: Callable[..., tuple[jax.Array | None, jax.Array, Any]],
-    gradients: Callable[..., Gradients],
-) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Callable[..., jax.Array]]:
-    """Return `scan` and `final_state`, of the signatures in `reference.py`.
+    plan_of: Callable[[jax.Array, jax.Array], Any], run: Run, gradients: Gradients
+) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Callable[[SsdInputs, int], jax.Array]]:
+    """Return `forward` and `final_state` of `protocol.SsdImplementation`.
+
+    They are `jax.custom_vjp`: reverse mode, once. Second derivatives and forward mode need "reference".
 
     Args:
-        plan_of: (x, b) -> how the call is cut, hashable; raises ValueError where the kernels cannot serve the call.
-        run: (plan, x, dt, log_decay, b, c, d, h, keep) -> y, the final state, and what the backward pass wants of it
-            where `keep` is set. Without `c` and `d` there is no y.
-        gradients: (plan, x, dt, log_decay, b, c, d, kept, dy, dfinal) -> gradients by those names, and of h; without
-            `c`, `d` and `dy` for the state alone.
+        plan_of: (x, b) -> the tiling of a call, hashable; raises ValueError where the kernels do not support it.
+        run: (plan, inputs, save) -> y, the final state, and with `save` the residuals of the backward pass. Inputs
+            without c give None for y.
+        gradients: (plan, inputs, residuals, dy, dfinal) -> the gradients. `inputs.initial_state` is None, and so are
+            c, d and dy where the state alone was asked for.
     """
-    whole, state_alone = _differentiable_scan(run, gradients), _differentiable_state(run, gradients)
+    operator = _differentiable(run, gradients)
 
-    def scan(
-        x: jax.Array,
-        dt: jax.Array,
-        log_decay: jax.Array,
-        b: jax.Array,
-        c: jax.Array,
-        d: jax.Array | None,
-        initial_state: jax.Array,
-        chunk_size: int,
-        start: int = 0,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Chunked SSD; shapes and result as `reference.scan`. The kernels choose the chunk themselves.
+    def aligned(inputs: SsdInputs) -> SsdInputs:
+        given = {name: value for name, value in inputs._asdict().items() if value is not None}
+        return inputs._replace(**dict(zip(given, align_varying_axes(*given.values()), strict=True)))
 
-        With `start`, which plans of "pallas_tpu" have, y is that of the tokens from it on.
+    def forward(inputs: SsdInputs, chunk_size: int, output_start: int = 0) -> tuple[jax.Array, jax.Array]:
+        """Run SSD as `protocol.SsdImplementation.forward` says. The kernels choose the chunk: chunk_size is not used.
 
         Raises:
-            ValueError: the kernels cannot serve the call (see `refusal` of the implementation).
+            ValueError: the kernels do not support the call (`unsupported_reason` of the implementation).
         """
         del chunk_size
-        skip = jnp.zeros((x.shape[2],), jnp.float32) if d is None else d
-        plan = plan_of(x, b)
-        plan = dataclasses.replace(plan, start=start) if start else plan
-        return whole(plan, *vary_alike(x, dt, log_decay, b, c, skip, initial_state))
+        if inputs.d is None:
+            inputs = inputs._replace(d=jnp.zeros((inputs.x.shape[2],), jnp.float32))
+        plan = plan_of(inputs.x, inputs.b)
+        plan = dataclasses.replace(plan, output_start=output_start) if output_start else plan
+        return operator(plan, aligned(inputs))
 
-    def final_state(
-        x: jax.Array, dt: jax.Array, log_decay: jax.Array, b: jax.Array, initial_state: jax.Array, chunk_size: int
-    ) -> jax.Array:
-        """Return the last state of `scan` alone, float32 [B, H, P, N]. Errors as for `scan`."""
+    def final_state(inputs: SsdInputs, chunk_size: int) -> jax.Array:
+        """Return the final state alone, float32 [B, H, P, N]. Errors as for `forward`."""
         del chunk_size
-        return state_alone(plan_of(x, b), *vary_alike(x, dt, log_decay, b, initial_state))
+        return operator(plan_of(inputs.x, inputs.b), aligned(inputs))[1]
 
-    return scan, final_state
+    return forward, final_state

@@ -1,7 +1,21 @@
-"""SSD token by token on the raw decay: slow, short, and independent of every chunked form."""
+"""SSD token by token on the raw decay: slow, short, and independent of every chunked form.
+
+The one implementation that JAX differentiates any number of times, in forward and reverse mode.
+"""
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.ssd.protocol import SsdInputs
+
+supports_output_start = False
+partitionable = True
+
+
+def unsupported_reason(x: jax.Array, b: jax.Array) -> str | None:
+    """Return None: every call is supported."""
+    del x, b
+    return None
 
 
 def _per_head(grouped: jax.Array, num_heads: int) -> jax.Array:
@@ -9,28 +23,19 @@ def _per_head(grouped: jax.Array, num_heads: int) -> jax.Array:
     return jnp.repeat(grouped, num_heads // grouped.shape[2], axis=2)
 
 
-def scan(
-    x: jax.Array,
-    dt: jax.Array,
-    log_decay: jax.Array,
-    b: jax.Array,
-    c: jax.Array,
-    d: jax.Array | None,
-    initial_state: jax.Array,
-    chunk_size: int,
-) -> tuple[jax.Array, jax.Array]:
+def forward(inputs: SsdInputs, chunk_size: int, output_start: int = 0) -> tuple[jax.Array, jax.Array]:
     """h_t = exp(l_t) h_{t-1} + dt_t x_t b_t^T, y_t = h_t c_t + d x_t, one token at a time in float32.
 
-    x [B,T,H,P], dt and log_decay float32 [B,T,H], b and c [B,T,G,N], d float32 [H] or None,
-    initial_state float32 [B,H,P,N] -> y [B,T,H,P] in x.dtype, final state float32 [B,H,P,N].
+    There are no chunks: chunk_size is not used.
     """
-    del chunk_size
+    del chunk_size, output_start
+    x, dt, log_decay, b, c, d, initial_state = inputs
     num_heads = x.shape[2]
 
     def step(h: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         x_bhp, dt_bh, l_bh, b_bhn, c_bhn = token
-        written = (dt_bh[..., None] * x_bhp)[..., :, None] * b_bhn[..., None, :]
-        h = jnp.exp(l_bh)[..., None, None] * h + written
+        update = (dt_bh[..., None] * x_bhp)[..., :, None] * b_bhn[..., None, :]
+        h = jnp.exp(l_bh)[..., None, None] * h + update
         return h, jnp.sum(h * c_bhn[..., None, :], axis=-1)
 
     x32, b32, c32 = (value.astype(jnp.float32) for value in (x, b, c))
@@ -42,8 +47,6 @@ def scan(
     return y.astype(x.dtype), state
 
 
-def final_state(
-    x: jax.Array, dt: jax.Array, log_decay: jax.Array, b: jax.Array, initial_state: jax.Array, chunk_size: int
-) -> jax.Array:
-    """Return the last state of `scan` alone, float32 [B,H,P,N]."""
-    return scan(x, dt, log_decay, b, jnp.zeros_like(b), None, initial_state, chunk_size)[1]
+def final_state(inputs: SsdInputs, chunk_size: int) -> jax.Array:
+    """Return the final state of `forward` alone, float32 [B,H,P,N]."""
+    return forward(inputs._replace(c=jnp.zeros_like(inputs.b)), chunk_size)[1]

@@ -6,7 +6,7 @@ With s the running sum of l inside a chunk of Q tokens, h the state before it an
     h'  = exp(s_Q) h + sum_j exp(s_Q - s_j) dt_j x_j b_j^T
 
 A block is U chunks, all of them in one array [U, ...]; only h goes from one to the next. Just the block's inputs, its
-Q x Q products and the states of one row are alive at a time, so they stay in cache and memory is linear in T. Rows are
+Q x Q matrices and the states of one row are alive at a time, so they stay in cache and memory is linear in T. Rows are
 taken one after another for the same reason. (A batch sharded over devices wants `jax.shard_map` around this, or the
 associative form.)
 
@@ -28,6 +28,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.ssd import decay
 from pallas_kernels.ssd.kernel_vjp import NAME
+from pallas_kernels.ssd.protocol import SsdInputs
+
+supports_output_start = False
+partitionable = True
 
 _CHUNK = 32
 """Tokens of one chunk at most: the fastest of 16, 32 and 64, with blocks of the same number of tokens."""
@@ -85,12 +89,12 @@ def _row_sums(value: jax.Array) -> jax.Array:
 # R = H / G heads share a group's b and c. Where R is 1 its axis is left out: XLA copies what has it.
 
 
-def _spread(value: jax.Array, num_heads: int) -> jax.Array:
+def _to_heads(value: jax.Array, num_heads: int) -> jax.Array:
     """[U, G, ...] -> [U, H, ...], the same for every head of a group."""
     return value if value.shape[1] == num_heads else jnp.repeat(value, num_heads // value.shape[1], axis=1)
 
 
-def _gather(value: jax.Array, groups: int) -> jax.Array:
+def _sum_over_heads(value: jax.Array, groups: int) -> jax.Array:
     """[U, H, ...] -> [U, G, ...], summed over a group's heads."""
     if value.shape[1] == groups:
         return value
@@ -99,7 +103,7 @@ def _gather(value: jax.Array, groups: int) -> jax.Array:
     return (jnp.ones((1, ratio), value.dtype) @ flat).reshape(value.shape[0], groups, *value.shape[2:])
 
 
-def _write(keys_transposed: jax.Array, values: jax.Array) -> jax.Array:
+def _state_update(keys_transposed: jax.Array, values: jax.Array) -> jax.Array:
     """Return sum_j keys_j values_j^T by group: [U,G,N,Q] and [U,H,Q,P] -> [U,G,N,R*P]."""
     chunks, groups = keys_transposed.shape[:2]
     num_heads, chunk, head_dim = values.shape[1:]
@@ -109,15 +113,15 @@ def _write(keys_transposed: jax.Array, values: jax.Array) -> jax.Array:
     return keys_transposed @ values
 
 
-def _write_scaled(keys_transposed: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
-    """Return `_write` with every token scaled, [U, H, Q]: on the side that is transposed anyway, if that is by head."""
+def _state_update_scaled(keys_transposed: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return `_state_update` with every token scaled, [U, H, Q]: on the transposed side, if that is by head."""
     if values.shape[1] == keys_transposed.shape[1]:
-        return _write(keys_transposed * scale[..., None, :], values)
-    return _write(keys_transposed, values * scale[..., None])
+        return _state_update(keys_transposed * scale[..., None, :], values)
+    return _state_update(keys_transposed, values * scale[..., None])
 
 
-def _read(keys: jax.Array, states: jax.Array, num_heads: int) -> jax.Array:
-    """Return what the keys [U,G,Q,N] read of the states [U,G,N,R*P]: [U,H,Q,P]."""
+def _matmul_states(keys: jax.Array, states: jax.Array, num_heads: int) -> jax.Array:
+    """Multiply keys [U,G,Q,N] by states [U,G,N,R*P]: [U,H,Q,P]."""
     values = keys @ states
     chunks, groups, chunk, width = values.shape
     if groups == num_heads:
@@ -126,8 +130,8 @@ def _read(keys: jax.Array, states: jax.Array, num_heads: int) -> jax.Array:
     return by_head.reshape(chunks, num_heads, chunk, -1)
 
 
-def _read_back(values: jax.Array, states: jax.Array) -> jax.Array:
-    """Return what the values [U,H,Q,P] read of the states [U,G,N,R*P] by their other side: [U,H,Q,N]."""
+def _matmul_states_transposed(values: jax.Array, states: jax.Array) -> jax.Array:
+    """Multiply values [U,H,Q,P] by transposed states [U,G,N,R*P]: [U,H,Q,N]."""
     if values.shape[1] == states.shape[1]:
         return values @ states.swapaxes(-1, -2)
     chunks, num_heads, _, head_dim = values.shape
@@ -143,22 +147,26 @@ def _by_head_sums(states: jax.Array, num_heads: int) -> jax.Array:
     return jnp.sum(_row_sums(states), axis=2).reshape(chunks, num_heads)
 
 
-def _pass_on(
-    h: jax.Array, kept: jax.Array, written: jax.Array, *, reverse: bool = False
+def _state_passing(
+    h: jax.Array, chunk_decay: jax.Array, update: jax.Array, *, reverse: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Return the state [G,N,R*P] after a block, and before each of its chunks [U,G,N,R*P] (reversed: after each).
 
-    kept [U, H] of a state by a chunk, written [U, G, N, R*P] into it.
+    chunk_decay [U, H] over each chunk, update [U, G, N, R*P] of each chunk.
     """
-    chunks, num_heads = kept.shape
+    chunks, num_heads = chunk_decay.shape
     groups, state_dim, width = h.shape
     heads = () if groups == num_heads else (num_heads // groups,)
     by_head, states = (groups, state_dim, *heads, width * groups // num_heads), []
-    kept, written, h = kept.reshape(chunks, groups, 1, *heads, 1), written.reshape(chunks, *by_head), h.reshape(by_head)
-    # Written out: XLA makes one operation of them all, which it divides among the cores.
+    chunk_decay, update, h = (
+        chunk_decay.reshape(chunks, groups, 1, *heads, 1),
+        update.reshape(chunks, *by_head),
+        h.reshape(by_head),
+    )
+    # Unrolled: XLA makes one operation of them all, which it divides among the cores.
     for u in reversed(range(chunks)) if reverse else range(chunks):
         states.append(h)
-        h = kept[u] * h + written[u]
+        h = chunk_decay[u] * h + update[u]
     before = jnp.stack(states[::-1] if reverse else states)
     return h.reshape(groups, state_dim, width), before.reshape(chunks, groups, state_dim, width)
 
@@ -168,16 +176,16 @@ class _Decays(NamedTuple):
 
     coarse: jax.Array
     fine: jax.Array
-    kept: jax.Array
+    chunk: jax.Array
 
     @classmethod
     def make(cls, coarse: jax.Array, fine: jax.Array) -> "_Decays":
-        """Sum the coarse and the fine parts of l [U, H, Q]; `kept` is exp(s_Q) [U, H]."""
-        # Products, not cumsum: XLA fuses a slice of the loop's inputs into what reads it, which then is not
-        # vectorised (8 ns an exponential instead of 1). A product's result is a buffer of its own.
+        """Sum the coarse and the fine parts of l [U, H, Q]; `chunk` is exp(s_Q) [U, H]."""
+        # Matmuls, not cumsum: XLA fuses a slice of the loop's inputs into what reads it, which then is not
+        # vectorised (8 ns an exponential instead of 1). The result of a matmul is a buffer of its own.
         upto = jnp.tri(coarse.shape[-1], dtype=jnp.float32).T
-        kept = jnp.exp(_row_sums(coarse) + _row_sums(fine))
-        return cls(coarse @ upto, fine @ upto, kept)
+        chunk = jnp.exp(_row_sums(coarse) + _row_sums(fine))
+        return cls(coarse @ upto, fine @ upto, chunk)
 
     def from_start(self) -> jax.Array:
         """Return exp(s_i)."""
@@ -187,7 +195,7 @@ class _Decays(NamedTuple):
         """Return exp(s_Q - s_j)."""
         return jnp.exp((self.coarse[..., -1:] - self.coarse) + (self.fine[..., -1:] - self.fine))
 
-    def pairs(self) -> jax.Array:
+    def segsum(self) -> jax.Array:
         """Return exp(s_i - s_j) at [j, i] for i >= j, else 0: [U, H, Q, Q]. Masked before the exponential."""
         exponent = (self.coarse[..., None, :] - self.coarse[..., :, None]) + (
             self.fine[..., None, :] - self.fine[..., :, None]
@@ -197,19 +205,13 @@ class _Decays(NamedTuple):
 
 
 def _forward(
-    x: jax.Array,
-    dt: jax.Array,
-    log_decay: jax.Array,
-    b: jax.Array,
-    c: jax.Array,
-    d: jax.Array,
-    h: jax.Array,
-    chunk: int,
-    chunks: int,
-    *,
-    keep_states: bool,
+    inputs: SsdInputs, chunk: int, chunks: int, *, save_states: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return y, the final state [B, G, N, R*P] and, if they are kept, the states before the blocks [B, blocks, ...]."""
+    """Return y, the final state [B, G, N, R*P] and, if they are saved, the states before the blocks [B, blocks, ...].
+
+    `inputs.initial_state` is [B, G, N, R*P], T whole blocks.
+    """
+    x, dt, log_decay, b, c, d, h = inputs
     rows, num_heads = x.shape[0], x.shape[2]
     by_block = tuple(_blocks(value, chunks, chunk) for value in (dt, *decay.split(log_decay)))
     blocks = by_block[0].shape[1]
@@ -217,16 +219,16 @@ def _forward(
     def body(row, carry, xs):
         h, y, states = carry
         k, dt_k, coarse, fine = xs
-        if keep_states:
+        if save_states:
             states = jax.lax.dynamic_update_slice(states, h[None, None], (row, k, 0, 0, 0))
         decays = _Decays.make(coarse, fine)
         x_k, b_k, c_k = (_slice(value, row, k, chunks, chunk) for value in (x, b, c))
         x_k, c_k, b_transposed = x_k.transpose(_HEADS_FIRST), c_k.transpose(_HEADS_FIRST), b_k.transpose(_TRANSPOSED)
-        written = x_k * dt_k[..., None]
-        h, before = _pass_on(h, decays.kept, _write(b_transposed, written * decays.to_end()[..., None]))
-        scores = _spread(c_k @ b_transposed, num_heads) * decays.pairs().swapaxes(-1, -2)
-        y_k = scores @ written
-        y_k += _read(c_k, before, num_heads) * decays.from_start()[..., None]
+        dtx = x_k * dt_k[..., None]
+        h, before = _state_passing(h, decays.chunk, _state_update(b_transposed, dtx * decays.to_end()[..., None]))
+        scores = _to_heads(c_k @ b_transposed, num_heads) * decays.segsum().swapaxes(-1, -2)
+        y_k = scores @ dtx
+        y_k += _matmul_states(c_k, before, num_heads) * decays.from_start()[..., None]
         y_k += d[:, None, None] * x_k
         return (h, _store(y, y_k, row, k), states), None
 
@@ -237,7 +239,7 @@ def _forward(
         )
         return tuple(carry), h
 
-    states = jnp.zeros((rows, blocks if keep_states else 0, *h.shape[1:]), jnp.float32)
+    states = jnp.zeros((rows, blocks if save_states else 0, *h.shape[1:]), jnp.float32)
     (y, states), h = jax.lax.scan(
         whole_row, (jnp.zeros_like(x), states), (jnp.arange(rows, dtype=jnp.int32), h, *by_block)
     )
@@ -257,19 +259,19 @@ def _log_decay_gradient(pairs: jax.Array, reads: jax.Array, writes: jax.Array, t
     return spanning + reads @ since + writes @ before + through[..., None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _ssd(x, dt, log_decay, b, c, d, h, chunk, chunks):
-    return _forward(x, dt, log_decay, b, c, d, h, chunk, chunks, keep_states=False)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _ssd(inputs, chunk, chunks):
+    return _forward(inputs, chunk, chunks, save_states=False)[:2]
 
 
-def _ssd_fwd(x, dt, log_decay, b, c, d, h, chunk, chunks):
-    results = _forward(x, dt, log_decay, b, c, d, h, chunk, chunks, keep_states=True)
+def _ssd_fwd(inputs, chunk, chunks):
+    results = _forward(inputs, chunk, chunks, save_states=True)
     y, final, states = checkpoint_name(results, NAME)
-    return (y, final), (x, dt, log_decay, b, c, d, states)
+    return (y, final), (inputs._replace(initial_state=None), states)
 
 
 def _ssd_bwd(chunk, chunks, residuals, cotangents):
-    x, dt, log_decay, b, c, d, states = residuals
+    (x, dt, log_decay, b, c, d, _), states = residuals
     dy, dh = cotangents
     rows, _, num_heads, head_dim = x.shape
     groups, state_dim = b.shape[2:]
@@ -283,38 +285,38 @@ def _ssd_bwd(chunk, chunks, residuals, cotangents):
         dh, h, dx, db, dc, dd = carry
         k, dt_k, coarse, fine = xs
         decays = _Decays.make(coarse, fine)
-        from_start, to_end, weights = decays.from_start(), decays.to_end(), decays.pairs()
+        from_start, to_end, weights = decays.from_start(), decays.to_end(), decays.segsum()
         x_k, dy_k, b_k, c_k = (_slice(value, row, k, chunks, chunk) for value in (x, dy, b, c))
         b_transposed, c_transposed = b_k.transpose(_TRANSPOSED), c_k.transpose(_TRANSPOSED)
         x_k, dy_k, b_k, c_k = (value.transpose(_HEADS_FIRST) for value in (x_k, dy_k, b_k, c_k))
 
-        _, before = _pass_on(h, decays.kept, _write_scaled(b_transposed, x_k, dt_k * to_end))
+        _, before = _state_passing(h, decays.chunk, _state_update_scaled(b_transposed, x_k, dt_k * to_end))
         if state_dim <= head_dim:
-            read = _write_scaled(c_transposed, dy_k, from_start)
+            dupdate = _state_update_scaled(c_transposed, dy_k, from_start)
         else:  # Scaled on the narrower side. (It is not faster above.)
-            read = _write(c_transposed, dy_k * from_start[..., None])
-        dh, dafter = _pass_on(dh, decays.kept, read, reverse=True)
+            dupdate = _state_update(c_transposed, dy_k * from_start[..., None])
+        dh, dafter = _state_passing(dh, decays.chunk, dupdate, reverse=True)
 
-        # Q x Q arrays are [j, i]: most products below then read their operands as they lie in memory. dt_j goes to
-        # them and to results: without it the products take x as it is.
-        scores = _spread(b_k @ c_transposed, num_heads) * weights
+        # Q x Q arrays are [j, i]: most matmuls below then read their operands as they lie in memory. dt_j goes to
+        # them and to results: without it the matmuls take x as it is.
+        scores = _to_heads(b_k @ c_transposed, num_heads) * weights
         dscores = x_k @ dy_k.swapaxes(-1, -2)
         pairs = dscores * scores
-        dproducts = _gather(dscores * (weights * dt_k[..., None]), groups)
-        dx_end = _read(b_k, dafter, num_heads)
-        dc_start = _read_back(dy_k, before)
+        dcb = _sum_over_heads(dscores * (weights * dt_k[..., None]), groups)
+        dx_end = _matmul_states(b_k, dafter, num_heads)
+        dc_start = _matmul_states_transposed(dy_k, before)
         dx_k = (scores @ dy_k + dx_end * to_end[..., None]) * dt_k[..., None] + d[:, None, None] * dy_k
-        db_k = dproducts @ c_k + _gather(_read_back(x_k, dafter) * (dt_k * to_end)[..., None], groups)
-        dc_k = _times_transposed(dproducts, b_k) + _gather(dc_start * from_start[..., None], groups)
+        db_k = dcb @ c_k + _sum_over_heads(_matmul_states_transposed(x_k, dafter) * (dt_k * to_end)[..., None], groups)
+        dc_k = _times_transposed(dcb, b_k) + _sum_over_heads(dc_start * from_start[..., None], groups)
 
-        dwritten_end = _row_sums(dx_end * x_k) * to_end
+        ddtx_end = _row_sums(dx_end * x_k) * to_end
         dl_k = _log_decay_gradient(
             pairs=pairs * dt_k[..., None],
-            reads=_row_sums(dc_start * _spread(c_k, num_heads)) * from_start,
-            writes=dwritten_end * dt_k,
-            through=decays.kept * _by_head_sums(before * dafter, num_heads),
+            reads=_row_sums(dc_start * _to_heads(c_k, num_heads)) * from_start,
+            writes=ddtx_end * dt_k,
+            through=decays.chunk * _by_head_sums(before * dafter, num_heads),
         )
-        ddt_k = _row_sums(pairs) + dwritten_end
+        ddt_k = _row_sums(pairs) + ddtx_end
 
         dx, db, dc = _store(dx, dx_k, row, k), _store(db, db_k, row, k), _store(dc, dc_k, row, k)
         dd += jnp.sum(_row_sums(dy_k * x_k), axis=(0, 2))
@@ -331,12 +333,12 @@ def _ssd_bwd(chunk, chunks, residuals, cotangents):
         )
         return tuple(carry), (dh, gradients)
 
-    # The first three are written whole. Of different values, since equal ones XLA makes once and copies.
+    # Every element of the first three is overwritten. Of different values, since equal ones XLA makes once and copies.
     init = (*(jnp.full_like(value, k) for k, value in enumerate((x, b, c))), jnp.zeros_like(d))
     (dx, db, dc, dd), (dh, (ddt, dl)) = jax.lax.scan(
         whole_row, init, (jnp.arange(rows, dtype=jnp.int32), dh, *by_block)
     )
-    return dx, _tokens(ddt), _tokens(dl), db, dc, dd, dh
+    return (SsdInputs(dx, _tokens(ddt), _tokens(dl), db, dc, dd, dh),)
 
 
 def _times_transposed(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -353,17 +355,16 @@ def _pad(value: jax.Array, amount: int) -> jax.Array:
     return jnp.pad(value, ((0, 0), (0, amount)) + ((0, 0),) * (value.ndim - 2)) if amount else value
 
 
-def scan(
-    x: jax.Array,
-    dt: jax.Array,
-    log_decay: jax.Array,
-    b: jax.Array,
-    c: jax.Array,
-    d: jax.Array | None,
-    initial_state: jax.Array,
-    chunk_size: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Chunked SSD; shapes and result as `reference.scan`. Chunks are at most 32 tokens."""
+def unsupported_reason(x: jax.Array, b: jax.Array) -> str | None:
+    """Return None: every call is supported."""
+    del x, b
+    return None
+
+
+def forward(inputs: SsdInputs, chunk_size: int, output_start: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Run chunked SSD as `protocol.SsdImplementation.forward` says. Chunks are at most 32 tokens."""
+    del output_start
+    x, dt, log_decay, b, c, d, initial_state = inputs
     batch, length, num_heads, head_dim = x.shape
     groups, state_dim = b.shape[2:]
     chunk = min(chunk_size, length, _CHUNK)
@@ -374,15 +375,14 @@ def scan(
     ratio = num_heads // groups
     state = initial_state.reshape(batch, groups, ratio, head_dim, state_dim).transpose(0, 1, 4, 2, 3)
     state = state.reshape(batch, groups, state_dim, ratio * head_dim)
-    y, state = _ssd(x, dt, log_decay, b, c, skip, state, chunk, chunks)
+    y, state = _ssd(SsdInputs(x, dt, log_decay, b, c, skip, state), chunk, chunks)
     state = state.reshape(batch, groups, state_dim, ratio, head_dim).transpose(0, 1, 3, 4, 2)
     return y[:, :length], state.reshape(initial_state.shape)
 
 
-def final_state(
-    x: jax.Array, dt: jax.Array, log_decay: jax.Array, b: jax.Array, initial_state: jax.Array, chunk_size: int
-) -> jax.Array:
-    """Return the last state of `scan` alone, float32 [B,H,P,N]."""
+def final_state(inputs: SsdInputs, chunk_size: int) -> jax.Array:
+    """Return the final state of `forward` alone, float32 [B,H,P,N]. Chunks are of chunk_size tokens."""
+    x, dt, log_decay, b, _, _, initial_state = inputs
     batch, length, num_heads, head_dim = x.shape
     groups, state_dim = b.shape[2:]
     chunk = min(chunk_size, length)
@@ -396,9 +396,9 @@ def final_state(
         x_k, dt_k, l_k, b_k = xs
         l_k = jnp.moveaxis(l_k, 1, -1)
         scale = dt_k * jnp.moveaxis(decay.to_end(l_k), -1, 1)
-        kept = decay.from_start(l_k)[..., -1]
-        written = x_k.astype(jnp.float32) * scale[..., None]
-        return kept[..., None, None] * h + jnp.einsum("bjgrp,bjgn->bgrpn", written, b_k.astype(jnp.float32)), None
+        chunk_decay = decay.from_start(l_k)[..., -1]
+        dtx = x_k.astype(jnp.float32) * scale[..., None]
+        return chunk_decay[..., None, None] * h + jnp.einsum("bjgrp,bjgn->bgrpn", dtx, b_k.astype(jnp.float32)), None
 
     heads = (groups, num_heads // groups)
     xs = (chunked(x, *heads), chunked(dt, *heads), chunked(log_decay, *heads), chunked(b, groups))

@@ -130,7 +130,11 @@ def evaluate(implementation: str, spec: Spec, inputs: dict[str, Any], ids: Any, 
     """((y, state), gradients by name) of `ssd`, traced afresh."""
 
     def function(inputs: Any) -> Any:
-        options: dict[str, Any] = {"chunk_size": spec.chunk_size, "implementation": implementation, "start": spec.start}
+        options: dict[str, Any] = {
+            "chunk_size": spec.chunk_size,
+            "implementation": implementation,
+            "output_start": spec.start,
+        }
         return ssd(**inputs, segment_ids=ids, **options)
 
     def both(inputs: Any, cotangents: Any) -> Any:

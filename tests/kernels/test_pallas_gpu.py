@@ -16,8 +16,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as PS
 
-from pallas_kernels.ssd import pallas_gpu, ssd, ssd_state
+from pallas_kernels.ssd import ssd, ssd_state
 from pallas_kernels.ssd.pallas_gpu import block_sizes
+from pallas_kernels.ssd.pallas_gpu import implementation as pallas_gpu
 
 from . import checks, suite
 from .test_pallas_tpu import QUICK_COMPILATION
@@ -64,7 +65,7 @@ def _loss(arguments: dict[str, jax.Array]) -> jax.Array:
 if SERVED:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from pallas_kernels.ssd.pallas_gpu import backward as pallas_gpu_backward
+    from pallas_kernels.ssd.pallas_gpu import backward
 
     @contextlib.contextmanager
     def interpreting(**parameters: Any) -> Iterator[None]:
@@ -124,7 +125,7 @@ if SERVED:
     @pytest.mark.usefixtures("interpreter")
     def test_a_gradient_that_forgets_a_term_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         """The suite sees the pairs that span a token, the smallest part of the gradient of the decay."""
-        monkeypatch.setattr(pallas_gpu_backward, "_within", lambda pairs: pairs * 0.0)
+        monkeypatch.setattr(backward, "_within", lambda pairs: pairs * 0.0)
         with pytest.raises(AssertionError, match="gradient of dt: relative error"):
             checks.check_against_oracle("pallas_gpu", checks.Spec(rows=1, length=20, **FIELDS))
 
@@ -178,7 +179,7 @@ if SERVED:
             (jnp.float32, 64, 16, "the state dim N of b must be one of 64, 96, 128, found 16"),
         ],
     )
-    def test_refusals_say_why(dtype: Any, head_dim: int, state_dim: int, message: str) -> None:
+    def test_unsupported_calls_say_why(dtype: Any, head_dim: int, state_dim: int, message: str) -> None:
         x, b = jnp.zeros((1, 4, 2, head_dim), dtype), jnp.zeros((1, 4, 2, state_dim), dtype)
         dt, a = jnp.zeros((1, 4, 2)), -jnp.ones(2)
         with pytest.raises(ValueError, match=message):
@@ -209,7 +210,7 @@ if SERVED:
         mesh = AbstractMesh((), (), abstract_device=AbstractDevice(kind, num_cores=None, platform=platform))
         x = jnp.zeros((1, 4, 2, 64))
         with jax.sharding.use_abstract_mesh(mesh):
-            reason = pallas_gpu.refusal(x, x)
+            reason = pallas_gpu.unsupported_reason(x, x)
         message = f"the device must be a Hopper (compute capability 9), found {kind} in the mesh of jax.set_mesh"
         assert reason == (None if served else message)
 

@@ -14,9 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as PS
 
 from pallas_kernels import target
-from pallas_kernels.ssd import api, pallas_tpu, ssd, ssd_state
-from pallas_kernels.ssd.pallas_tpu import backward as pallas_tpu_backward
-from pallas_kernels.ssd.pallas_tpu import block_sizes
+from pallas_kernels.ssd import api, ssd, ssd_state
+from pallas_kernels.ssd.pallas_tpu import backward, block_sizes
+from pallas_kernels.ssd.pallas_tpu import implementation as pallas_tpu
 
 from . import checks, suite
 
@@ -103,7 +103,7 @@ class TestPallasTpu(suite.SsdSuite):
 @pytest.mark.usefixtures("interpreter")
 def test_a_gradient_that_forgets_a_term_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The suite sees the pairs that span a token, the smallest part of the gradient of the decay."""
-    monkeypatch.setattr(pallas_tpu_backward, "_spanning", lambda pairs: jnp.zeros_like(pairs[:, :1]))
+    monkeypatch.setattr(backward, "_spanning", lambda pairs: jnp.zeros_like(pairs[:, :1]))
     with pytest.raises(AssertionError, match="gradient of dt: relative error"):
         checks.check_against_oracle("pallas_tpu", checks.Spec(rows=1, length=20, heads=1, groups=1))
 
@@ -230,7 +230,7 @@ def test_gradient_compiles_inside_shard_map(chip: str) -> None:
     assert _kernels(jax.grad(loss), arguments) == ["ssd_backward", "ssd_forward"]
 
 
-# --- Block sizes and refusals -----------------------------------------------------------------------------------------
+# --- Block sizes and unsupported calls --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("itemsize", "chunk"), [(2, 128), (4, 128), (2, 256)])
@@ -274,7 +274,7 @@ def test_blocks_are_whole_lanes_where_heads_allow_it() -> None:
         (jnp.float32, 8, 264, "the state dim N of b must be a multiple of 8 up to 256, found 264"),
     ],
 )
-def test_refusals_say_why(dtype: Any, head_dim: int, state_dim: int, message: str) -> None:
+def test_unsupported_calls_say_why(dtype: Any, head_dim: int, state_dim: int, message: str) -> None:
     x, b = jnp.zeros((1, 4, 2, head_dim), dtype), jnp.zeros((1, 4, 2, state_dim), dtype)
     dt, a = jnp.zeros((1, 4, 2)), -jnp.ones(2)
     with pytest.raises(ValueError, match=message):

@@ -1,14 +1,17 @@
-"""Arguments that `ssd` and `ssd_state` refuse, and how an implementation is chosen."""
+"""Bad arguments of `ssd` and `ssd_state`, and the choice of an implementation."""
 
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice
 
 import train
-from pallas_kernels.ssd import api, implementations, ssd, ssd_state
+from pallas_kernels.ssd import api, implementations, ssd, ssd_state, supports_output_start
+from pallas_kernels.ssd.protocol import SsdImplementation
 from transmamba_jax.training import loop
 
 from . import checks
@@ -36,6 +39,8 @@ WRONG = {
     "ids shape": ({"segment_ids": jnp.ones((2, 5), jnp.int32)}, r"segment_ids must have shape \(2, 6\)"),
     "ids dtype": ({"segment_ids": jnp.ones((2, 6))}, "segment_ids must be an integer type, found float32"),
     "chunk size": ({"chunk_size": 0}, "chunk_size must be an int >= 1, found 0"),
+    "implementation order": ({"implementation": ("cuda",)}, r"one of reference.*or a tuple of them, found \('cuda',\)"),
+    "no implementation": ({"implementation": ()}, r"or a tuple of them, found \(\)"),
     "implementation": (
         {"implementation": "cuda"},
         "implementation must be None or one of reference, associative, sequential.*found 'cuda'",
@@ -95,8 +100,68 @@ def test_automatic_choice_goes_by_the_default_backend(
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     arguments = _arguments()
-    chosen = api._module(None, arguments["x"].astype(dtype), arguments["b"].astype(dtype))
-    assert chosen is api.IMPLEMENTATIONS[expected]
+    assert api._choose(None, arguments["x"].astype(dtype), arguments["b"].astype(dtype)) == expected
+
+
+def _logged(caplog: pytest.LogCaptureFixture, **changes: Any) -> list[str]:
+    api._log_choice.cache_clear()
+    caplog.clear()
+    with caplog.at_level("INFO", logger=api.__name__):
+        for _ in range(2):
+            jax.eval_shape(lambda arguments: ssd(**arguments, **changes), _arguments())
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_one_line_says_why_each_implementation_was_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert _logged(caplog) == ["SSD runs as 'sequential', chosen for 'cpu'"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert _logged(caplog) == [
+        "SSD runs as 'associative', chosen for 'tpu'; passed over 'pallas_tpu': the compiler cannot partition a kernel "
+        "over devices outside jax.shard_map"
+    ]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(jax, "devices", lambda: [AbstractDevice("a GPU", num_cores=None, platform="gpu")])
+    monkeypatch.setattr(api.pallas_gpu, "_device_unsupported_reason", lambda: None)
+    monkeypatch.setattr(api.triton, "_missing", lambda: ["no Triton here"])
+    (line,) = _logged(caplog)
+    assert line.startswith("SSD runs as 'associative', chosen for 'gpu'; passed over 'pallas_gpu': it has not been ")
+    assert "the head dim P of x must be one of 64, 96, 128, found 8" in line
+    assert line.endswith("passed over 'triton': it has not been measured on a GPU; name it to use it; no Triton here")
+
+
+def test_an_order_of_preference(caplog: pytest.LogCaptureFixture) -> None:
+    """The first that supports the call runs; where none does, every reason is reported."""
+    (line,) = _logged(caplog, implementation=("pallas_gpu", "reference", "sequential"))
+    assert line.startswith("SSD runs as 'reference', chosen for 'cpu'; passed over 'pallas_gpu': ")
+    half = {name: value.astype(jnp.float16) for name, value in _arguments().items() if name in ("x", "b", "c")}
+    message = (
+        r"no implementation of pallas_tpu, pallas_gpu can serve this call: 'pallas_tpu': .*found float16.*; "
+        r"'pallas_gpu': .*found float16"
+    )
+    with pytest.raises(ValueError, match=message):
+        ssd(**_arguments(**half), implementation=("pallas_tpu", "pallas_gpu"))
+
+
+def test_implementations_satisfy_the_protocol() -> None:
+    for module in api.IMPLEMENTATIONS.values():
+        for name in ("forward", "final_state", "unsupported_reason"):
+            wanted = inspect.signature(getattr(SsdImplementation, name))
+            found = inspect.signature(getattr(module, name))
+            assert list(found.parameters.items()) == list(wanted.parameters.items())[1:]
+
+
+def test_output_start_without_copies() -> None:
+    """By name and by an order; an implementation that does not support the call supports no output start."""
+    x, b = _arguments()["x"], _arguments()["b"]
+    assert supports_output_start(x, b, "pallas_tpu")
+    assert supports_output_start(x, b, ("pallas_tpu", "sequential"))
+    assert not supports_output_start(x.astype(jnp.float16), b, "pallas_tpu")
+    assert not supports_output_start(x, b, None)
+    assert not supports_output_start(x, b, "sequential")
 
 
 @pytest.mark.parametrize("wrap", [lambda run: run, jax.jit, jax.grad], ids=["eager", "jit", "grad"])

@@ -63,7 +63,7 @@ def test_factored_exponents(monkeypatch: pytest.MonkeyPatch) -> None:
         sums = jnp.cumsum(log_decay, axis=-1)
         return jnp.tril(jnp.exp(sums)[..., :, None] * jnp.exp(-sums)[..., None, :])
 
-    monkeypatch.setattr(decay, "pairs", factored)
+    monkeypatch.setattr(decay, "segsum", factored)
     _check_fails("associative", STRONG, "y is not finite")
 
 
@@ -75,7 +75,7 @@ def test_masking_after_the_exponential(monkeypatch: pytest.MonkeyPatch) -> None:
         exponent = sums[..., :, None] - sums[..., None, :]
         return jnp.where(jnp.tri(exponent.shape[-1], dtype=bool), jnp.exp(exponent), 0.0)
 
-    monkeypatch.setattr(decay, "pairs", masked_late)
+    monkeypatch.setattr(decay, "segsum", masked_late)
     monkeypatch.setattr(checks, "FORWARD_TOLERANCE", 1e-3)  # the running sum's own error is not the point here
     _check_fails("associative", STRONG, "not finite")
 
@@ -88,7 +88,7 @@ def test_gradient_of_decay_by_autodiff(monkeypatch: pytest.MonkeyPatch) -> None:
         exponent = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
         return jnp.exp(jnp.where(jnp.tri(exponent.shape[-1], dtype=bool), exponent, -jnp.inf))
 
-    monkeypatch.setattr(decay, "pairs", plain)
+    monkeypatch.setattr(decay, "segsum", plain)
     _check_fails("associative", STRONG, "gradient of a: relative error")
 
 

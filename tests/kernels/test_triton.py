@@ -14,8 +14,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.ssd import ssd
-from pallas_kernels.ssd import triton as implementation
-from pallas_kernels.ssd.triton import block_sizes as triton_blocks
+from pallas_kernels.ssd.triton import block_sizes, implementation
 
 from . import checks, suite
 
@@ -70,9 +69,9 @@ def test_a_mesh_of_tpus_is_refused() -> None:
 
 def test_blocks() -> None:
     """Few long rows are walked in segments; heads of a group are summed where enough programs are left."""
-    assert triton_blocks.choose(2, 8192, 16, 96, 16, 96, itemsize=2) == triton_blocks.Blocks(64, 128, 1, 32, 32, 1)
-    assert triton_blocks.choose(1, 131072, 4, 64, 1, 64, itemsize=2) == triton_blocks.Blocks(64, 32, 64, 64, 32, 4)
-    assert triton_blocks.choose(1, 100, 1, 64, 1, 64, itemsize=4) == triton_blocks.Blocks(32, 4, 1, 32, 32, 1)
+    assert block_sizes.choose(2, 8192, 16, 96, 16, 96, itemsize=2) == block_sizes.Blocks(64, 128, 1, 32, 32, 1)
+    assert block_sizes.choose(1, 131072, 4, 64, 1, 64, itemsize=2) == block_sizes.Blocks(64, 32, 64, 64, 32, 4)
+    assert block_sizes.choose(1, 100, 1, 64, 1, 64, itemsize=4) == block_sizes.Blocks(32, 4, 1, 32, 32, 1)
 
 
 if HAS_TRITON:
@@ -122,7 +121,7 @@ if HAS_TRITON:
         def test_long_rows(self, regime: str) -> None:
             """Cut into two segments."""
             spec = checks.Spec(rows=1, length=520, heads=1, groups=1, regime=regime)
-            assert triton_blocks.choose(1, 520, 1, 8, 1, 16, itemsize=4).segments == 2
+            assert block_sizes.choose(1, 520, 1, 8, 1, 16, itemsize=4).segments == 2
             checks.check_against_oracle(self.implementation, spec)
 
         @pytest.mark.parametrize("length", [20, 520])
@@ -130,9 +129,9 @@ if HAS_TRITON:
             super().test_state_alone(checks.Spec(rows=1, length=length, heads=1, groups=1))
 
         def test_heads_summed_in_the_kernel(self, monkeypatch: pytest.MonkeyPatch) -> None:
-            monkeypatch.setattr(triton_blocks, "_BUSY", 0)
+            monkeypatch.setattr(block_sizes, "_BUSY", 0)
             spec = checks.Spec(rows=1, length=20, heads=4, groups=2)
-            assert triton_blocks.choose(1, 20, 4, 8, 2, 16, itemsize=4).part == 2
+            assert block_sizes.choose(1, 20, 4, 8, 2, 16, itemsize=4).part == 2
             checks.check_against_oracle(self.implementation, spec)
 
     @pytest.mark.usefixtures("interpreter")
@@ -160,14 +159,14 @@ if HAS_TRITON:
     # A row is walked at once, or in segments, from 0 and again; without y nothing is added on the way back.
     VARIANTS = {
         "running_sums",
-        "walk ADD START",
-        "walk ADD START KEEP",
+        "walk ADD FROM_FIRST",
+        "walk ADD FROM_FIRST SAVE",
         "walk ADD",
         "pass_states",
         "outputs",
-        "walk REVERSE ADD START KEEP",
+        "walk REVERSE ADD FROM_FIRST SAVE",
         "walk REVERSE ADD",
-        "walk REVERSE START KEEP",
+        "walk REVERSE FROM_FIRST SAVE",
         "walk REVERSE",
         "pass_states REVERSE",
         "head_gradients OUTPUTS",

@@ -20,10 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pallas_kernels.ssd import ssd, ssd_state
-from pallas_kernels.ssd import triton as implementation
-from pallas_kernels.ssd.triton import backward_kernels as triton_backward_kernels
-from pallas_kernels.ssd.triton import block_sizes as triton_blocks
-from pallas_kernels.ssd.triton import forward_kernels as triton_kernels
+from pallas_kernels.ssd.triton import backward, block_sizes, forward, implementation
 
 _POINTERS = {"float32": "*fp32", "bfloat16": "*bf16"}
 
@@ -36,7 +33,7 @@ DTYPES = ("bfloat16", "float32")
 _SHARED_MEMORY = 99 * 1024
 """Bytes a program may have on a GPU of compute capability 8.6 or 8.9; 8.0 has 163 KB, 9.0 has 227 KB."""
 
-_SPILLED = {("walk REVERSE START KEEP", 90): 8, ("group_gradients", 80): 8, ("group_gradients OUTPUTS", 80): 8}
+_SPILLED = {("walk REVERSE FROM_FIRST SAVE", 90): 8, ("group_gradients", 80): 8, ("group_gradients OUTPUTS", 80): 8}
 """Bytes of a thread's stack that a kernel may take; others none. The compiler takes 8 where it stops, unasked, at 48 or
 168 registers of 255, and in one variant in float32 that sums up heads."""
 
@@ -126,7 +123,7 @@ class Usage:
 
 def compile_for(launch: Launch, capability: int) -> Usage:
     """Compile a kernel for a compute capability (times ten)."""
-    module = triton_kernels if hasattr(triton_kernels, launch.kernel) else triton_backward_kernels
+    module = backward if launch.kernel.endswith("_gradients") else forward
     function = getattr(module, launch.kernel)
     constants = dict(launch.constants)
     pointers = [name for name in function.arg_names if name not in constants]
@@ -136,7 +133,7 @@ def compile_for(launch: Launch, capability: int) -> Usage:
         {(function.arg_names.index(name),): value for name, value in constants.items()},
         {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers},
     )
-    options = {"num_warps": triton_blocks.WARPS, "num_stages": launch.stages}
+    options = {"num_warps": block_sizes.WARPS, "num_stages": launch.stages}
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         with mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder):  # jax-triton empties it; and nothing is left behind

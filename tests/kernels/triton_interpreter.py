@@ -26,7 +26,7 @@ from triton.runtime import interpreter
 
 import pallas_kernels.ssd
 
-_MODULES = ("forward_kernels", "backward_kernels")
+_MODULES = ("forward", "backward")
 _GUARD = 4096
 """Numbers before and after every array."""
 

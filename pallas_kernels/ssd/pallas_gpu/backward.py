@@ -1,4 +1,4 @@
-"""The backward GPU kernel: every gradient in one pass over x, b, c, dy and the kept states, from the last chunk back.
+"""The backward GPU kernel: every gradient in one pass over x, b, c, dy and the saved states, from the last chunk back.
 
 With h the state before the chunk, dh [N, P] the gradient of the state after it, W_ji = exp(s_i - s_j) for i >= j,
 S_ji = b_j . c_i and G_ji = x_j . dy_i:
@@ -21,11 +21,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssd.pallas_gpu import tiles as gpu
+from pallas_kernels.ssd.pallas_gpu import wgmma
 from pallas_kernels.ssd.pallas_gpu.block_sizes import squares_of
+from pallas_kernels.ssd.pallas_gpu.decays import Decays
 from pallas_kernels.ssd.pallas_gpu.forward import stream
-from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK, ROWS, Cell, Decays, Tiles
-from pallas_kernels.varying import vary_alike
+from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK, PARAMS, ROWS, Cell, Tiles, cost, matmul_flops, tokens
+from pallas_kernels.varying import align_varying_axes
 
 VECTORS = ("dt", "writes", "spans", "reads", "skip")
 """One scalar a token that the kernel gives: gradients of dt and of the skip, and the parts of that of l."""
@@ -41,7 +42,7 @@ def _total(parts: list[jax.Array]) -> jax.Array:
 
 def _within(sums: jax.Array) -> jax.Array:
     """Keep, of sums over j < k at [k, i], those with i >= k."""
-    row, column = gpu.indices()
+    row, column = wgmma.indices()
     return jnp.where(column >= row, sums, 0.0)
 
 
@@ -65,13 +66,13 @@ class _Chunk:
         self._waiting: dict[int, jax.Array] = {}
 
     def _operand(self, name: str) -> list[Any]:
-        return gpu.refs_here(self.tiles, self.scratch, name, self.slot if name in _STREAMED else 0)
+        return wgmma.refs_here(self.tiles, self.scratch, name, self.slot if name in _STREAMED else 0)
 
     def _square(self, number: int) -> list[Any]:
         """Pieces of an operand [Q, Q]; float32 has room for one, where one that had to wait replaces the one before."""
-        square = gpu.refs_here(self.tiles, self.scratch, "squares", number % squares_of(self.tiles.pieces))
+        square = wgmma.refs_here(self.tiles, self.scratch, "squares", number % squares_of(self.tiles.pieces))
         if number in self._waiting:
-            gpu.store(square, self._waiting.pop(number))
+            wgmma.store(square, self._waiting.pop(number))
             plgpu.commit_smem()
         return square
 
@@ -86,22 +87,22 @@ class _Chunk:
 
     def _fill(self, buffer: str, columns: Any, value: jax.Array) -> None:
         """Write columns of a buffer."""
-        ref = self.scratch[buffer].at[gpu.unseen_zero(self.scratch)]
+        ref = self.scratch[buffer].at[wgmma.unseen_zero(self.scratch)]
         ref[:, columns] = value.astype(ref.dtype)
 
     def pairs(self) -> jax.Array:
         """Form S W and dt G W, [j, i], and the sums of their product; return those over i."""
-        weights = self.decays.pairs_transposed()
-        scores = gpu.dot(self._operand("b"), gpu.transposed(self._operand("c")))
-        cross = gpu.dot(self._operand("x"), gpu.transposed(self._operand("dy"))) * weights
+        weights = self.decays.segsum_transposed()
+        scores = wgmma.dot(self._operand("b"), wgmma.transposed(self._operand("c")))
+        cross = wgmma.dot(self._operand("x"), wgmma.transposed(self._operand("dy"))) * weights
         pairs = cross * scores
         sums = _row_sums(pairs)
-        dt = gpu.down(self.decays.dt, CHUNK)
+        dt = wgmma.down(self.decays.dt, CHUNK)
         self._waiting = {_PAIRS: dt * pairs, _SCORES: scores * weights, _CROSS: dt * cross}
         if squares_of(self.tiles.pieces) > 1:
             for number in (_PAIRS, _SCORES, _CROSS):
                 self._square(number)
-        before = gpu.dot([self.scratch["before"].at[gpu.unseen_zero(self.scratch)]], self._square(_PAIRS))
+        before = wgmma.dot([self.scratch["before"].at[wgmma.unseen_zero(self.scratch)]], self._square(_PAIRS))
         self._keep("spans", _row_sums(_within(before)))
         return sums
 
@@ -109,22 +110,24 @@ class _Chunk:
         """dx, and what of dt, the decay and the skip goes with it."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         sums, skips = [], []
-        for columns in gpu.column_parts(self.tiles.backward.values):
+        for columns in wgmma.column_parts(self.tiles.backward.values):
             width = columns.size
-            written = gpu.dot(self._operand("b"), gpu.columns_of(self._operand("dh_operand"), columns))
-            written *= gpu.down(self.decays.to_end, width)
-            x = gpu.load(gpu.columns_of(self._operand("x"), columns))
-            sums.append(_row_sums(written * x))
-            dt = gpu.down(self.decays.dt, width)
+            ddtx = wgmma.dot(self._operand("b"), wgmma.columns_of(self._operand("dh_operand"), columns))
+            ddtx *= wgmma.down(self.decays.to_end, width)
+            x = wgmma.load(wgmma.columns_of(self._operand("x"), columns))
+            sums.append(_row_sums(ddtx * x))
+            dt = wgmma.down(self.decays.dt, width)
             if not self.outputs:
-                self._fill("dx", columns, dt * written)
+                self._fill("dx", columns, dt * ddtx)
                 continue
-            arriving = gpu.columns_of(self._operand("dy"), columns)
-            written += gpu.dot(self._square(_SCORES), arriving)
-            dy = gpu.load(arriving)
+            dy_refs = wgmma.columns_of(self._operand("dy"), columns)
+            ddtx += wgmma.dot(self._square(_SCORES), dy_refs)
+            dy = wgmma.load(dy_refs)
             skips.append(_row_sums(dy * x))
-            self._fill("dx", columns, dt * written + skip * dy)
-            gpu.store(gpu.columns_of(self._operand("read"), columns), gpu.down(self.decays.from_start, width) * dy)
+            self._fill("dx", columns, dt * ddtx + skip * dy)
+            wgmma.store(
+                wgmma.columns_of(self._operand("read"), columns), wgmma.down(self.decays.from_start, width) * dy
+            )
         self._send("dx", target(self.refs["dx"]))
         total = _total(sums)
         self._keep("writes", self.decays.dt * total)
@@ -135,11 +138,11 @@ class _Chunk:
     def b_gradient(self, target: Any) -> None:
         """Form and send db."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for columns in gpu.column_parts(self.tiles.state_dim):
-            db = gpu.dot(self._operand("x"), gpu.transposed(gpu.rows_of(self._operand("dh_operand"), columns)))
-            db *= gpu.down(self.decays.dt * self.decays.to_end, columns.size)
+        for columns in wgmma.column_parts(self.tiles.state_dim):
+            db = wgmma.dot(self._operand("x"), wgmma.transposed(wgmma.rows_of(self._operand("dh_operand"), columns)))
+            db *= wgmma.down(self.decays.dt * self.decays.to_end, columns.size)
             if self.outputs:
-                db += gpu.dot(self._square(_CROSS), gpu.columns_of(self._operand("c"), columns))
+                db += wgmma.dot(self._square(_CROSS), wgmma.columns_of(self._operand("c"), columns))
             self._fill("group", columns, db)
         self._send("group", target(self.refs["db"]))
 
@@ -147,11 +150,11 @@ class _Chunk:
         """Form and send dc, and the sums of what is read of the state."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         sums = []
-        for columns in gpu.column_parts(self.tiles.state_dim):
-            dc = gpu.dot(self._operand("dy"), gpu.transposed(gpu.rows_of(self._operand("h"), columns)))
-            dc *= gpu.down(self.decays.from_start, columns.size)
-            sums.append(_row_sums(dc * gpu.load(gpu.columns_of(self._operand("c"), columns))))
-            dc += gpu.dot(gpu.transposed(self._square(_CROSS)), gpu.columns_of(self._operand("b"), columns))
+        for columns in wgmma.column_parts(self.tiles.state_dim):
+            dc = wgmma.dot(self._operand("dy"), wgmma.transposed(wgmma.rows_of(self._operand("h"), columns)))
+            dc *= wgmma.down(self.decays.from_start, columns.size)
+            sums.append(_row_sums(dc * wgmma.load(wgmma.columns_of(self._operand("c"), columns))))
+            dc += wgmma.dot(wgmma.transposed(self._square(_CROSS)), wgmma.columns_of(self._operand("b"), columns))
             self._fill("group", columns, dc)
         self._send("group", target(self.refs["dc"]))
         self._keep("reads", _total(sums))
@@ -160,25 +163,25 @@ class _Chunk:
         """Replace dh by the gradient of the state before the chunk; send sum_P h dh exp(s_Q) [N]."""
         starts = self.tiles.row_starts
         sums: dict[int, list[jax.Array]] = {start: [] for start in starts}
-        for columns in gpu.column_parts(self.tiles.backward.values):
+        for columns in wgmma.column_parts(self.tiles.backward.values):
             following = []
             for start in starts:
                 rows = pl.ds(start, ROWS)
-                gradient = self.scratch["dh"].at[gpu.unseen_zero(self.scratch)]
-                kept = self.decays.whole * plgpu.load(gradient.at[rows, columns], layout=gpu.MATRIX)
-                h = gpu.columns_of(gpu.rows_of(self._operand("h"), rows), columns)
-                sums[start].append(_row_sums(kept * gpu.load(h)))
+                gradient = self.scratch["dh"].at[wgmma.unseen_zero(self.scratch)]
+                dstate = self.decays.whole * plgpu.load(gradient.at[rows, columns], layout=wgmma.MATRIX)
+                h = wgmma.columns_of(wgmma.rows_of(self._operand("h"), rows), columns)
+                sums[start].append(_row_sums(dstate * wgmma.load(h)))
                 if self.outputs:
-                    c = gpu.transposed(gpu.columns_of(self._operand("c"), rows))
-                    kept += gpu.dot(c, gpu.columns_of(self._operand("read"), columns))
-                following.append(kept)
+                    c = wgmma.transposed(wgmma.columns_of(self._operand("c"), rows))
+                    dstate += wgmma.dot(c, wgmma.columns_of(self._operand("read"), columns))
+                following.append(dstate)
             # After all products of rows have read: where N = 96 they overlap.
             for start, value in zip(starts, following, strict=True):
                 rows = pl.ds(start, ROWS)
-                gradient = self.scratch["dh"].at[gpu.unseen_zero(self.scratch)]
+                gradient = self.scratch["dh"].at[wgmma.unseen_zero(self.scratch)]
                 gradient[rows, columns] = value
-                dh = gpu.columns_of(gpu.rows_of(self._operand("dh_operand"), rows), columns)
-                gpu.store(dh, value)
+                dh = wgmma.columns_of(wgmma.rows_of(self._operand("dh_operand"), rows), columns)
+                wgmma.store(dh, value)
         for start, found in sums.items():
             self.scratch["through"][pl.ds(start, ROWS)] = _total(found)
         plgpu.commit_smem()
@@ -188,7 +191,7 @@ class _Chunk:
 
 
 def _copies(cell: Cell, refs: dict[str, Any], scratch: dict[str, Any], step: Any, slot: Any) -> list[tuple[Any, Any]]:
-    """Sources and destinations of what a chunk needs; step 0 is the last chunk."""
+    """Return source and destination of every copy that a chunk needs; step 0 is the last chunk."""
     chunk = cell.tiles.chunks - 1 - step
     pairs = [(refs["rows"].at[cell.row, cell.head, chunk], scratch["rows"].at[slot])]
     for piece in range(cell.tiles.pieces):
@@ -196,10 +199,10 @@ def _copies(cell: Cell, refs: dict[str, Any], scratch: dict[str, Any], step: Any
         pairs.append((refs["h"].at[row, cell.head, chunk, :, cell.columns], scratch["h"].at[to]))
         for name in ("x", "dy"):
             if name in refs:
-                pairs.append((refs[name].at[row, gpu.tokens(chunk), cell.head, cell.columns], scratch[name].at[to]))
+                pairs.append((refs[name].at[row, tokens(chunk), cell.head, cell.columns], scratch[name].at[to]))
         for name in ("b", "c"):
             if name in refs:
-                pairs.append((refs[name].at[row, gpu.tokens(chunk), cell.group], scratch[name].at[to]))
+                pairs.append((refs[name].at[row, tokens(chunk), cell.group], scratch[name].at[to]))
     return pairs
 
 
@@ -211,16 +214,16 @@ def _start(tiles: Tiles, cell: Cell, refs: dict[str, Any], scratch: dict[str, An
     scratch["zero"][...] = jnp.zeros(scratch["zero"].shape, jnp.int32)
     for start in tiles.row_starts:
         rows = pl.ds(start, ROWS)
-        value = plgpu.load(scratch["dh"].at[0, rows], layout=gpu.MATRIX)
-        gpu.store([ref.at[rows] for ref in gpu.refs_of(tiles, scratch["dh_operand"])], value)
+        value = plgpu.load(scratch["dh"].at[0, rows], layout=wgmma.MATRIX)
+        wgmma.store([ref.at[rows] for ref in wgmma.refs_of(tiles, scratch["dh_operand"])], value)
     if "before" in scratch:
-        row, column = gpu.indices()
+        row, column = wgmma.indices()
         scratch["before"][0] = jnp.where(column < row, 1.0, 0.0).astype(jnp.bfloat16)
     plgpu.commit_smem()
 
 
 def _kernel(*args: Any, names: tuple[str, ...], tiles: Tiles, **scratch: Any) -> None:
-    """Walk the chunks of one row and head, backwards."""
+    """Walk the chunks of one row and head, from the last."""
     refs = dict(zip(names, args, strict=True))
     blocks = tiles.backward
     cell = tiles.cell(blocks)
@@ -233,7 +236,7 @@ def _kernel(*args: Any, names: tuple[str, ...], tiles: Tiles, **scratch: Any) ->
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         chunk = _Chunk(cell, refs, scratch, slot)
         pair_sums = chunk.pairs() if outputs else None
-        place = (cell.row, gpu.tokens(step), cell.head)
+        place = (cell.row, tokens(step), cell.head)
         chunk.x_gradient(pair_sums, skip, lambda ref: ref.at[(*place, cell.columns)])
         chunk.b_gradient(lambda ref: ref.at[(cell.part, *place)])
         if outputs:
@@ -249,18 +252,18 @@ def _kernel(*args: Any, names: tuple[str, ...], tiles: Tiles, **scratch: Any) ->
 
 def _scratch(tiles: Tiles, outputs: bool, io_dtype: Any, part_dtype: Any) -> dict[str, Any]:
     blocks = tiles.backward
-    operand = functools.partial(gpu.operand, tiles, blocks)
+    operand = functools.partial(wgmma.operand, tiles, blocks)
     values, state, stages = blocks.values, tiles.state_dim, blocks.stages
     scratch = {
         "rows": plgpu.SMEM((stages, 3, CHUNK), jnp.float32),
         "x": operand(CHUNK, values, stages),
         "b": operand(CHUNK, state, stages),
         "h": operand(state, values, stages),
-        "zero": gpu.ZERO,
-        "dh": gpu.matrix(state, values, jnp.float32),
+        "zero": wgmma.ZERO,
+        "dh": wgmma.matrix(state, values, jnp.float32),
         "dh_operand": operand(state, values),
-        "dx": gpu.matrix(CHUNK, values, io_dtype),
-        "group": gpu.matrix(CHUNK, state, part_dtype),
+        "dx": wgmma.matrix(CHUNK, values, io_dtype),
+        "group": wgmma.matrix(CHUNK, state, part_dtype),
         "vectors": plgpu.SMEM((len(VECTORS) if outputs else 2, CHUNK), jnp.float32),
         "through": plgpu.SMEM((state,), jnp.float32),
         "barrier": plgpu.Barrier(num_arrivals=1 + tiles.pieces * (5 if outputs else 3), num_barriers=stages),
@@ -278,19 +281,19 @@ def _scratch(tiles: Tiles, outputs: bool, io_dtype: Any, part_dtype: Any) -> dic
     return scratch
 
 
-def backward(
+def ssd_backward(
     tiles: Tiles,
     x: jax.Array,
     rows: jax.Array,
     b: jax.Array,
     c: jax.Array | None,
     skip: jax.Array | None,
-    kept: jax.Array,
+    saved: jax.Array,
     dy: jax.Array | None,
     dfinal: jax.Array,
     io_dtype: Any,
 ) -> dict[str, jax.Array]:
-    """Run the kernel on what `forward` took and kept, on dy shaped as x and dfinal as the final state.
+    """Run the kernel on the operands of `ssd_forward`, the states that it saved, dy and dfinal.
 
     The state alone: c, skip and dy None.
 
@@ -303,7 +306,7 @@ def backward(
     parts = tiles.head_dim // tiles.backward.values
     whole = parts == 1 and tiles.groups == tiles.num_heads
     part_dtype = jnp.dtype(io_dtype if whole else jnp.float32)
-    operands: dict[str, Any] = {"x": x, "rows": rows, "b": b, "h": kept, "dfinal": dfinal}
+    operands: dict[str, Any] = {"x": x, "rows": rows, "b": b, "h": saved, "dfinal": dfinal}
     if outputs:
         operands |= {"c": c, "skip": skip, "dy": dy}
     by_head = (tiles.batch, tiles.length, tiles.num_heads)
@@ -317,16 +320,16 @@ def backward(
         "through": jax.ShapeDtypeStruct((*by_chunk, tiles.state_dim), jnp.float32),
         "dinitial": jax.ShapeDtypeStruct(dfinal.shape, jnp.float32),
     }
-    flops = gpu.multiply_adds(tiles, tiles.backward, outputs)[1]
+    flops = matmul_flops(tiles, tiles.backward, outputs)[1]
     exponentials = parts * tiles.batch * tiles.length * tiles.num_heads * (CHUNK if outputs else 2)
     values = plgpu.kernel(
         functools.partial(_kernel, names=(*operands, *results), tiles=tiles),
         out_type=tuple(results.values()),
         scratch_types=scratch,
-        compiler_params=gpu.PARAMS,
+        compiler_params=PARAMS,
         kernel_name="ssd_backward" if outputs else "ssd_state_backward",
-        **gpu.cost(flops, exponentials, (*operands.values(), *results.values())),
+        **cost(flops, exponentials, (*operands.values(), *results.values())),
         **tiles.grid(tiles.backward),
     )(*operands.values())
     # The kernel's results come without the mesh axes over which they vary.
-    return dict(zip(results, vary_alike(x, *values)[1:], strict=True))
+    return dict(zip(results, align_varying_axes(x, *values)[1:], strict=True))

@@ -5,8 +5,8 @@ For a chunk of Q tokens with h [N, P] the state before it, s_i the running sum o
     y_i = sum_j (c_i . b_j) exp(s_i - s_j) dt_j x_j + exp(s_i) c_i h + d x_i
     h'  = exp(s_Q) h + sum_j b_j^T exp(s_Q - s_j) dt_j x_j
 
-The float32 state stays in registers from the first chunk to the last; its copy in shared memory, for the product with
-c, is also what is kept for the backward pass.
+The float32 state stays in registers from the first chunk to the last; its copy in shared memory, for the matmul with
+c, is also saved for the backward pass.
 """
 
 import functools
@@ -18,20 +18,21 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssd.pallas_gpu import tiles as gpu
-from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK, ROWS, Cell, Decays, Tiles
-from pallas_kernels.varying import vary_alike
+from pallas_kernels.ssd.pallas_gpu import wgmma
+from pallas_kernels.ssd.pallas_gpu.decays import Decays
+from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK, PARAMS, ROWS, Cell, Tiles, cost, matmul_flops, tokens
+from pallas_kernels.varying import align_varying_axes
 
 
 def _copies(cell: Cell, refs: dict[str, Any], scratch: dict[str, Any], chunk: Any, slot: Any) -> list[tuple[Any, Any]]:
-    """Sources and destinations of what a chunk needs."""
+    """Return source and destination of every copy that a chunk needs."""
     pairs = [(refs["rows"].at[cell.row, cell.head, chunk], scratch["rows"].at[slot])]
     for piece in range(cell.tiles.pieces):
         row, to = cell.piece_row(piece), slot * cell.tiles.pieces + piece
-        pairs.append((refs["x"].at[row, gpu.tokens(chunk), cell.head, cell.columns], scratch["x"].at[to]))
+        pairs.append((refs["x"].at[row, tokens(chunk), cell.head, cell.columns], scratch["x"].at[to]))
         for name in ("b", "c"):
             if name in refs:
-                pairs.append((refs[name].at[row, gpu.tokens(chunk), cell.group], scratch[name].at[to]))
+                pairs.append((refs[name].at[row, tokens(chunk), cell.group], scratch[name].at[to]))
     return pairs
 
 
@@ -59,7 +60,7 @@ def stream(stages: int, chunks: int, copies: Any, barrier: Any, body: Any, carry
 
 def _parts(tiles: Tiles) -> list[tuple[Any, Any]]:
     """Rows and columns of the parts in which a state is kept in registers, 64 rows of at most 64 columns each."""
-    columns = gpu.column_parts(tiles.forward.values)
+    columns = wgmma.column_parts(tiles.forward.values)
     return list(itertools.product((pl.ds(start, ROWS) for start in tiles.row_starts), columns))
 
 
@@ -70,8 +71,8 @@ def _load_state(tiles: Tiles, source: Any, scratch: dict[str, Any]) -> tuple[jax
         buffer = scratch["state"].at[0]
         plgpu.copy_gmem_to_smem(source(pl.ds(start, ROWS)), buffer, scratch["state_barrier"])
         plgpu.barrier_wait(scratch["state_barrier"])
-        columns = gpu.column_parts(tiles.forward.values)
-        parts += [plgpu.load(buffer.at[:, part], layout=gpu.MATRIX) for part in columns]
+        columns = wgmma.column_parts(tiles.forward.values)
+        parts += [plgpu.load(buffer.at[:, part], layout=wgmma.MATRIX) for part in columns]
         plgpu.commit_smem()
     return tuple(parts)
 
@@ -80,7 +81,7 @@ def _store_state(tiles: Tiles, state: tuple[jax.Array, ...], target: Any, scratc
     parts = iter(state)
     for start in tiles.row_starts:
         buffer = scratch["state"].at[0]
-        for columns in gpu.column_parts(tiles.forward.values):
+        for columns in wgmma.column_parts(tiles.forward.values):
             buffer[:, columns] = next(parts)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(buffer, target(pl.ds(start, ROWS)))
@@ -88,50 +89,52 @@ def _store_state(tiles: Tiles, state: tuple[jax.Array, ...], target: Any, scratc
 
 
 def _output(scratch: dict[str, Any], decays: Decays, skip: Any, slot: Any, tiles: Tiles) -> None:
-    """Leave y of a chunk in shared memory. The state before the chunk is in `h`."""
-    here = functools.partial(gpu.refs_here, tiles, scratch)
-    scores = gpu.dot(here("c", slot), gpu.transposed(here("b", slot))) * decays.pairs() * decays.dt_along()
-    gpu.store(here("weights"), scores)
+    """Compute y of a chunk into shared memory. The state before the chunk is in `h`."""
+    here = functools.partial(wgmma.refs_here, tiles, scratch)
+    scores = wgmma.dot(here("c", slot), wgmma.transposed(here("b", slot))) * decays.segsum() * decays.dt_along()
+    wgmma.store(here("weights"), scores)
     plgpu.commit_smem()
-    for columns in gpu.column_parts(tiles.forward.values):
-        y = gpu.dot(here("c", slot), gpu.columns_of(here("h"), columns)) * gpu.down(decays.from_start, columns.size)
-        x = gpu.columns_of(here("x", slot), columns)
-        y += gpu.dot(here("weights"), x)
-        y += skip * gpu.load(x)
+    for columns in wgmma.column_parts(tiles.forward.values):
+        y = wgmma.dot(here("c", slot), wgmma.columns_of(here("h"), columns)) * wgmma.down(
+            decays.from_start, columns.size
+        )
+        x = wgmma.columns_of(here("x", slot), columns)
+        y += wgmma.dot(here("weights"), x)
+        y += skip * wgmma.load(x)
         scratch["y"][0, :, columns] = y.astype(scratch["y"].dtype)
 
 
 def _kernel(*refs: Any, names: tuple[str, ...], tiles: Tiles, **scratch: Any) -> None:
-    """Walk the chunks of one row and head, forwards."""
+    """Walk the chunks of one row and head."""
     named = dict(zip(names, refs, strict=True))
     blocks = tiles.forward
     cell = tiles.cell(blocks)
-    here = functools.partial(gpu.refs_here, tiles, scratch)
+    here = functools.partial(wgmma.refs_here, tiles, scratch)
     skip = named["skip"][cell.head] if "y" in named else None
 
     def chunk(step: jax.Array, slot: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         decays = Decays(scratch["rows"].at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if "y" in named or "kept" in named:
+        if "y" in named or "saved" in named:
             for (rows, columns), part in zip(_parts(tiles), state, strict=True):
-                gpu.store(gpu.columns_of(gpu.rows_of(here("h"), rows), columns), part)
-        for columns in gpu.column_parts(tiles.state_dim):
-            scale = gpu.down(decays.dt * decays.to_end, columns.size)
-            b = gpu.load(gpu.columns_of(here("b", slot), columns))
-            gpu.store(gpu.columns_of(here("written"), columns), b * scale)
+                wgmma.store(wgmma.columns_of(wgmma.rows_of(here("h"), rows), columns), part)
+        for columns in wgmma.column_parts(tiles.state_dim):
+            scale = wgmma.down(decays.dt * decays.to_end, columns.size)
+            b = wgmma.load(wgmma.columns_of(here("b", slot), columns))
+            wgmma.store(wgmma.columns_of(here("dtb"), columns), b * scale)
         plgpu.commit_smem()
-        if "kept" in named:
-            for piece, ref in enumerate(gpu.refs_of(tiles, scratch["h"])):
-                plgpu.copy_smem_to_gmem(ref, named["kept"].at[cell.piece_row(piece), cell.head, step, :, cell.columns])
+        if "saved" in named:
+            for piece, ref in enumerate(wgmma.refs_of(tiles, scratch["h"])):
+                plgpu.copy_smem_to_gmem(ref, named["saved"].at[cell.piece_row(piece), cell.head, step, :, cell.columns])
         if "y" in named:
             _output(scratch, decays, skip, slot, tiles)
             plgpu.commit_smem()
-            place = (cell.row, gpu.tokens(step), cell.head, cell.columns)
+            place = (cell.row, tokens(step), cell.head, cell.columns)
             plgpu.copy_smem_to_gmem(scratch["y"].at[0], named["y"].at[place])
         following = []
         for (rows, columns), part in zip(_parts(tiles), state, strict=True):
-            written = gpu.transposed(gpu.columns_of(here("written"), rows))
-            following.append(decays.whole * part + gpu.dot(written, gpu.columns_of(here("x", slot), columns)))
+            dtb = wgmma.transposed(wgmma.columns_of(here("dtb"), rows))
+            following.append(decays.whole * part + wgmma.dot(dtb, wgmma.columns_of(here("x", slot), columns)))
         return tuple(following)
 
     scratch["zero"][...] = jnp.zeros(scratch["zero"].shape, jnp.int32)
@@ -145,27 +148,27 @@ def _kernel(*refs: Any, names: tuple[str, ...], tiles: Tiles, **scratch: Any) ->
 
 def _scratch(tiles: Tiles, outputs: bool, io_dtype: Any) -> dict[str, Any]:
     blocks = tiles.forward
-    operand = functools.partial(gpu.operand, tiles, blocks)
+    operand = functools.partial(wgmma.operand, tiles, blocks)
     arrivals = 1 + tiles.pieces * (3 if outputs else 2)
     scratch = {
         "rows": plgpu.SMEM((blocks.stages, 3, CHUNK), jnp.float32),
         "x": operand(CHUNK, blocks.values, blocks.stages),
         "b": operand(CHUNK, tiles.state_dim, blocks.stages),
-        "written": operand(CHUNK, tiles.state_dim),
+        "dtb": operand(CHUNK, tiles.state_dim),
         "h": operand(tiles.state_dim, blocks.values),
-        "zero": gpu.ZERO,
-        "state": gpu.matrix(ROWS, blocks.values, jnp.float32),
+        "zero": wgmma.ZERO,
+        "state": wgmma.matrix(ROWS, blocks.values, jnp.float32),
         "barrier": plgpu.Barrier(num_arrivals=arrivals, num_barriers=blocks.stages),
         "state_barrier": plgpu.Barrier(),
     }
     if outputs:
         scratch["c"] = operand(CHUNK, tiles.state_dim, blocks.stages)
         scratch["weights"] = operand(CHUNK, CHUNK)
-        scratch["y"] = gpu.matrix(CHUNK, blocks.values, io_dtype)
+        scratch["y"] = wgmma.matrix(CHUNK, blocks.values, io_dtype)
     return scratch
 
 
-def forward(
+def ssd_forward(
     tiles: Tiles,
     x: jax.Array,
     rows: jax.Array,
@@ -174,7 +177,7 @@ def forward(
     skip: jax.Array | None,
     initial: jax.Array,
     io_dtype: Any,
-    keep: bool,
+    save: bool,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
     """Run the kernel.
 
@@ -182,7 +185,7 @@ def forward(
     initial float32 [B, H, N, P]; c and skip None: the state alone.
 
     Returns:
-        y [B, T, H, P] in `io_dtype` or None, the final state float32 [B, H, N, P], and when `keep` is set the states
+        y [B, T, H, P] in `io_dtype` or None, the final state float32 [B, H, N, P], and with `save` the states
         before the chunks, bfloat16 pieces [pieces B, H, chunks, N, P], else None.
     """
     outputs = c is not None
@@ -197,19 +200,19 @@ def forward(
     results = {"final": jax.ShapeDtypeStruct(initial.shape, jnp.float32)}
     if outputs:
         results["y"] = jax.ShapeDtypeStruct((tiles.batch, *x.shape[1:]), io_dtype)
-    if keep:
-        results["kept"] = jax.ShapeDtypeStruct((tiles.pieces * tiles.batch, *heads), jnp.bfloat16)
-    flops = gpu.multiply_adds(tiles, tiles.forward, outputs)[0]
+    if save:
+        results["saved"] = jax.ShapeDtypeStruct((tiles.pieces * tiles.batch, *heads), jnp.bfloat16)
+    flops = matmul_flops(tiles, tiles.forward, outputs)[0]
     exponentials = tiles.batch * tiles.length * tiles.num_heads * (CHUNK if outputs else 2)
     values = plgpu.kernel(
         functools.partial(_kernel, names=(*operands, *results), tiles=tiles),
         out_type=tuple(results.values()),
         scratch_types=_scratch(tiles, outputs, io_dtype),
-        compiler_params=gpu.PARAMS,
+        compiler_params=PARAMS,
         kernel_name="ssd_forward" if outputs else "ssd_state_forward",
-        **gpu.cost(flops, exponentials, (*operands.values(), *results.values())),
+        **cost(flops, exponentials, (*operands.values(), *results.values())),
         **tiles.grid(tiles.forward),
     )(*operands.values())
     # The kernel's results come without the mesh axes over which they vary.
-    named = dict(zip(results, vary_alike(x, *values)[1:], strict=True))
-    return named.get("y"), named["final"], named.get("kept")
+    named = dict(zip(results, align_varying_axes(x, *values)[1:], strict=True))
+    return named.get("y"), named["final"], named.get("saved")

@@ -1,6 +1,6 @@
 """SSD over parts of the sequence at once, for calls of so few rows and heads that whole ones leave the chip idle.
 
-With S_k the state that part k leaves from a state of 0, A_k the product of its decays and h_0 the initial state,
+With S_k the state after part k from a state of 0, A_k the product of its decays and h_0 the initial state,
 
     h_{k+1} = A_k h_k + S_k
 
@@ -15,49 +15,45 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ssd.pallas_gpu.block_sizes import GPU_CHUNK
+from pallas_kernels.ssd.protocol import SsdInputs
 
 
 def operators(
     parts_of: Callable[[jax.Array, jax.Array], int],
-    whole_scan: Callable[..., tuple[jax.Array, jax.Array]],
-    whole_state: Callable[..., jax.Array],
-) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Callable[..., jax.Array]]:
-    """Return `scan` and `final_state` of the same signatures, cut into `parts_of(x, b)` parts of the sequence.
+    whole_forward: Callable[..., tuple[jax.Array, jax.Array]],
+    whole_state: Callable[[SsdInputs, int], jax.Array],
+) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Callable[[SsdInputs, int], jax.Array]]:
+    """Return `forward` and `final_state` of the same signatures, over `parts_of(x, b)` parts of the sequence.
 
-    `parts_of` raises ValueError where the kernels cannot serve the call.
+    `parts_of` raises ValueError where the kernels do not support the call.
     """
 
-    def scan(
-        x: jax.Array,
-        dt: jax.Array,
-        log_decay: jax.Array,
-        b: jax.Array,
-        c: jax.Array,
-        d: jax.Array | None,
-        initial_state: jax.Array,
-        chunk_size: int,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Chunked SSD; shapes, result and errors as `kernel_vjp.operators`' `scan`."""
-        parts = parts_of(x, b)
+    def forward(inputs: SsdInputs, chunk_size: int, output_start: int = 0) -> tuple[jax.Array, jax.Array]:
+        """Run SSD; shapes, result and errors as those of `kernel_vjp.operators`."""
+        del output_start
+        x, parts = inputs.x, parts_of(inputs.x, inputs.b)
         if parts == 1:
-            return whole_scan(x, dt, log_decay, b, c, d, initial_state, chunk_size)
-        folded = [_fold(value, parts) for value in (x, dt, log_decay, b, c)]
-        before = _states(whole_state, folded[:4], initial_state, chunk_size)[:, :-1]
-        y, after = whole_scan(*folded, d, before.reshape(-1, *before.shape[2:]), chunk_size)
+            return whole_forward(inputs, chunk_size)
+        folded = _fold_inputs(inputs, parts)
+        before = _states(whole_state, folded, inputs.initial_state, chunk_size)[:, :-1]
+        y, after = whole_forward(folded._replace(initial_state=before.reshape(-1, *before.shape[2:])), chunk_size)
         y = y.reshape(x.shape[0], -1, *x.shape[2:])[:, : x.shape[1]]
         return y, after.reshape(before.shape)[:, -1]
 
-    def final_state(
-        x: jax.Array, dt: jax.Array, log_decay: jax.Array, b: jax.Array, initial_state: jax.Array, chunk_size: int
-    ) -> jax.Array:
-        """Return the last state of `scan` alone, float32 [B, H, P, N]."""
-        parts = parts_of(x, b)
+    def final_state(inputs: SsdInputs, chunk_size: int) -> jax.Array:
+        """Return the final state alone, float32 [B, H, P, N]."""
+        parts = parts_of(inputs.x, inputs.b)
         if parts == 1:
-            return whole_state(x, dt, log_decay, b, initial_state, chunk_size)
-        folded = [_fold(value, parts) for value in (x, dt, log_decay, b)]
-        return _states(whole_state, folded, initial_state, chunk_size)[:, -1]
+            return whole_state(inputs, chunk_size)
+        return _states(whole_state, _fold_inputs(inputs, parts), inputs.initial_state, chunk_size)[:, -1]
 
-    return scan, final_state
+    return forward, final_state
+
+
+def _fold_inputs(inputs: SsdInputs, parts: int) -> SsdInputs:
+    """Fold what has tokens; the initial state stays that of the first part."""
+    x, dt, log_decay, b, c = (None if value is None else _fold(value, parts) for value in inputs[:5])
+    return SsdInputs(x, dt, log_decay, b, c, inputs.d, inputs.initial_state)  # type: ignore[arg-type]
 
 
 def _fold(value: jax.Array, parts: int) -> jax.Array:
@@ -71,15 +67,15 @@ def _fold(value: jax.Array, parts: int) -> jax.Array:
 
 
 def _states(
-    whole_state: Callable[..., jax.Array], folded: list[jax.Array], initial_state: jax.Array, chunk_size: int
+    whole_state: Callable[[SsdInputs, int], jax.Array], folded: SsdInputs, initial_state: jax.Array, chunk_size: int
 ) -> jax.Array:
-    """States before every part and after the last, float32 [B, parts + 1, H, P, N], of folded x, dt, l and b."""
-    _, _, log_decay, _ = folded
-    batch = initial_state.shape[0]
-    nothing = jnp.zeros((log_decay.shape[0], *initial_state.shape[1:]), jnp.float32)
-    left = whole_state(*folded, nothing, chunk_size).reshape(batch, -1, *initial_state.shape[1:])
-    kept = jnp.exp(jnp.sum(log_decay, axis=1)).reshape(*left.shape[:3], 1, 1)
+    """Return the states before every part and after the last, float32 [B, parts + 1, H, P, N]."""
+    batch, log_decay = initial_state.shape[0], folded.log_decay
+    zeros = jnp.zeros((log_decay.shape[0], *initial_state.shape[1:]), jnp.float32)
+    updates = whole_state(folded._replace(c=None, d=None, initial_state=zeros), chunk_size)
+    updates = updates.reshape(batch, -1, *initial_state.shape[1:])
+    decays = jnp.exp(jnp.sum(log_decay, axis=1)).reshape(*updates.shape[:3], 1, 1)
     states = [initial_state]
-    for part in range(left.shape[1]):
-        states.append(kept[:, part] * states[-1] + left[:, part])
+    for part in range(updates.shape[1]):
+        states.append(decays[:, part] * states[-1] + updates[:, part])
     return jnp.stack(states, axis=1)

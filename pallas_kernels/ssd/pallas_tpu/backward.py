@@ -1,7 +1,7 @@
 """The backward TPU kernel: every gradient in one pass over x, b, c and dy, from the last token to the first.
 
-A cell starts from the state before its block of tokens, which the forward pass kept, walks the chunks forwards once to
-get the states before each of them, then backwards. With dh [N, P] the gradient of the state after the chunk (kept in
+A cell starts from the state before its block of tokens, which the forward pass saved, walks the chunks forward once to
+get the states before each of them, then backward. With dh [N, P] the gradient of the state after the chunk (kept in
 VMEM from cell to cell), W_ji = exp(s_i - s_j) for i >= j, S_ji = b_j . c_i and G_ji = x_j . dy_i:
 
     dx_j = dt_j sum_i S_ji W_ji dy_i + dt_j exp(s_Q - s_j) b_j dh + d dy_j
@@ -30,14 +30,15 @@ from pallas_kernels.ssd.pallas_tpu.tiles import (
     Chunk,
     Decays,
     Tiles,
+    bytes_accessed,
     dot,
-    moved,
-    name,
-    piece,
-    products,
+    kernel_name,
+    matmul_flops,
+    part,
     sums_before,
     sums_since,
 )
+from pallas_kernels.ssd.protocol import SsdInputs
 
 
 def _spanning(pairs: jax.Array) -> jax.Array:
@@ -56,13 +57,13 @@ def _row_sums(value: jax.Array) -> jax.Array:
 
 
 class _Head(NamedTuple):
-    """What one head of a chunk gives: tiles, and columns [Q, 1] of one scalar a token."""
+    """Gradients of one head of a chunk: tiles, and columns [Q, 1] of one scalar a token."""
 
     dx: jax.Array
     dh: jax.Array
     db: jax.Array
     dc: jax.Array | None
-    products: jax.Array | None
+    dscores: jax.Array | None
     """Gradient of S, [Q, Q]."""
     ddt: jax.Array
     writes: jax.Array
@@ -84,27 +85,27 @@ def _head(
     at, dtype = slice(head, head + 1), x.dtype
     dt, to_end, from_start = decays.dt[:, at], decays.to_end[:, at], decays.from_start[:, at]
     x32 = x.astype(jnp.float32)
-    dwritten = to_end * dot(b, dh, dtype)
-    ddt = _row_sums(dwritten * x32)
+    ddtx = to_end * dot(b, dh, dtype)
+    ddt = _row_sums(ddtx * x32)
     writes = dt * ddt
     db = dot(x32 * (dt * to_end), dh, dtype, right_axis=1)
-    kept = decays.whole[at] * dh
+    dh_decayed = decays.whole[at] * dh
     through = decays.whole[at] * jnp.sum(h * dh, keepdims=True)
     if outputs is None:
-        return _Head(dt * dwritten, kept, db, None, None, ddt, writes, None, None, through)
+        return _Head(dt * ddtx, dh_decayed, db, None, None, ddt, writes, None, None, through)
     c, dy, scores = outputs
-    weights = decays.pairs_transposed(head)
+    weights = decays.segsum_transposed(head)
     cross = dot(x, dy, dtype, right_axis=1) * weights
     pairs = cross * scores
-    dwritten += dot(scores * weights, dy, dtype)
+    ddtx += dot(scores * weights, dy, dtype)
     dy_start = dy.astype(jnp.float32) * from_start
     dc = dot(dy_start, h, dtype, right_axis=1)
     return _Head(
-        dx=dt * dwritten,
-        dh=kept + dot(c, dy_start, dtype, left_axis=0),
+        dx=dt * ddtx,
+        dh=dh_decayed + dot(c, dy_start, dtype, left_axis=0),
         db=db,
         dc=dc,
-        products=dt * cross,
+        dscores=dt * cross,
         ddt=ddt + _row_sums(pairs),
         writes=writes,
         spans=_spanning(dt * pairs),
@@ -128,7 +129,7 @@ class _Refs(NamedTuple):
     c: Any
     skip: Any
     dy: Any
-    kept: Any
+    saved: Any
     dfinal: Any
     dx: Any
     ddt: Any
@@ -149,7 +150,7 @@ class _Refs(NamedTuple):
 
 
 def _store_rows(refs: _Refs, chunk: Chunk, heads: list[_Head]) -> None:
-    """Write the gradients of dt and l of a chunk."""
+    """Store the gradients of dt and l of a chunk."""
     outputs = heads[0].spans is not None
     names = ("ddt", "writes", "spans", "reads") if outputs else ("ddt", "writes")
     columns = jnp.concatenate([getattr(head, name) for name in names for head in heads], axis=1)
@@ -164,7 +165,7 @@ def _store_rows(refs: _Refs, chunk: Chunk, heads: list[_Head]) -> None:
 
 
 def _chunk(tiles: Tiles, refs: _Refs, chunk: Chunk, k: jax.Array) -> None:
-    """Differentiate one chunk: write its gradients, replace that of the state."""
+    """Differentiate one chunk: store its gradients, update that of the state."""
     decays = Decays.make(chunk.read_rows(refs.dt), chunk.read_rows(refs.log_decay))
     x_all, b_all, h_all, dh_all = chunk.read(refs.x), chunk.read(refs.b), refs.states[k], refs.dh[...]
     dtype, has_outputs = x_all.dtype, refs.c is not None
@@ -174,18 +175,18 @@ def _chunk(tiles: Tiles, refs: _Refs, chunk: Chunk, k: jax.Array) -> None:
     heads: list[_Head] = []
     db_all, dc_all = [], []
     for group in range(tiles.cell_groups):
-        b = piece(b_all, group, tiles.state_dim)
+        b = part(b_all, group, tiles.state_dim)
         if has_outputs:
-            c = piece(c_all, group, tiles.state_dim)
+            c = part(c_all, group, tiles.state_dim)
             scores = dot(b, c, dtype, right_axis=1)
         members = []
         for head in range(group * heads_of_group, (group + 1) * heads_of_group):
-            x, h, dh = (piece(value, head, tiles.head_dim) for value in (x_all, h_all, dh_all))
-            outputs = (c, piece(dy_all, head, tiles.head_dim), scores) if has_outputs else None
+            x, h, dh = (part(value, head, tiles.head_dim) for value in (x_all, h_all, dh_all))
+            outputs = (c, part(dy_all, head, tiles.head_dim), scores) if has_outputs else None
             members.append(_head(decays, head, x, b, h, dh, outputs))
         db = _total(members, "db")
         if has_outputs:
-            dscores = _total(members, "products")
+            dscores = _total(members, "dscores")
             db += dot(dscores, c, dtype)
             dc_all.append(_total(members, "dc") + dot(dscores, b, dtype, left_axis=0))
         db_all.append(db)
@@ -210,7 +211,7 @@ def _chunk_before(tiles: Tiles, refs: _Refs, chunk: Chunk, k: jax.Array) -> None
 
 def _walk_states(tiles: Tiles, refs: _Refs, token_block: jax.Array) -> None:
     """Fill `states` with the state before each chunk of the cell."""
-    refs.states[0] = refs.kept[...]
+    refs.states[0] = refs.saved[...]
 
     def body(k: jax.Array, carry: None) -> None:
         chunk = Chunk(tiles, token_block, k)
@@ -219,9 +220,9 @@ def _walk_states(tiles: Tiles, refs: _Refs, token_block: jax.Array) -> None:
         heads_of_group = tiles.blocks.heads // tiles.cell_groups
         states = [
             next_state(
-                piece(h_all, head, tiles.head_dim),
-                piece(x_all, head, tiles.head_dim),
-                piece(b_all, head // heads_of_group, tiles.state_dim),
+                part(h_all, head, tiles.head_dim),
+                part(x_all, head, tiles.head_dim),
+                part(b_all, head // heads_of_group, tiles.state_dim),
                 decays,
                 head,
             )
@@ -270,44 +271,39 @@ def _results(
     """Shapes and blocks of the gradients by name, in the order of `_Refs`."""
     if tiles.cells_per_group > 1:
         partial = (tiles.batch, tiles.grid[1], tiles.length, tiles.state_dim)
-        of_group = (varying.result_like(x, partial, jnp.float32), tiles.partial_spec())
+        of_group = (varying.out_struct_like(x, partial, jnp.float32), tiles.partial_spec())
     else:
-        of_group = (varying.result_like(x, b.shape, b.dtype), tiles.token_spec(tiles.by_group, reverse=True))
-    of_skip = (varying.result_like(x, tiles.state_shape(tiles.batch, rows=1), jnp.float32), tiles.state_spec(rows=1))
-    of_rows = (varying.result_like(x, dt.shape, jnp.float32), tiles.row_spec(reverse=True))
+        of_group = (varying.out_struct_like(x, b.shape, b.dtype), tiles.token_spec(tiles.by_group, reverse=True))
+    of_skip = (
+        varying.out_struct_like(x, tiles.state_shape(tiles.batch, rows=1), jnp.float32),
+        tiles.state_spec(rows=1),
+    )
+    of_rows = (varying.out_struct_like(x, dt.shape, jnp.float32), tiles.row_spec(reverse=True))
     outs = {
-        "x": (varying.result_like(x, x.shape, x.dtype), tiles.token_spec(tiles.by_head, reverse=True)),
+        "x": (varying.out_struct_like(x, x.shape, x.dtype), tiles.token_spec(tiles.by_head, reverse=True)),
         "dt": of_rows,
         "log_decay": of_rows,
         "b": of_group,
     }
-    outs |= {"c": of_group, "skip": of_skip} if outputs else {}
-    return outs | {"h": (varying.result_like(x, dfinal.shape, jnp.float32), tiles.state_spec())}
+    outs |= {"c": of_group, "d": of_skip} if outputs else {}
+    return outs | {"initial_state": (varying.out_struct_like(x, dfinal.shape, jnp.float32), tiles.state_spec())}
 
 
-def backward(
-    tiles: Tiles,
-    x: jax.Array,
-    dt: jax.Array,
-    log_decay: jax.Array,
-    b: jax.Array,
-    c: jax.Array | None,
-    skip: jax.Array | None,
-    kept: jax.Array,
-    dy: jax.Array | None,
-    dfinal: jax.Array,
-) -> dict[str, jax.Array]:
-    """Return the gradients of the views by name, from those of y (with c) and of the last state.
+def ssd_backward(
+    tiles: Tiles, inputs: SsdInputs, saved: jax.Array, dy: jax.Array | None, dfinal: jax.Array
+) -> SsdInputs:
+    """Return the gradients of the views, from the cotangents of y (with c) and of the final state.
 
     Those of b and c are [B, head blocks, T, N] float32, to be summed, where several head blocks share a group.
     """
+    x, dt, log_decay, b, c, skip, _ = inputs
     outputs = c is not None
     x_spec, b_spec = (tiles.token_spec(lanes, reverse=True) for lanes in (tiles.by_head, tiles.by_group))
     dy_spec, c_spec = (tiles.token_spec(lanes, reverse=True, outputs=True) for lanes in (tiles.by_head, tiles.by_group))
     row_spec, state_spec = tiles.row_spec(reverse=True), tiles.state_spec()
-    operands: list[Any] = [x, dt, log_decay, b, *((c, skip, dy) if outputs else ()), kept, dfinal]
+    operands: list[Any] = [x, dt, log_decay, b, *((c, skip, dy) if outputs else ()), saved, dfinal]
     in_specs = [x_spec, row_spec, row_spec, b_spec]
-    in_specs += [*((c_spec, tiles.skip_spec(), dy_spec) if outputs else ()), tiles.kept_spec(reverse=True), state_spec]
+    in_specs += [*((c_spec, tiles.skip_spec(), dy_spec) if outputs else ()), tiles.saved_spec(reverse=True), state_spec]
     late = (c, dy) if outputs else ()
     others = [value for value in operands if not any(value is one for one in late)]
 
@@ -327,10 +323,10 @@ def backward(
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=products(tiles, outputs)[1],
-            bytes_accessed=moved(tiles, *others, *out_shape, outputs=late),
+            flops=matmul_flops(tiles, outputs)[1],
+            bytes_accessed=bytes_accessed(tiles, *others, *out_shape, outputs=late),
             transcendentals=tiles.batch * tiles.padded_length * tiles.num_heads * (chunk if outputs else 4),
         ),
-        name=name(tiles, "ssd_backward") if outputs else "ssd_state_backward",
+        name=kernel_name(tiles, "ssd_backward") if outputs else "ssd_state_backward",
     )(*operands)
-    return dict(zip(outs, results, strict=True))
+    return SsdInputs(**dict(zip(outs, results, strict=True)))

@@ -1,6 +1,6 @@
-"""The forward TPU kernel: y and the last state, or the last state alone, in one pass over x, b and c.
+"""The forward TPU kernel: y and the final state, or the final state alone, in one pass over x, b and c.
 
-Where y starts at a later token, chunks before it go into the state alone: the Memory Converter and the SSM after it.
+With an output start, earlier chunks update the state alone: the Memory Converter and the SSM after it.
 
 Of a chunk of Q tokens, with s the running sum of l and h [N, P] the state before it (kept in VMEM from cell to cell):
 
@@ -17,18 +17,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import varying
-from pallas_kernels.ssd.pallas_tpu.tiles import Chunk, Decays, Tiles, dot, moved, name, piece, products
+from pallas_kernels.ssd.pallas_tpu.tiles import (
+    Chunk,
+    Decays,
+    Tiles,
+    bytes_accessed,
+    dot,
+    kernel_name,
+    matmul_flops,
+    part,
+)
+from pallas_kernels.ssd.protocol import SsdInputs
 
 
 def next_state(h: jax.Array, x: jax.Array, b: jax.Array, decays: Decays, head: int) -> jax.Array:
     """State [N, P] of one head after the chunk, from the one before it, x [Q, P] and b [Q, N]."""
     at = slice(head, head + 1)
-    written = x.astype(jnp.float32) * (decays.dt[:, at] * decays.to_end[:, at])
-    return decays.whole[at] * h + dot(b, written, x.dtype, left_axis=0)
+    dtx = x.astype(jnp.float32) * (decays.dt[:, at] * decays.to_end[:, at])
+    return decays.whole[at] * h + dot(b, dtx, x.dtype, left_axis=0)
 
 
 def _chunk(tiles: Tiles, chunk: Chunk, x_ref, dt_ref, l_ref, b_ref, c_ref, skip_ref, y_ref, h_ref) -> None:
-    """Take one chunk: write its y when there is one, replace the state."""
+    """Process one chunk: store its y if there is one, update the state."""
     decays = Decays.make(chunk.read_rows(dt_ref), chunk.read_rows(l_ref))
     x_all, b_all, h_all = chunk.read(x_ref), chunk.read(b_ref), h_ref[...]
     c_all = None if c_ref is None else chunk.read(c_ref)
@@ -36,18 +46,18 @@ def _chunk(tiles: Tiles, chunk: Chunk, x_ref, dt_ref, l_ref, b_ref, c_ref, skip_
     outputs, states = [], []
     heads_of_group = tiles.blocks.heads // tiles.cell_groups
     for group in range(tiles.cell_groups):
-        b = piece(b_all, group, tiles.state_dim)
+        b = part(b_all, group, tiles.state_dim)
         if c_all is not None:
-            c = piece(c_all, group, tiles.state_dim)
+            c = part(c_all, group, tiles.state_dim)
             scores = dot(c, b, dtype, right_axis=1)
         for head in range(group * heads_of_group, (group + 1) * heads_of_group):
-            x, h = piece(x_all, head, tiles.head_dim), piece(h_all, head, tiles.head_dim)
+            x, h = part(x_all, head, tiles.head_dim), part(h_all, head, tiles.head_dim)
             states.append(next_state(h, x, b, decays, head))
             if c_all is not None:
                 at = slice(head, head + 1)
                 # dt on the values, not on the scores: the scores' columns j are lanes.
-                written = x.astype(jnp.float32) * decays.dt[:, at]
-                y = dot(scores * decays.pairs(head), written, dtype)
+                dtx = x.astype(jnp.float32) * decays.dt[:, at]
+                y = dot(scores * decays.segsum(head), dtx, dtype)
                 outputs.append(y + decays.from_start[:, at] * dot(c, h, dtype))
     h_ref[...] = jnp.concatenate(states, axis=1)
     if c_all is not None:
@@ -55,14 +65,14 @@ def _chunk(tiles: Tiles, chunk: Chunk, x_ref, dt_ref, l_ref, b_ref, c_ref, skip_
         y_ref[chunk.tokens, :] = y_all.astype(dtype)
 
 
-def _kernel(*refs, tiles: Tiles, outputs: bool, keep: bool) -> None:
+def _kernel(*refs, tiles: Tiles, outputs: bool, save: bool) -> None:
     given = iter(refs)
     x_ref, dt_ref, l_ref, b_ref = (next(given) for _ in range(4))
     c_ref, skip_ref = (next(given), next(given)) if outputs else (None, None)
     initial_ref = next(given)
     y_ref = next(given) if outputs else None
     final_ref = next(given)
-    kept_ref = next(given) if keep else None
+    saved_ref = next(given) if save else None
     h_ref = next(given)
     token_block = pl.program_id(2)
 
@@ -70,8 +80,8 @@ def _kernel(*refs, tiles: Tiles, outputs: bool, keep: bool) -> None:
     def _() -> None:
         h_ref[...] = initial_ref[...]
 
-    if kept_ref is not None:
-        kept_ref[...] = h_ref[...]
+    if saved_ref is not None:
+        saved_ref[...] = h_ref[...]
 
     chunks = tiles.blocks.tokens // tiles.blocks.chunk
 
@@ -93,21 +103,12 @@ def _kernel(*refs, tiles: Tiles, outputs: bool, keep: bool) -> None:
         final_ref[...] = h_ref[...]
 
 
-def forward(
-    tiles: Tiles,
-    x: jax.Array,
-    dt: jax.Array,
-    log_decay: jax.Array,
-    b: jax.Array,
-    c: jax.Array | None,
-    skip: jax.Array | None,
-    h: jax.Array,
-    keep: bool,
-) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
-    """Return y (None without c), the last state and, with `keep`, the state before each block of tokens.
+def ssd_forward(tiles: Tiles, inputs: SsdInputs, save: bool) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
+    """Return y (None without c), the final state and, with `save`, the state before each block of tokens.
 
-    Every array is a view of `tiles`. In y, what is before the first chunk with outputs was never written.
+    Every array is a view of `tiles`. y before the first chunk with outputs is uninitialised.
     """
+    x, dt, log_decay, b, c, skip, h = inputs
     outputs = c is not None
     operands: list[Any] = [x, dt, log_decay, b, *((c, skip) if outputs else ()), h]
     x_spec, b_spec = tiles.token_spec(tiles.by_head), tiles.token_spec(tiles.by_group)
@@ -115,16 +116,16 @@ def forward(
     row_spec, state_spec = tiles.row_spec(), tiles.state_spec()
     in_specs = [x_spec, row_spec, row_spec, b_spec, *((c_spec, tiles.skip_spec()) if outputs else ()), state_spec]
 
-    final = varying.result_like(x, tiles.state_shape(tiles.batch), jnp.float32)
-    kept = varying.result_like(x, tiles.state_shape(tiles.batch, tiles.grid[2]), jnp.float32)
-    written = [varying.result_like(x, x.shape, x.dtype)] if outputs else []
-    out_shape = [*written, final, *([kept] if keep else [])]
-    out_specs = [*([y_spec] if outputs else []), state_spec, *([tiles.kept_spec()] if keep else [])]
-    late = (*([c] if outputs else []), *written)
+    final = varying.out_struct_like(x, tiles.state_shape(tiles.batch), jnp.float32)
+    saved = varying.out_struct_like(x, tiles.state_shape(tiles.batch, tiles.grid[2]), jnp.float32)
+    y_struct = [varying.out_struct_like(x, x.shape, x.dtype)] if outputs else []
+    out_shape = [*y_struct, final, *([saved] if save else [])]
+    out_specs = [*([y_spec] if outputs else []), state_spec, *([tiles.saved_spec()] if save else [])]
+    late = (*([c] if outputs else []), *y_struct)
     others = [value for value in (*operands, *out_shape) if not any(value is one for one in late)]
     chunk_pairs = tiles.batch * tiles.padded_length * tiles.num_heads * tiles.blocks.chunk
     results: Any = pl.pallas_call(
-        functools.partial(_kernel, tiles=tiles, outputs=outputs, keep=keep),
+        functools.partial(_kernel, tiles=tiles, outputs=outputs, save=save),
         grid=tiles.grid,
         in_specs=in_specs,
         out_specs=out_specs,
@@ -132,12 +133,12 @@ def forward(
         scratch_shapes=[pltpu.VMEM((tiles.state_dim, tiles.by_head.block), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=products(tiles, outputs)[0],
-            bytes_accessed=moved(tiles, *others, outputs=late),
+            flops=matmul_flops(tiles, outputs)[0],
+            bytes_accessed=bytes_accessed(tiles, *others, outputs=late),
             transcendentals=chunk_pairs if outputs else 2 * chunk_pairs // tiles.blocks.chunk,
         ),
-        name=name(tiles, "ssd_forward") if outputs else "ssd_state_forward",
+        name=kernel_name(tiles, "ssd_forward") if outputs else "ssd_state_forward",
     )(*operands)
     results = list(results)
     y = results.pop(0) if outputs else None
-    return y, results[0], (results[1] if keep else None)
+    return y, results[0], (results[1] if save else None)

@@ -1,7 +1,7 @@
-"""What the forward and the backward TPU kernel share: how arrays are cut into blocks, and the decays of one chunk.
+"""Layouts shared by the forward and backward TPU kernels: blocks of arrays, and the decays of one chunk.
 
-The grid is (batch, blocks of heads, blocks of tokens); the last axis is walked in order. Arrays lie in memory as they
-do in a model, [B, T, H P] and [B, T, G N], whole heads side by side in the lanes: no lane is padding, nothing is
+The grid is (batch, blocks of heads, blocks of tokens); the last axis is walked in order. Arrays have the memory
+layout of the model, [B, T, H P] and [B, T, G N], whole heads side by side in the lanes: no lane is padding, nothing is
 transposed. One scalar a token and head (dt, l and their gradients) is [B, head blocks, heads, T], tokens in the lanes.
 States are [N, H P]. Below, "rows" are [heads, Q] and "columns" [Q, 1].
 """
@@ -20,7 +20,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Lanes(NamedTuple):
-    """How the last axes of an array are cut: H, P of x, y and states by heads, G, N of b and c by groups."""
+    """Blocking of the last axes of an array: H, P of x, y and states by heads, G, N of b and c by groups."""
 
     parts: int
     """Heads or groups of a block."""
@@ -38,13 +38,13 @@ class Lanes(NamedTuple):
 
     @property
     def flat(self) -> bool:
-        """Whether blocks can be cut out of the array as it lies."""
+        """True if blocks can be sliced from the array without a transposed copy."""
         return whole_lanes(self.block, self.total * self.width)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Shapes of a call and its block sizes: how every array is cut."""
+    """Shapes of a call and its block sizes."""
 
     batch: int
     length: int
@@ -53,13 +53,13 @@ class Tiles:
     head_dim: int
     state_dim: int
     blocks: Blocks
-    start: int = 0
-    """First token with an output: chunks before its own go into the state alone."""
+    output_start: int = 0
+    """First token with an output. Chunks before its own update the state alone."""
 
     @property
     def first_chunk(self) -> int:
         """First chunk of a row with outputs."""
-        return self.start // self.blocks.chunk
+        return self.output_start // self.blocks.chunk
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -83,7 +83,7 @@ class Tiles:
 
     @property
     def ragged(self) -> bool:
-        """Whether the last block of tokens reaches beyond the end."""
+        """True if the last block of tokens extends past the end of the row."""
         return self.length % self.blocks.tokens != 0
 
     @property
@@ -133,11 +133,11 @@ class Tiles:
     def token_spec(self, lanes: Lanes, reverse: bool = False, outputs: bool = False) -> pl.BlockSpec:
         """Block of `view`: [tokens, heads P] or [tokens, groups N].
 
-        With `outputs`, of what only tokens with an output have: cells before them keep the first of its blocks, which
-        is not moved again.
+        With `outputs`, of an array that only tokens with an output have: earlier cells map to its first block, which
+        is not copied again.
         """
         sharing, flat, last = lanes.sharing, lanes.flat, self.grid[2] - 1
-        first = self.start // self.blocks.tokens if outputs else 0
+        first = self.output_start // self.blocks.tokens if outputs else 0
 
         def index(b, h, t):
             h = jax.lax.div(h, jnp.int32(sharing)) if sharing > 1 else h  # `//` asks the default backend for its kind
@@ -173,8 +173,8 @@ class Tiles:
         width = self.by_head.block
         return pl.BlockSpec((None, None, 1, width), lambda _, h, __: (0, 0, 0, h) if flat else (0, h, 0, 0))
 
-    def kept_spec(self, reverse: bool = False) -> pl.BlockSpec:
-        """Block [N, heads P] of the states kept before each block of tokens, [B, token blocks, ...]."""
+    def saved_spec(self, reverse: bool = False) -> pl.BlockSpec:
+        """Block [N, heads P] of the states saved before each block of tokens, [B, token blocks, ...]."""
         flat, last = self.by_head.flat, self.grid[2] - 1
 
         def index(b, h, t):
@@ -253,14 +253,14 @@ class Decays(NamedTuple):
         parts = [columns[:, k * heads : (k + 1) * heads] for k in range(5)]
         return cls(coarse, fine, parts[0], parts[1], parts[2], parts[3], parts[4], from_start[:, -1:])
 
-    def pairs(self, head: int) -> jax.Array:
+    def segsum(self, head: int) -> jax.Array:
         """exp(s_i - s_j) at [i, j] for i >= j, else 0: [Q, Q]. Masked before the exponential, which could overflow."""
         at = slice(head, head + 1)
         row, lane = _grid_of(self.coarse.shape[1])
         exponent = (self.coarse_columns[:, at] - self.coarse[at]) + (self.fine_columns[:, at] - self.fine[at])
         return jnp.exp(jnp.where(row >= lane, exponent, -jnp.inf))
 
-    def pairs_transposed(self, head: int) -> jax.Array:
+    def segsum_transposed(self, head: int) -> jax.Array:
         """exp(s_i - s_j) at [j, i] for i >= j, else 0: [Q, Q]."""
         at = slice(head, head + 1)
         row, lane = _grid_of(self.coarse.shape[1])
@@ -269,36 +269,36 @@ class Decays(NamedTuple):
 
 
 class Chunk:
-    """Reads the tokens of one chunk out of a cell's blocks; what lies beyond the end of a row is 0."""
+    """Load the tokens of one chunk from a cell's blocks; tokens past the end of a row are 0."""
 
     def __init__(self, tiles: Tiles, token_block: jax.Array, k: jax.Array) -> None:
         size = tiles.blocks.chunk
         self.start = pl.multiple_of(k * size, size)
         self.tokens = pl.ds(self.start, size)
-        self._left = None
+        self._remaining = None
         if tiles.ragged:
-            self._left = tiles.length - token_block * tiles.blocks.tokens - self.start
+            self._remaining = tiles.length - token_block * tiles.blocks.tokens - self.start
 
     def read(self, ref) -> jax.Array:
         """[Q, width] of a block [tokens, width]."""
         value = ref[self.tokens, :]
-        if self._left is None:
+        if self._remaining is None:
             return value
         # Memory beyond the end of an array holds anything, also NaN: dt = 0 alone would not silence it.
-        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, value.shape, 0) < self._left, value, 0)
+        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, value.shape, 0) < self._remaining, value, 0)
 
     def read_rows(self, ref) -> jax.Array:
         """[heads, Q] of a block [heads, tokens]."""
         return ref[:, self.tokens]
 
 
-def piece(value: jax.Array, index: int, width: int) -> jax.Array:
+def part(value: jax.Array, index: int, width: int) -> jax.Array:
     """Columns of one head or group."""
     return value[:, index * width : (index + 1) * width]
 
 
-def products(tiles: Tiles, outputs: bool) -> tuple[int, int]:
-    """Multiply-add FLOPs of the forward and the backward kernel."""
+def matmul_flops(tiles: Tiles, outputs: bool) -> tuple[int, int]:
+    """Count the matmul FLOPs of the forward and the backward kernel."""
     chunk, state, head = tiles.blocks.chunk, tiles.state_dim, tiles.head_dim
     heads = tiles.batch * tiles.padded_length * tiles.num_heads
     forward = heads * 2 * state * head
@@ -311,14 +311,14 @@ def products(tiles: Tiles, outputs: bool) -> tuple[int, int]:
     return forward, backward
 
 
-def moved(tiles: Tiles, *arrays: jax.Array | jax.ShapeDtypeStruct, outputs: tuple[Any, ...] = ()) -> int:
-    """Count the bytes of operands and results; of `outputs`, those that tokens before the first output have not."""
+def bytes_accessed(tiles: Tiles, *arrays: jax.Array | jax.ShapeDtypeStruct, outputs: tuple[Any, ...] = ()) -> int:
+    """Count the bytes of operands and results; of `outputs`, those of blocks from the first output on."""
     size = lambda values: sum(value.size * value.dtype.itemsize for value in values)
-    before = tiles.start // tiles.blocks.tokens
+    before = tiles.output_start // tiles.blocks.tokens
     return size(arrays) + size(outputs) * (tiles.grid[2] - before) // tiles.grid[2]
 
 
-def name(tiles: Tiles, kernel: str) -> str:
+def kernel_name(tiles: Tiles, kernel: str) -> str:
     """Name a kernel: `ssd_forward`, or `ssd_forward_from_1024` where the chunks before have no outputs."""
     before = tiles.first_chunk * tiles.blocks.chunk
     return f"{kernel}_from_{before}" if before else kernel

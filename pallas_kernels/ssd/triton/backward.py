@@ -1,4 +1,4 @@
-"""The backward pass of SSD as Triton kernels; shapes and names as in `triton_kernels.py`.
+"""The backward pass of SSD as Triton kernels; shapes and names as in `forward.py`.
 
 With h the state before a chunk, dh the gradient of that after it, S_ij = c_i . b_j, G_ij = dy_i . x_j and W_ij =
 exp(s_i - s_j) for i >= j:
@@ -14,11 +14,11 @@ into the next state from j < k, and h to the next state. Sums only add; see `dec
 import triton
 import triton.language as tl
 
-from pallas_kernels.ssd.triton.forward_kernels import (
+from pallas_kernels.ssd.triton.forward import (
     _dot,
     _from_start,
-    _pairs,
     _put_tokens,
+    _segsum,
     _state,
     _to_end,
     _tokens,
@@ -46,7 +46,7 @@ def _before_and_since(writes, reads, Q: tl.constexpr):
 @triton.jit
 def _scores(b, c, batch, start, group, LENGTH: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
             TILE_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """c_i . b_j of a chunk [Q, Q]."""
+    """Compute c_i . b_j of a chunk [Q, Q]."""
     scores = tl.zeros((Q, Q), tl.float32)
     for n in tl.range(0, N, TILE_N):
         c_tile = _tokens(c, batch, start, group, n, LENGTH, GROUPS, N, Q, TILE_N)
@@ -71,50 +71,50 @@ def head_gradients(
     row = (batch * HEADS + head) * TOTAL + chunk
     begin = row * Q
     at_token = begin + tl.arange(0, Q)
-    steps = tl.load(dt + at_token)
-    step_gradient = tl.zeros((Q,), tl.float32)
+    dt_tile = tl.load(dt + at_token)
+    ddt_tile = tl.zeros((Q,), tl.float32)
     writes = tl.zeros((Q,), tl.float32)
     reads = tl.zeros((Q,), tl.float32)
     through, skip_gradient = 0.0, 0.0
     if OUTPUTS:
         skip = tl.load(d + head)
         weighted = _scores(b, c, batch, start, group, LENGTH, GROUPS, N, Q, TILE_N, PRECISION)
-        weighted *= _pairs(coarse, fine, begin, Q)
+        weighted *= _segsum(coarse, fine, begin, Q)
     for p in tl.range(0, P, TILE_P):
-        written = tl.zeros((Q, TILE_P), tl.float32)
+        ddtx = tl.zeros((Q, TILE_P), tl.float32)
         read = tl.zeros((Q, TILE_P), tl.float32)
         for n in tl.range(0, N, TILE_N):
             h = _state(states, row, n, p, N, P, TILE_N, TILE_P)
             dh = _state(dstates, row, n, p, N, P, TILE_N, TILE_P)
             through += tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1), 0)
-            written += _dot(_tokens(b, batch, start, group, n, LENGTH, GROUPS, N, Q, TILE_N), dh, dh.dtype, PRECISION)
+            ddtx += _dot(_tokens(b, batch, start, group, n, LENGTH, GROUPS, N, Q, TILE_N), dh, dh.dtype, PRECISION)
             if OUTPUTS:
                 read += _dot(_tokens(c, batch, start, group, n, LENGTH, GROUPS, N, Q, TILE_N), h, h.dtype, PRECISION)
         x_tile = _tokens(x, batch, start, head, p, LENGTH, HEADS, P, Q, TILE_P)
         x32 = x_tile.to(tl.float32)
-        written *= _to_end(coarse, fine, at_token, begin + Q - 1)[:, None]
-        writes += tl.sum(written * x32, 1)
+        ddtx *= _to_end(coarse, fine, at_token, begin + Q - 1)[:, None]
+        writes += tl.sum(ddtx * x32, 1)
         if OUTPUTS:
             dy_tile = _tokens(dy, batch, start, head, p, LENGTH, HEADS, P, Q, TILE_P)
             dy32 = dy_tile.to(tl.float32)
             reads += tl.sum(read * dy32, 1)
             skip_gradient += tl.sum(tl.sum(dy32 * x32, 1), 0)
-            written += _dot(tl.trans(weighted), dy_tile, x_tile.dtype, PRECISION)
-        step_gradient += tl.sum(written * x32, 1)
-        dx_tile = written * steps[:, None]
+            ddtx += _dot(tl.trans(weighted), dy_tile, x_tile.dtype, PRECISION)
+        ddt_tile += tl.sum(ddtx * x32, 1)
+        dx_tile = ddtx * dt_tile[:, None]
         if OUTPUTS:
             dx_tile += skip * dy32
         _put_tokens(dx, dx_tile, batch, start, head, p, LENGTH, HEADS, P)
     if OUTPUTS:
         tl.store(dd + row, skip_gradient)
-    tl.store(ddt + at_token, step_gradient)
+    tl.store(ddt + at_token, ddt_tile)
     reads *= _from_start(coarse, fine, at_token)
     through *= _whole(coarse, fine, begin + Q - 1)
-    tl.store(dlog_decay + at_token, _before_and_since(writes * steps, reads, Q) + through)
+    tl.store(dlog_decay + at_token, _before_and_since(writes * dt_tile, reads, Q) + through)
 
 
 @triton.jit
-def _products(
+def _dscores(
     x, dt, coarse, fine, b, c, dy, dlog_decay, batch, part, group, chunk,
     LENGTH: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     TOTAL: tl.constexpr, Q: tl.constexpr, TILE_P: tl.constexpr, TILE_N: tl.constexpr, PART: tl.constexpr,
@@ -123,7 +123,7 @@ def _products(
     """G_ij W_ij dt_j of a chunk [Q, Q], summed over PART heads; write the gradient of l by pairs of each."""
     start = chunk * Q
     scores = _scores(b, c, batch, start, group, LENGTH, GROUPS, N, Q, TILE_N, PRECISION)
-    products = tl.zeros((Q, Q), tl.float32)
+    dscores = tl.zeros((Q, Q), tl.float32)
     for member in tl.range(0, PART):
         head = part * PART + member
         begin = ((batch * HEADS + head) * TOTAL + chunk) * Q
@@ -132,10 +132,10 @@ def _products(
             dy_tile = _tokens(dy, batch, start, head, p, LENGTH, HEADS, P, Q, TILE_P)
             x_across = _tokens_across(x, batch, start, head, p, LENGTH, HEADS, P, Q, TILE_P)
             cross += _dot(dy_tile, x_across, dy_tile.dtype, PRECISION)
-        cross *= _pairs(coarse, fine, begin, Q) * tl.load(dt + begin + tl.arange(0, Q))[None, :]
-        products += cross
+        cross *= _segsum(coarse, fine, begin, Q) * tl.load(dt + begin + tl.arange(0, Q))[None, :]
+        dscores += cross
         tl.store(dlog_decay + begin + tl.arange(0, Q), _spanning(cross * scores, Q))
-    return products
+    return dscores
 
 
 @triton.jit
@@ -147,12 +147,12 @@ def group_gradients(
 ):  # fmt: skip
     """Gradients of b and c of one chunk, summed over PART heads of a group, [B, T, H / PART, N], and of l by pairs.
 
-    Without OUTPUTS there are no y and c: of the results only `db` is written. Grid: (chunks, H / PART, B).
+    Without OUTPUTS there are no y and c: of the results only `db` is stored. Grid: (chunks, H / PART, B).
     """
     chunk, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group, start = part * PART // (HEADS // GROUPS), chunk * Q
     if OUTPUTS:
-        products = _products(
+        dscores = _dscores(
             x, dt, coarse, fine, b, c, dy, dlog_decay, batch, part, group, chunk,
             LENGTH, HEADS, GROUPS, P, N, TOTAL, Q, TILE_P, TILE_N, PART, PRECISION,
         )  # fmt: skip
@@ -164,24 +164,24 @@ def group_gradients(
             head = part * PART + member
             row = (batch * HEADS + head) * TOTAL + chunk
             at_token = row * Q + tl.arange(0, Q)
-            written = tl.zeros((Q, TILE_N), tl.float32)
-            read = tl.zeros((Q, TILE_N), tl.float32)
+            from_dstate = tl.zeros((Q, TILE_N), tl.float32)
+            from_state = tl.zeros((Q, TILE_N), tl.float32)
             for p in tl.range(0, P, TILE_P, disable_licm=True):
                 x_tile = _tokens(x, batch, start, head, p, LENGTH, HEADS, P, Q, TILE_P)
                 dh = _state(dstates, row, n, p, N, P, TILE_N, TILE_P)
-                written += _dot(x_tile, tl.trans(dh), x_tile.dtype, PRECISION)
+                from_dstate += _dot(x_tile, tl.trans(dh), x_tile.dtype, PRECISION)
                 if OUTPUTS:
                     dy_tile = _tokens(dy, batch, start, head, p, LENGTH, HEADS, P, Q, TILE_P)
                     h = _state(states, row, n, p, N, P, TILE_N, TILE_P)
-                    read += _dot(dy_tile, tl.trans(h), dy_tile.dtype, PRECISION)
+                    from_state += _dot(dy_tile, tl.trans(h), dy_tile.dtype, PRECISION)
             weights = tl.load(dt + at_token) * _to_end(coarse, fine, at_token, row * Q + Q - 1)
-            db_tile += written * weights[:, None]
+            db_tile += from_dstate * weights[:, None]
             if OUTPUTS:
-                dc_tile += read * _from_start(coarse, fine, at_token)[:, None]
+                dc_tile += from_state * _from_start(coarse, fine, at_token)[:, None]
         if OUTPUTS:
             c_tile = _tokens(c, batch, start, group, n, LENGTH, GROUPS, N, Q, TILE_N)
-            db_tile += _dot(tl.trans(products), c_tile, c_tile.dtype, PRECISION)
+            db_tile += _dot(tl.trans(dscores), c_tile, c_tile.dtype, PRECISION)
             b_tile = _tokens(b, batch, start, group, n, LENGTH, GROUPS, N, Q, TILE_N)
-            dc_tile += _dot(products, b_tile, b_tile.dtype, PRECISION)
+            dc_tile += _dot(dscores, b_tile, b_tile.dtype, PRECISION)
             _put_tokens(dc, dc_tile, batch, start, part, n, LENGTH, HEADS // PART, N)
         _put_tokens(db, db_tile, batch, start, part, n, LENGTH, HEADS // PART, N)

@@ -1,4 +1,4 @@
-"""SSD as Triton kernels; `triton.py` says what they compute together and calls them. Importing this imports triton.
+"""The forward pass of SSD as Triton kernels; `implementation.py` launches them. Importing this imports triton.
 
 Rows are cut into chunks of Q tokens, and those into segments of CHUNKS chunks. The state before every chunk, and the
 gradient of that after it, lie in memory in the dtype of x, in which the matrix unit takes them; the walk that makes
@@ -23,7 +23,7 @@ def _dot(left, right, dtype, PRECISION: tl.constexpr):
 @triton.jit
 def _places(batch, start, part, first, LENGTH: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
             token, channel):  # fmt: skip
-    """Return where tokens from `start`, channels from `first` of [B, T, PARTS, WIDTH] lie: base, places, mask."""
+    """Address tokens from `start`, channels from `first` of [B, T, PARTS, WIDTH]: base, offsets, mask."""
     # One 64-bit sum for the tile, 32 bits for the places in it: a 64-bit pointer an element would fill the registers.
     base = ((batch * LENGTH + start) * PARTS + part) * WIDTH + first
     return base, token * (PARTS * WIDTH) + channel, (token < LENGTH - start) & (channel < WIDTH - first)
@@ -91,7 +91,7 @@ def _to_end(coarse, fine, at, last):
 
 
 @triton.jit
-def _pairs(coarse, fine, start, Q: tl.constexpr):
+def _segsum(coarse, fine, start, Q: tl.constexpr):
     """exp(s_i - s_j) at [i, j] for i >= j, else 0: [Q, Q]. Masked before the exponential, which could overflow."""
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     exponent = tl.load(coarse + start + i) - tl.load(coarse + start + j)
@@ -114,7 +114,7 @@ def walk(
     value, key, dt, coarse, fine, first, states, ends,
     LENGTH: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     SEGMENTS: tl.constexpr, CHUNKS: tl.constexpr, Q: tl.constexpr, TILE_P: tl.constexpr, TILE_N: tl.constexpr,
-    REVERSE: tl.constexpr, ADD: tl.constexpr, START: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, ADD: tl.constexpr, FROM_FIRST: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk each segment; write the states before its chunks and, to `ends`, after it.
 
@@ -124,8 +124,8 @@ def walk(
 
         dh <- exp(s_Q) dh + sum_i exp(s_i) c_i dy_i^T                    (key c, value dy)
 
-    START: from `first` [B, H, SEGMENTS, N, P], else from 0. KEEP: write `states`. Without ADD nothing is added, and
-    `value`, `key` and `dt` are not touched. Grid: (segments and tiles of N and P, H, B).
+    FROM_FIRST: from `first` [B, H, SEGMENTS, N, P], else from 0. SAVE: store `states`. Without ADD nothing is added,
+    and `value`, `key` and `dt` are not touched. Grid: (segments and tiles of N and P, H, B).
     """
     tiles_p: tl.constexpr = (P + TILE_P - 1) // TILE_P
     tiles: tl.constexpr = tiles_p * ((N + TILE_N - 1) // TILE_N)
@@ -135,11 +135,11 @@ def walk(
     row = (batch * HEADS + head) * SEGMENTS + segment
     at_token = tl.arange(0, Q)
     h = tl.zeros((TILE_N, TILE_P), tl.float32)
-    if START:
+    if FROM_FIRST:
         h = _state(first, row, n, p, N, P, TILE_N, TILE_P)
     for step in tl.range(0, CHUNKS):
         k = (CHUNKS - 1 - step) if REVERSE else step
-        if KEEP:
+        if SAVE:
             _put_state(states, h, row * CHUNKS + k, n, p, N, P)
         begin = (row * CHUNKS + k) * Q
         h *= _whole(coarse, fine, begin + Q - 1)
@@ -182,7 +182,7 @@ def outputs(
     LENGTH: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     TOTAL: tl.constexpr, Q: tl.constexpr, TILE_P: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Put out y of each chunk, with h the state before it; TOTAL is the number of chunks of a row.
+    """Compute y of each chunk, with h the state before it; TOTAL is the number of chunks of a row.
 
         y_i = sum_{j <= i} (c_i . b_j) exp(s_i - s_j) dt_j x_j + exp(s_i) c_i h + d x_i
 
@@ -205,6 +205,6 @@ def outputs(
     x_tile = _tokens(x, batch, start, head, p, LENGTH, HEADS, P, Q, TILE_P)
     # What scales tokens is put on left operands and results: a right operand lies in the registers of every warp.
     y_tile = y_tile * _from_start(coarse, fine, at_token)[:, None] + tl.load(d + head) * x_tile.to(tl.float32)
-    scores *= _pairs(coarse, fine, begin, Q) * tl.load(dt + at_token)[None, :]
+    scores *= _segsum(coarse, fine, begin, Q) * tl.load(dt + at_token)[None, :]
     y_tile += _dot(scores, x_tile, x_tile.dtype, PRECISION)
     _put_tokens(y, y_tile, batch, start, head, p, LENGTH, HEADS, P)
