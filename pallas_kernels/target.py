@@ -6,7 +6,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from pallas_kernels import varying
 
@@ -53,6 +53,17 @@ batching.primitive_batchers[_assert_platform] = lambda values, axes, **params: (
     _assert_platform.bind(*values, **params),
     axes[0],
 )
+
+
+def _second_derivative(_primals: Any, _tangents: Any, *, name: str, **_: Any) -> Any:
+    """Refuse: kernels have a VJP of their own, so that only its derivative gets here."""
+    raise ValueError(
+        f"implementation {name!r} has first derivatives alone, in reverse mode; for second derivatives, jax.jvp and "
+        "jax.jacfwd use implementation 'reference'"
+    )
+
+
+ad.primitive_jvps[_assert_platform] = _second_derivative
 
 
 def _lower(ctx: mlir.LoweringRuleContext, value: Any, *, name: str, wanted: str, advice: str) -> list[Any]:

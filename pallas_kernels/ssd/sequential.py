@@ -234,15 +234,11 @@ def _forward(
 
     def whole_row(carry, xs):
         row, h, *by_block = xs
-        (h, *carry), _ = jax.lax.scan(
-            functools.partial(body, row), (h, *carry), (jnp.arange(blocks, dtype=jnp.int32), *by_block)
-        )
+        (h, *carry), _ = jax.lax.scan(functools.partial(body, row), (h, *carry), (jnp.arange(blocks), *by_block))
         return tuple(carry), h
 
     states = jnp.zeros((rows, blocks if save_states else 0, *h.shape[1:]), jnp.float32)
-    (y, states), h = jax.lax.scan(
-        whole_row, (jnp.zeros_like(x), states), (jnp.arange(rows, dtype=jnp.int32), h, *by_block)
-    )
+    (y, states), h = jax.lax.scan(whole_row, (jnp.zeros_like(x), states), (jnp.arange(rows), h, *by_block))
     return y, h, states
 
 
@@ -328,16 +324,14 @@ def _ssd_bwd(chunk, chunks, residuals, cotangents):
         (dh, _, *carry), gradients = jax.lax.scan(
             functools.partial(body, row),
             (dh, state_before(row, blocks - 1), *carry),
-            (jnp.arange(blocks, dtype=jnp.int32), *by_block),
+            (jnp.arange(blocks), *by_block),
             reverse=True,
         )
         return tuple(carry), (dh, gradients)
 
     # Every element of the first three is overwritten. Of different values, since equal ones XLA makes once and copies.
     init = (*(jnp.full_like(value, k) for k, value in enumerate((x, b, c))), jnp.zeros_like(d))
-    (dx, db, dc, dd), (dh, (ddt, dl)) = jax.lax.scan(
-        whole_row, init, (jnp.arange(rows, dtype=jnp.int32), dh, *by_block)
-    )
+    (dx, db, dc, dd), (dh, (ddt, dl)) = jax.lax.scan(whole_row, init, (jnp.arange(rows), dh, *by_block))
     return (SsdInputs(dx, _tokens(ddt), _tokens(dl), db, dc, dd, dh),)
 
 

@@ -281,7 +281,7 @@ def _scratch(tiles: Tiles, outputs: bool, io_dtype: Any, part_dtype: Any) -> dic
     return scratch
 
 
-def ssd_backward(
+def run_backward(
     tiles: Tiles,
     x: jax.Array,
     rows: jax.Array,
@@ -293,7 +293,7 @@ def ssd_backward(
     dfinal: jax.Array,
     io_dtype: Any,
 ) -> dict[str, jax.Array]:
-    """Run the kernel on the operands of `ssd_forward`, the states that it saved, dy and dfinal.
+    """Run the kernel on the operands of `run_forward`, the states that it saved, dy and dfinal.
 
     The state alone: c, skip and dy None.
 

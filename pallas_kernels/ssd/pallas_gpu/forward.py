@@ -168,7 +168,7 @@ def _scratch(tiles: Tiles, outputs: bool, io_dtype: Any) -> dict[str, Any]:
     return scratch
 
 
-def ssd_forward(
+def run_forward(
     tiles: Tiles,
     x: jax.Array,
     rows: jax.Array,

@@ -105,12 +105,12 @@ def _operand(tiles: "Tiles", value: jax.Array) -> jax.Array:
 
 
 def _run(tiles: "Tiles", inputs: SsdInputs, save: bool) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
-    """Run the forward kernel on arrays of the public shapes; see `ssd_forward` for the saved states."""
+    """Run the forward kernel on arrays of the public shapes; see `run_forward` for the saved states."""
     from pallas_kernels.ssd.pallas_gpu.decays import scalar_rows
-    from pallas_kernels.ssd.pallas_gpu.forward import ssd_forward
+    from pallas_kernels.ssd.pallas_gpu.forward import run_forward
 
     x, dt, log_decay, b, c, d, h = inputs
-    y, final, saved = ssd_forward(
+    y, final, saved = run_forward(
         tiles,
         _operand(tiles, target.assert_platform(x, "pallas_gpu", "cuda", _INTERPRETER)),
         scalar_rows(_pad(tiles, dt), _pad(tiles, log_decay)),
@@ -128,11 +128,11 @@ def _gradients(
     tiles: "Tiles", inputs: SsdInputs, saved: jax.Array, dy: jax.Array | None, dfinal: jax.Array
 ) -> SsdInputs:
     """Run the backward kernel on arrays of the public shapes; add up its partial sums."""
-    from pallas_kernels.ssd.pallas_gpu.backward import VECTORS, ssd_backward
+    from pallas_kernels.ssd.pallas_gpu.backward import VECTORS, run_backward
     from pallas_kernels.ssd.pallas_gpu.decays import scalar_rows
 
     x, dt, log_decay, b, c, d, _ = inputs
-    found = ssd_backward(
+    found = run_backward(
         tiles,
         _operand(tiles, target.assert_platform(x, "pallas_gpu", "cuda", _INTERPRETER)),
         scalar_rows(_pad(tiles, dt), _pad(tiles, log_decay)),

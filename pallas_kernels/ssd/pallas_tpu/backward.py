@@ -289,7 +289,7 @@ def _results(
     return outs | {"initial_state": (varying.out_struct_like(x, dfinal.shape, jnp.float32), tiles.state_spec())}
 
 
-def ssd_backward(
+def run_backward(
     tiles: Tiles, inputs: SsdInputs, saved: jax.Array, dy: jax.Array | None, dfinal: jax.Array
 ) -> SsdInputs:
     """Return the gradients of the views, from the cotangents of y (with c) and of the final state.

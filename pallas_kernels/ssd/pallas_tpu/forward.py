@@ -103,7 +103,7 @@ def _kernel(*refs, tiles: Tiles, outputs: bool, save: bool) -> None:
         final_ref[...] = h_ref[...]
 
 
-def ssd_forward(tiles: Tiles, inputs: SsdInputs, save: bool) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
+def run_forward(tiles: Tiles, inputs: SsdInputs, save: bool) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
     """Return y (None without c), the final state and, with `save`, the state before each block of tokens.
 
     Every array is a view of `tiles`. y before the first chunk with outputs is uninitialised.

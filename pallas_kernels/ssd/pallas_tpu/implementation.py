@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from pallas_kernels import target
 from pallas_kernels.ssd import kernel_vjp
 from pallas_kernels.ssd.pallas_tpu import block_sizes
-from pallas_kernels.ssd.pallas_tpu.backward import ssd_backward
-from pallas_kernels.ssd.pallas_tpu.forward import ssd_forward
+from pallas_kernels.ssd.pallas_tpu.backward import run_backward
+from pallas_kernels.ssd.pallas_tpu.forward import run_forward
 from pallas_kernels.ssd.pallas_tpu.tiles import Tiles
 from pallas_kernels.ssd.protocol import SsdInputs
 
@@ -71,9 +71,9 @@ def _view(tiles: Tiles, inputs: SsdInputs) -> SsdInputs:
 
 
 def _run(tiles: Tiles, inputs: SsdInputs, save: bool) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
-    """Run the forward kernel on arrays of the public shapes; see `ssd_forward` (saved states: a view)."""
+    """Run the forward kernel on arrays of the public shapes; see `run_forward` (saved states: a view)."""
     views = _view(tiles, inputs)._replace(initial_state=tiles.view_state(inputs.initial_state))
-    y, final, saved = ssd_forward(tiles, views, save)
+    y, final, saved = run_forward(tiles, views, save)
     # Tokens are sliced while heads are side by side in memory: on a TPU, slices of [B, T, H, P] are copies.
     y = None if y is None else tiles.unview(y[:, :, tiles.output_start :], tiles.by_head)
     return y, tiles.unview_state(final), saved
@@ -98,7 +98,7 @@ def _group_gradient(tiles: Tiles, gradient: jax.Array, dtype: jax.typing.DTypeLi
 
 def _gradients(tiles: Tiles, inputs: SsdInputs, saved: jax.Array, dy: jax.Array | None, dfinal: jax.Array) -> SsdInputs:
     """Run the backward kernel on arrays of the public shapes, `saved` as the forward kernel left it."""
-    found = ssd_backward(
+    found = run_backward(
         tiles,
         _view(tiles, inputs),
         saved,
