@@ -2,6 +2,7 @@
 # make test:  environment with test tools, then the whole suite.
 # make faults: the accidents that take minutes (50 kills at random moments, a full disk) besides those of the suite.
 # make wheel-check: the wheel, installed outside the repository, trains and generates.
+# make notebooks: run the notebooks and store their outputs.
 # make docs:   the documentation, into site/; a broken link fails.
 # PYTHON=python3.12 make test picks the interpreter; uv is used where it is there.
 
@@ -13,7 +14,7 @@ INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/pyt
 # Each environment remembers its interpreter: another PYTHON makes a new one.
 IDENTITY := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 
-.PHONY: train test faults lint wheel-check docs clean
+.PHONY: train test faults lint notebooks wheel-check docs clean
 
 train: $(VENV)/.installed-base
 	$(BIN)/python train.py --config configs/tiny.yaml
@@ -28,6 +29,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+notebooks: $(VENV)/.installed-dev
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	$(BIN)/ruff format notebooks
 
 wheel-check: $(VENV)/.python-$(IDENTITY)
 	PYTHON=$(BIN)/python .ci/wheel_check
