@@ -58,7 +58,7 @@ class Tiles:
         return {"grid": (self.batch, self.num_heads, parts), "grid_names": ("row", "head", "part")}
 
     def cell(self, blocks: GpuBlocks) -> "Cell":
-        """Where the running thread block stands."""
+        """Position of the running thread block."""
         row, head, part = (jax.lax.axis_index(name) for name in ("row", "head", "part"))
         ratio = self.num_heads // self.groups
         group = jax.lax.div(head, jnp.int32(ratio)) if ratio > 1 else head
