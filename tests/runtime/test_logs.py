@@ -1,5 +1,7 @@
 """Log lines on outputs of every kind."""
 
+import contextlib
+import importlib
 import io
 import logging
 import os
@@ -96,3 +98,22 @@ def test_a_reader_that_leaves_ends_a_printing_command_without_a_traceback():
     assert process.wait(timeout=60) == 0
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+COMMANDS = ["checkpoint", "convert", "evaluate", "export", "generate", "report"]
+
+
+@pytest.mark.parametrize("module", [*(f"{name}.__main__" for name in COMMANDS), "data.train_tokenizer"])
+def test_every_command_prints_to_any_output(module, monkeypatch, capsys):
+    entered = []
+
+    @contextlib.contextmanager
+    def note():
+        entered.append(module)
+        yield
+
+    monkeypatch.setattr(logs, "safe_output", note)
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"transmamba_jax.{module}").main(["--help"])
+    assert (ended.value.code, entered) == (0, [module])
+    assert "usage: " in capsys.readouterr().out

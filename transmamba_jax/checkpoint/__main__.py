@@ -11,6 +11,7 @@ from transmamba_jax.checkpoint import manifest as checkpoint_manifest
 from transmamba_jax.checkpoint import steps as checkpoint_steps
 from transmamba_jax.checkpoint import tree as checkpoint_tree
 from transmamba_jax.checkpoint.manifest import DamagedError
+from transmamba_jax.runtime import logs
 from transmamba_jax.runtime.paths import option_path
 
 _COMMANDS = {
@@ -20,6 +21,7 @@ _COMMANDS = {
 }
 
 
+@logs.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """List the steps of a checkpoint folder, show the arrays of one, or verify what is on disk."""
     parser = argparse.ArgumentParser(prog="transmamba checkpoint", description=main.__doc__)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transmamba_jax import export
 from transmamba_jax.config import Config
 from transmamba_jax.convert import mamba2, tokenizer_files
-from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime import logs, tensor_files
 from transmamba_jax.runtime.paths import option_path
 
 
@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@logs.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert a folder; returns 2 where that cannot be done."""
     options = _parser().parse_args(arguments)

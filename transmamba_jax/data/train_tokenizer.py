@@ -16,6 +16,7 @@ from transmamba_jax.config_io import load_config
 from transmamba_jax.data.documents import take
 from transmamba_jax.data.sources import open_documents
 from transmamba_jax.data.tokenizers import END_OF_DOCUMENT, JsonTokenizer
+from transmamba_jax.runtime import logs
 from transmamba_jax.runtime.checks import require
 from transmamba_jax.runtime.paths import option_path
 
@@ -44,6 +45,7 @@ def train(documents: Iterator[bytes], vocab_size: int) -> str:
     return tokenizer.to_str(pretty=True)
 
 
+@logs.command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(

@@ -10,7 +10,7 @@ from transmamba_jax.checkpoint import command_options
 from transmamba_jax.config import Config
 from transmamba_jax.evaluate.evaluator import EvalResult, Evaluator
 from transmamba_jax.model import TransMamba
-from transmamba_jax.runtime import serving_mesh
+from transmamba_jax.runtime import logs, serving_mesh
 from transmamba_jax.runtime.paths import option_path
 
 
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@logs.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate a checkpoint and print loss, bits per byte, baselines and the loss by position."""
     options = _parser().parse_args(arguments)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from transmamba_jax import data
 from transmamba_jax.checkpoint import command_options
 from transmamba_jax.export import folder, stablehlo
-from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime import logs, tensor_files
 from transmamba_jax.runtime.paths import option_path
 
 
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@logs.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export a checkpoint and return the exit code: 0, or 2 with the reason printed."""
     options = _parser().parse_args(arguments)

@@ -18,6 +18,7 @@ from transmamba_jax.generate.sampling import Sampling
 from transmamba_jax.generate.streaming import stream
 from transmamba_jax.generate.text import TextStream
 from transmamba_jax.model import TransMamba
+from transmamba_jax.runtime import logs
 
 _TURNS = 4  # of a session that :back can forget: each is kept with its keys and values
 
@@ -172,6 +173,7 @@ class Terminal:
                     print(error)
 
 
+@logs.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Continue a prompt, standard input, or what is typed, and print the text as it comes."""
     options = _parser().parse_args(arguments)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from transmamba_jax.report.compare import write_comparison
 from transmamba_jax.report.summary import write_report
+from transmamba_jax.runtime import logs
 
 
+@logs.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report of one run into WORKDIR/report/, or of several side by side into DIR; print the page's path."""
     parser = argparse.ArgumentParser(prog="transmamba report", description=main.__doc__)

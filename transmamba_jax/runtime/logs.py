@@ -6,12 +6,13 @@ with `logging.getLogger("transmamba_jax").setLevel("ERROR")`. The commands use `
 """
 
 import contextlib
+import functools
 import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from typing import TextIO
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -91,6 +92,22 @@ def safe_output() -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:
         _point_at(sys.stdout, None)
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result | None]:
+    """Run the `main` of a command within `safe_output`."""
+
+    @functools.wraps(main)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result | None:
+        with safe_output():
+            return main(*args, **kwargs)
+        return None  # the reader has left, and a command without a code ends with 0
+
+    return run
 
 
 def _open_closed_descriptors() -> None:
