@@ -46,8 +46,8 @@ def train(documents: Iterator[bytes], vocab_size: int) -> str:
 
 
 @logs.command
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="transmamba train-tokenizer",
         description="Train a byte-level BPE tokenizer on the training split of a config's data source. Further "
@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"{parser.prog}: {error}")
     size = JsonTokenizer(text, str(output)).vocab_size
     print(f"{output}: {size} ids. Use it with --data.tokenizer {output} --model.vocab-size {size}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TextIO, TypeVar
+from typing import ParamSpec, TextIO
 
 from tqdm import tqdm
 
@@ -95,17 +95,16 @@ def safe_output() -> Iterator[None]:
 
 
 Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 
-def command(main: Callable[Arguments, Result]) -> Callable[Arguments, Result | None]:
+def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
     """Run the `main` of a command within `safe_output`."""
 
     @functools.wraps(main)
-    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result | None:
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
         with safe_output():
             return main(*args, **kwargs)
-        return None  # the reader has left, and a command without a code ends with 0
+        return 0  # the reader left, as `head` does
 
     return run
 
