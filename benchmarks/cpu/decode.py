@@ -1,17 +1,16 @@
 """Race decoding: `python -m benchmarks.cpu.decode` prints tables in about seven minutes.
 
-One row, float32, greedy, a byte vocabulary. Contenders hold their states side by side and go on for a few tokens in
-their turn, always from the same length, so that noise of the machine meets all alike; the fastest turn counts. With
-`--only`, some of the parts:
+One row, float32, greedy, a byte vocabulary. Contenders keep their states and decode a few tokens in turns, always from
+the same length, so that noise of the machine affects all alike. The fastest turn counts. `--only` selects parts:
 
-  flat     Time per token after the last TransPoint, after 1k, 4k, 16k and 64k tokens that were really read.
-  cache    Bytes of all arrays but the parameters along a sequence of 16k tokens that are really read under V9, over
-           those of the Transformer's cache.
+  flat     Time per token after the last TransPoint, after a prefill of 1k, 4k, 16k and 64k tokens.
+  cache    Bytes of all arrays but the parameters along a sequence of 16k tokens under V9, over those of the
+           Transformer's cache.
   prompt   Memory of the process while prompts of 8k, 16k and 64k tokens are read in prefill chunks of 2k, under V9.
   speed    Tokens per second at 1k, 8k and 32k: V9, the Transformer and Mamba-2 of this code and, where transformers is
            installed, its Llama of the same width, depth and MLP, and its Mamba-2 of about as many parameters. Speed
-           does not depend on what is remembered, so the caches are random, which takes no time to make.
-  choices  The state carried along or left for the TransPoint; seconds to compile one stage of 16 layers.
+           does not depend on the values of the caches, so they are random.
+  choices  An eager against a lazy SSM state; seconds to compile one stage of 16 layers.
 """
 
 import argparse
@@ -43,25 +42,25 @@ Part = Callable[[Any, float, tuple[int, ...]], None]
 
 
 def random_params(config: ModelConfig) -> Any:
-    """Parameters of the right shapes; what they are does not matter for speed."""
+    """Return random parameters; their values do not matter for speed."""
     shapes = jax.eval_shape(tm.TransMamba(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     draw = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: jnp.asarray(0.02 * draw.normal(size=leaf.shape), leaf.dtype), shapes)
 
 
 def after(decoder: Decoder, length: int) -> DecodeState:
-    """A state after `length` tokens, with a random cache and room for a turn."""
+    """Return a state after `length` tokens, with a random cache and capacity for a turn."""
     draw = np.random.default_rng(0)
     fill = lambda leaf: jnp.array(draw.random(leaf.shape, np.float32), leaf.dtype)
-    rooms = [length + BLOCK_STEPS if length < point else 0 for point in decoder.transpoints]
-    layers = tuple(jax.tree.map(fill, memory.init_layer(decoder.config, 1, room, lazy=True)) for room in rooms)
+    sizes = [length + BLOCK_STEPS if length < point else 0 for point in decoder.transpoints]
+    layers = tuple(jax.tree.map(fill, memory.init_layer(decoder.config, 1, size, lazy=True)) for size in sizes)
     state = decoder.start(1)
     cache = dataclasses.replace(state.cache, layers=layers, lengths=jnp.array([length], jnp.int32))
     return dataclasses.replace(state, cache=cache)
 
 
 def turns(decoder: Decoder, state: DecodeState, steps: int) -> timing.Contender:
-    """Go on for a turn of `steps` tokens, always from the length of `state`."""
+    """Decode a turn of `steps` tokens, always from the length of `state`."""
     length, held = state.cache.lengths, [state]
     total = int(length[0]) + BLOCK_STEPS
 
@@ -141,7 +140,7 @@ def prompt_memory(params: Any, _seconds: float, _contexts: tuple[int, ...]) -> N
 
 
 def llama(length: int) -> timing.Contender:
-    """The Llama of transformers, of the same width, depth and MLP, with its dynamic cache."""
+    """Decode with the Llama of transformers, of the same width, depth and MLP, with its dynamic cache."""
     import torch
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -172,7 +171,7 @@ def llama(length: int) -> timing.Contender:
 
 
 def mamba2(_length: int) -> timing.Contender:
-    """The Mamba-2 of transformers, with twice the layers instead of MLPs, about as many parameters."""
+    """Decode with the Mamba-2 of transformers, with twice the layers instead of MLPs, about as many parameters."""
     import torch
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
@@ -199,7 +198,7 @@ def mamba2(_length: int) -> timing.Contender:
 
 
 def greedy_torch(forward: Callable[[Any], Any]) -> None:
-    """Go on for a turn."""
+    """Decode a turn greedily."""
     import torch
 
     token = torch.zeros(1, 1, dtype=torch.long)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import json
 import math
 import os
 import subprocess
@@ -246,6 +247,21 @@ def test_command_prints_what_the_evaluator_measures(saved, folder, capsys):
     assert len(peers) == 2
     for name, value in peers.items():
         assert f"{name.replace('_', ' ')}: {value:.4f}" in output
+
+    assert evaluate_command.main(["--checkpoint", str(saved), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report.pop("by_position") == [dataclasses.asdict(span) for span in expected.by_position]
+    assert report == {
+        "step": 7,
+        "source": config.data.source,
+        "split": config.data.eval_split,
+        "seq_len": 21,
+        "transpoints": [0, 9],
+        "tokens": expected.tokens,
+        "loss": expected.loss,
+        "bits_per_byte": expected.bits_per_byte,
+        "baselines": peers,
+    }
 
 
 @pytest.mark.parametrize("choice", [["transformer", "--seq-len", "32"], ["32", "32"]], ids=["name", "integers"])

@@ -116,6 +116,14 @@ def test_scores_are_the_log_likelihoods_of_the_bytes(lm: tm.LanguageModel) -> No
     assert lm.score(long) < lm.score(long[:30]) < 0
 
 
+def test_the_inside_of_the_layers_is_that_of_the_tokens(lm: tm.LanguageModel) -> None:
+    tokens = jnp.array([list(b"def f(")], jnp.int32)
+    found, expected = lm.inspect("def f(", layers=[0]), tm.inspect(lm.model, lm.params, tokens, layers=[0])
+    assert _equal(vars(found), vars(expected))
+    with pytest.raises(ValueError, match=r"text must be one text, found list .*; tm.inspect takes tokens"):
+        lm.inspect(["a"])  # type: ignore[arg-type]
+
+
 def test_a_model_is_shown_in_a_few_lines(lm: tm.LanguageModel, run: Path) -> None:
     assert repr(lm) == (
         f"LanguageModel of {run / 'checkpoints'}, step 3\n"

@@ -84,4 +84,4 @@ def test_a_mesh_gives_the_tokens_of_one_device() -> None:
         assert found["part"] == part, name  # windows are whole along tensor; rows are in 2 and in 4 parts
     np.testing.assert_allclose(report["scores"][1], report["scores"][0], rtol=1e-5)
     assert report["axes"] == {"everywhere": [8, 1, 1, 1], "training": [1, 4, 1, 2], "other": [1, 2, 1, 1]}
-    assert report["error"].startswith("params must lie on one mesh, found them on 2: ")
+    assert report["error"].startswith("params must be placed on one mesh, found them on 2: ")

@@ -2,8 +2,11 @@
 
 import argparse
 import dataclasses
+import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transmamba_jax import config_io, data, schedule
 from transmamba_jax.checkpoint import command_options
@@ -41,6 +44,26 @@ def _table(result: EvalResult, transpoints: Sequence[int]) -> list[str]:
     return lines
 
 
+def _report(
+    step: int, config: Config, transpoints: Sequence[int], result: EvalResult, peers: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return the object that --json prints; losses in nats per token, null where one is not finite."""
+    finite = lambda value: value if math.isfinite(value) else None
+    spans = [{"start": span.start, "stop": span.stop, "loss": finite(span.loss)} for span in result.by_position]
+    return {
+        "step": step,
+        "source": config.data.source,
+        "split": config.data.eval_split,
+        "seq_len": config.data.seq_len,
+        "transpoints": list(transpoints),
+        "tokens": result.tokens,
+        "loss": finite(result.loss),
+        "bits_per_byte": finite(result.bits_per_byte),
+        "baselines": dict(peers),
+        "by_position": spans,
+    }
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="transmamba evaluate",
@@ -58,12 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--windows", type=int, default=None, help="rows to read, 0: all of the split (default: the config's)"
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
 
 @logs.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate a checkpoint and print loss, bits per byte, baselines and the loss by position."""
+    """Evaluate a checkpoint and print loss, bits per byte, baselines and the loss by position, as text or JSON."""
     options = _parser().parse_args(arguments)
     try:
         saved = command_options.restore(options.checkpoint, options.step)
@@ -77,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     points = schedule.expand(config.model.transpoints, config.model.num_layers)
+    if options.json:
+        print(json.dumps(_report(saved.step, config, points, result, peers)))
+        return 0
     print(f"step {saved.step} of {options.checkpoint}, {config.data.source} {config.data.eval_split}")
     print(f"TransPoints {', '.join(map(str, points))} of {config.data.seq_len} tokens")
     print(f"{result.tokens:,} tokens: loss {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits per byte")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from transmamba_jax import data, schedule
 from transmamba_jax.config import Config
@@ -18,6 +19,7 @@ from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import paths, tensor_files
 
 if TYPE_CHECKING:
+    from transmamba_jax.evaluate.inspection import Inspection
     from transmamba_jax.evaluate.scoring import Scorer
 
 _SHOWN = 12  # names of a folder in a message
@@ -124,6 +126,20 @@ class LanguageModel:
         (context,) = self._texts(context, "context")
         scores = [score for score, _ in self._scorer.text_log_likelihoods([(context, each) for each in texts])]
         return scores[0] if single else scores
+
+    def inspect(self, text: str, **options: Any) -> "Inspection":
+        """Return what is inside the layers for one text; options as for `tm.inspect`.
+
+        Raises:
+            ValueError: `text` is not one text, or as for `tm.inspect`.
+        """
+        from transmamba_jax.evaluate.inspection import inspect
+
+        if not isinstance(text, str):
+            raise ValueError(f"text must be one text, found {_describe(text)}; tm.inspect takes tokens [B, T]")
+        (text,), tokenizer = self._texts(text, "text"), self._known_tokenizer()
+        tokens = tokenizer.encode(text) or [tokenizer.end_of_document]
+        return inspect(self.model, self.params, jnp.array([tokens], jnp.int32), **options)
 
     def __repr__(self) -> str:
         """Return a few lines: where it comes from, its sizes and its schedule."""

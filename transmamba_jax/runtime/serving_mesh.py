@@ -1,10 +1,10 @@
-"""The mesh on which a model reads and writes: where its parameters lie decides.
+"""Choose the mesh for generation and scoring from the placement of the parameters.
 
 Parameters on one device are used there. Parameters on a mesh, or under `jax.set_mesh`, are used on all of its devices:
-rows of a batch over data and fsdp as far as these divide them, heads and their caches over tensor. One token at a time
-leaves nothing to split along a sequence, so the devices along context take parts of parameters and rows too, as those
-along fsdp do. Nobody has to name a mesh: whole copies on many devices (as `tm.restore` makes them) share the rows, and
-parameters on a mesh with other axes are cut anew.
+rows of a batch are sharded over data and fsdp as far as these divide them, heads and their caches over tensor. One
+token at a time leaves nothing to split along a sequence, so the devices along context take parts of parameters and rows
+too, as those along fsdp do. No argument names a mesh: replicated parameters (as `tm.restore` makes them) share the
+rows, and parameters on a mesh with other axes are sharded again.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ _AXES = ("data", "fsdp", "context", "tensor")
 
 
 def place(params: Any) -> tuple[Any, Mesh | None]:
-    """Return the parameters where they are used, and the mesh; None: one device.
+    """Place the parameters for generation; return them and the mesh, None for one device.
 
     Raises:
-        ValueError: the parameters lie on several meshes.
+        ValueError: the parameters are placed on several meshes.
     """
     placed = [leaf.sharding for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
     found = [place.mesh for place in placed if isinstance(place, NamedSharding)]
     meshes = {mesh for mesh in found if isinstance(mesh, Mesh) and mesh.size > 1}
     if len(meshes) > 1:
-        raise ValueError(f"params must lie on one mesh, found them on {len(meshes)}: {sorted(map(str, meshes))}")
+        raise ValueError(f"params must be placed on one mesh, found them on {len(meshes)}: {sorted(map(str, meshes))}")
     mesh = meshes.pop() if meshes else jax.sharding.get_mesh()
     if mesh.size <= 1:
         return params, None
@@ -43,15 +43,15 @@ def use(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 
 
 def copy(tree: Any, mesh: Mesh | None) -> Any:
-    """Put whole copies of arrays, which may come from another mesh, on all devices."""
+    """Replicate arrays, which may come from another mesh, on all devices."""
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def for_first(params: Any) -> tuple[Any, Mesh] | None:
-    """Return parameters of several processes for the first one to use alone, and its mesh; None in the others.
+    """Gather the parameters of several processes on the first one; return them and its mesh, None in the others.
 
-    Every process calls it, under the mesh where they lie. They are cut over that process's own devices, after each was
-    for a moment whole on every device and in its memory.
+    Every process calls it, under the mesh on which they are placed. They are sharded over the first process's own
+    devices. Each array is replicated for a moment, on every device and in the first process's memory.
     """
     first = jax.process_index() == 0
 
