@@ -33,7 +33,7 @@ def test_bytes_are_their_own_ids(text):
 def test_bpe_round_trip_and_byte_count(text):
     ids = BPE.encode(text)
     assert BPE.decode(ids) == text
-    _, lengths = BPE.encode_counted(text.encode("utf-8"))
+    ((_, lengths),) = BPE.encode_counted([text.encode("utf-8")])
     assert lengths.sum() == len(text.encode("utf-8"))
 
 
@@ -42,7 +42,7 @@ def test_a_document_is_its_ids_and_one_end(tokenizer):
     ids = tokenizer.encode_document(TEXT.encode())
     assert ids.dtype == np.int32
     assert ids.tolist() == [*tokenizer.encode(TEXT), tokenizer.end_of_document]
-    counted, lengths = tokenizer.encode_counted(TEXT.encode())
+    ((counted, lengths),) = tokenizer.encode_counted([TEXT.encode()])
     assert counted.tolist() == ids[:-1].tolist()
     assert counted.dtype == lengths.dtype == np.int32
     spelt = [tokenizer.decode([index]) for index in counted]
@@ -145,7 +145,7 @@ def ready(tokenizer):
 @given(text=st.one_of(st.text(), st.text(alphabet="the na\u00efvab\n\u65e5\u672c ")))
 def test_bytes_of_tokens_add_up_to_those_of_the_document(kind, text):
     tokenizer = ready(KINDS[kind])
-    ids, lengths = tokenizer.encode_counted(text.encode("utf-8"))
+    ((ids, lengths),) = tokenizer.encode_counted([text.encode("utf-8")])
     assert ids.shape == lengths.shape
     assert (lengths >= 0).all()
     document = encoding.encode_document(tokenizer, text.encode("utf-8"))
@@ -166,7 +166,7 @@ def test_bytes_of_tokens_add_up_to_those_of_the_document(kind, text):
 def test_a_token_stands_for_the_bytes_that_it_replaces(kind, tokens):
     tokenizer = ready(KINDS[kind])
     text = "the na\u00efve a"
-    ids, lengths = tokenizer.encode_counted(text.encode())
+    ((ids, lengths),) = tokenizer.encode_counted([text.encode()])
     if tokens is None:
         tokens = dict(zip(("first", "last"), (lengths[0], lengths[-1]), strict=True))
         assert (tokenizer.decode(ids[:1].tolist()), tokens["first"]) == (" ", 0)  # the space that the tokenizer adds

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,8 @@ class RunningMean(nn.Module):
 class UnevenTokenizer(ByteTokenizer):
     """Bytes, with lengths that tell a sum over targets from a count of them."""
 
-    def encode_counted(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
-        ids, _ = super().encode_counted(text)
-        return ids, ids % 3 + 1
+    def encode_counted(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(ids, ids % 3 + 1) for ids, _ in super().encode_counted(texts)]
 
 
 @pytest.fixture(scope="module")

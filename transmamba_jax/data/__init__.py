@@ -7,16 +7,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transmamba_jax.data.batch_iterator import BatchIterator
     from transmamba_jax.data.byte_models import baselines
     from transmamba_jax.data.given import give_documents
-    from transmamba_jax.data.pipeline import BatchIterator, eval_batches, held_out_text, train_batches, training_text
+    from transmamba_jax.data.pipeline import eval_batches, held_out_text, train_batches, training_text
     from transmamba_jax.data.registry import register_source
     from transmamba_jax.data.task_batches import open_tokenizer
     from transmamba_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_from_json
 
 _MODULES = {
     "baselines": "byte_models",
-    "BatchIterator": "pipeline",
+    "BatchIterator": "batch_iterator",
     "eval_batches": "pipeline",
     "give_documents": "given",
     "held_out_text": "pipeline",

@@ -19,25 +19,37 @@ _RIGHT_BYTES = 2**14
 """Text after the end of a part in which a cut is looked for."""
 
 
+def encode_documents(tokenizer: Tokenizer, documents: Sequence[bytes]) -> list[np.ndarray]:
+    """Return the tokens of each document and its end, int64 [T], a view of TOKEN; bytes add up to the document's and 1.
+
+    One number per token: libraries that carry arrays look at the fields of a structured dtype each time.
+    """
+    counted = tokenizer.encode_counted(documents)
+    return [
+        _join(
+            *(_given_ids(text, *found) if isinstance(text, TokenDocument) else found), text, tokenizer.end_of_document
+        )
+        for text, found in zip(documents, counted, strict=True)
+    ]
+
+
 def encode_document(tokenizer: Tokenizer, document: bytes) -> np.ndarray:
-    """Return the tokens of a document and its end, TOKEN [T]; their bytes add up to those of the document and one."""
-    return _encode(tokenizer, document, is_last=True)
+    """Return the tokens of a document and its end, TOKEN [T]."""
+    return encode_documents(tokenizer, [document])[0].view(TOKEN)
 
 
-def _encode(tokenizer: Tokenizer, text: bytes, is_last: bool) -> np.ndarray:
-    ids, lengths = _counted_ids(tokenizer, text) if isinstance(text, TokenDocument) else tokenizer.encode_counted(text)
-    tokens = np.empty(len(ids) + is_last, TOKEN)
+def _join(ids: np.ndarray, lengths: np.ndarray, text: bytes, end: int | None) -> np.ndarray:
+    tokens = np.empty(len(ids) + (end is not None), TOKEN)
     tokens["id"][: len(ids)] = ids
     tokens["bytes"][: len(ids)] = lengths
-    if is_last:
+    if end is not None:
         # Text of which the tokenizer keeps nothing is part of the document too.
-        tokens[-1] = tokenizer.end_of_document, 1 + len(text) - int(lengths.sum())
-    return tokens
+        tokens[-1] = end, 1 + len(text) - int(lengths.sum())
+    return tokens.view(np.int64)
 
 
-def _counted_ids(tokenizer: Tokenizer, document: TokenDocument) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids that were given, and their bytes: spread evenly where the tokenizer writes the text in other ids."""
-    ids, lengths = tokenizer.encode_counted(document)
+def _given_ids(document: TokenDocument, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids that were given, and their bytes: spread evenly where the tokenizer writes the text in other `ids`."""
     if not np.array_equal(ids, document.ids):
         ends = np.arange(len(document.ids) + 1) * len(document) // max(1, len(document.ids))
         lengths = np.diff(ends).astype(np.int32)
@@ -80,7 +92,9 @@ class _Parts(Sequence[dict[str, np.ndarray]]):
             raise IndexError(part)
         text = self._documents.read_range(self._index, self._cut(part), self._cut(part + 1))
         self._documents.check_utf8(self._index, text, self._cut(part))
-        return {"tokens": _encode(self._tokenizer, text, is_last=part == len(self) - 1)}
+        ((ids, lengths),) = self._tokenizer.encode_counted([text])
+        end = self._tokenizer.end_of_document if part == len(self) - 1 else None
+        return {"tokens": _join(ids, lengths, text, end)}
 
     def _cut(self, part: int) -> int:
         """Return the byte offset at which a part begins: the first one near its place that changes no token."""

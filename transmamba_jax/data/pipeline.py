@@ -5,15 +5,12 @@ with an end-of-document id -> windows of rows of seq_len + 1 tokens -> rows shuf
 a batch. Epochs follow one another without a seam: a row may hold the end of one epoch and the start of the next.
 """
 
-import dataclasses
 import functools
-import json
 import multiprocessing
 import os
 import signal
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -28,8 +25,9 @@ from grain.experimental import (
 
 from transmamba_jax.config import DataConfig
 from transmamba_jax.data import task_batches
+from transmamba_jax.data.batch_iterator import Batch, BatchIterator, Plan
 from transmamba_jax.data.documents import Documents, cut_text, take
-from transmamba_jax.data.encoding import EncodeInParts, encode_document
+from transmamba_jax.data.encoding import TOKEN, EncodeInParts, encode_document, encode_documents
 from transmamba_jax.data.sources import open_documents
 from transmamba_jax.data.synthetic import is_synthetic
 from transmamba_jax.data.tokenizers import Tokenizer
@@ -47,123 +45,16 @@ CHECKED_BYTES = 2**26
 CHECKED_DOCUMENTS = 2**14
 """Documents after which no more are checked, once they fill a window."""
 
+GROUP_BYTES = 2**14
+"""Text that is encoded at a time: of short documents several, so that the pipeline's work for each is small."""
+
 HELD_OUT_DOCUMENTS = 2**14
 """Documents of the held-out stream; of a larger split it takes this many, evenly spread."""
 
 HELD_OUT_BYTES = 2**26
 """Bytes after which the held-out stream takes no further document."""
 
-_READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
-
-Batch = dict[str, np.ndarray]
-
-
-class BatchIterator(Iterator[Batch]):
-    """Endless batches of one process, whose position can be saved and restored bit for bit.
-
-    The documents are read in `streams`, each of which gives the same share of every batch's rows. A process has one or
-    more of them, in order, so what all processes read together does not depend on how many there are.
-    """
-
-    def __init__(self, open_stream: Callable[[int, int], tuple[grain.IterDataset, dict[str, Any]]], plan: "_Plan"):
-        """Start at the beginning; `open_stream(index, count)` gives a stream and what its position must agree with."""
-        self._open_stream, self._plan = open_stream, plan
-        # Grain's iterators fail noisily when they go after Grain's modules: let go of them before the program ends.
-        self._opened: list[grain.DatasetIterator] = []
-        self._finalizer = weakref.finalize(self, _close, self._opened)
-        self._open(plan.streams)
-
-    def _open(self, count: int) -> None:
-        _close(self._opened)
-        self._indices = self._plan.mine(count)
-        datasets, self._settings = zip(*(self._open_stream(index, count) for index in self._indices), strict=True)
-        self._opened.extend(iter(dataset) for dataset in datasets)
-
-    @property
-    def _iterators(self) -> list[grain.DatasetIterator]:
-        if not self._opened:
-            raise ValueError("the batches were closed; call train_batches again")
-        return self._opened
-
-    def __next__(self) -> Batch:
-        parts = [next(iterator) for iterator in self._iterators]
-        return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-
-    def get_state(self) -> dict[str, Any]:
-        """Return the position behind the last batch, as a tree that JSON keeps."""
-        pairs = zip(self._settings, self._iterators, strict=True)
-        streams = [{"settings": settings, "iterator": iterator.get_state()} for settings, iterator in pairs]
-        return json.loads(json.dumps({"streams": streams}))
-
-    def set_state(self, *states: dict[str, Any]) -> None:
-        """Continue from the positions that `get_state` returned, in all processes that then were.
-
-        Positions without a stream are those of a run that has read nothing: they change nothing.
-
-        Raises:
-            ValueError: they belong to streams with other settings, or so many streams cannot be shared out here.
-        """
-        if not all("streams" in state for state in states):
-            raise ValueError("the saved data position was written by an older version and has no streams")
-        saved = {stream["settings"]["stream"][0]: stream for state in states for stream in state["streams"]}
-        if not saved:
-            return
-        _, count = next(iter(saved.values()))["settings"]["stream"]
-        self._plan.check(count)
-        if count != self._settings[0]["stream"][1]:
-            self._open(count)
-        for settings, index in zip(self._settings, self._indices, strict=True):
-            if index not in saved:
-                raise ValueError(f"the saved data position has no stream {index} of {count}, only {sorted(saved)}")
-            found = saved[index]["settings"]
-            differences = [
-                f"{name}: saved {found.get(name)!r}, now {settings.get(name)!r}"
-                for name in sorted({*found, *settings})
-                if found.get(name) != settings.get(name)
-            ]
-            if differences:
-                raise ValueError(f"the saved data position belongs to another stream: {'; '.join(differences)}")
-        for iterator, index in zip(self._iterators, self._indices, strict=True):
-            iterator.set_state(_with_tuples(saved[index]["iterator"]))
-
-    def close(self) -> None:
-        """End the worker processes and reading threads; also done when the iterator goes or the program ends."""
-        self._finalizer()
-
-
-def _close(opened: list[grain.DatasetIterator]) -> None:
-    while opened:
-        opened.pop().close()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """How streams are shared out: part `part` of `parts` of the rows is this process's."""
-
-    part: int
-    parts: int
-    rows: int
-    asked: int
-
-    @property
-    def streams(self) -> int:
-        """Return how many a new run has."""
-        return self.asked or self.parts
-
-    def mine(self, count: int) -> range:
-        """Return which of `count` streams this process reads."""
-        each = count // self.parts
-        return range(self.part * each, (self.part + 1) * each)
-
-    def check(self, count: int) -> None:
-        """Refuse a number of streams that a checkpoint has and this run cannot read."""
-        if self.asked not in (0, count):
-            raise ValueError(f"the saved data position has {count} streams, found data.streams={self.asked}")
-        if count % self.parts or self.rows % count:
-            raise ValueError(
-                f"the saved data position has {count} streams, which {self.parts} processes cannot share out evenly "
-                f"over data.batch_size={self.rows}; continue with a number of processes that divides {count}"
-            )
+_READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 def train_batches(
@@ -183,7 +74,7 @@ def train_batches(
     """
     if config.batch_size % process_count:
         raise ValueError(f"data.batch_size={config.batch_size} must be a multiple of the {process_count} processes")
-    plan = _Plan(process_index, process_count, config.batch_size, config.streams)
+    plan = Plan(process_index, process_count, config.batch_size, config.streams)
     if plan.streams % process_count or config.batch_size % plan.streams:
         raise ValueError(
             f"data.streams={plan.streams} must be a multiple of the {process_count} processes and divide "
@@ -192,18 +83,20 @@ def train_batches(
     if is_synthetic(config.source):
         return BatchIterator(functools.partial(_open_task_stream, config), plan)
     documents = open_documents(config, config.train_split)
-    window_tokens = _check(documents, config, tokenizer, plan.streams)
+    window_tokens, group = _check(documents, config, tokenizer, plan.streams)
     if config.num_workers > 0 and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only absl's own programs parse
 
     def open_stream(index: int, count: int) -> tuple[grain.IterDataset, dict[str, Any]]:
         rows = config.batch_size // count
-        dataset = _batches(config, documents, tokenizer, rows, window_tokens, slice(index, None, count))
+        shard = slice(index, None, count)
+        dataset = _batches(config, documents, tokenizer, rows, window_tokens, shard, group)
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers), _start_worker)
         # The source's name is not among them: a corpus may move between two runs.
         settings = {
             "documents": len(documents),
             "window": window_tokens,
+            "group": group,
             "rows": rows,
             "stream": [index, count],
             **{name: getattr(config, name) for name in ("packing", "seq_len", "shuffle", "seed", "num_workers")},
@@ -240,8 +133,9 @@ def _batches(
     rows: int,
     window_tokens: int,
     shard: slice,
+    group: int = 2,
 ) -> grain.IterDataset:
-    """Build the pipeline of the documents that `shard` selects in each epoch."""
+    """Build the pipeline of the documents that `shard` selects in each epoch, `group` of them encoded at a time."""
     length = config.seq_len + 1
     # Grain numbers the epochs upwards from the seed; hashing keeps neighbouring seeds from sharing their epochs.
     seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0]) >> 1
@@ -253,14 +147,15 @@ def _batches(
     if isinstance(documents, Documents) and in_parts:
         stream = FlatMapIterDataset(source.to_iter_dataset(_READ), EncodeInParts(documents, tokenizer))
     else:
-        stream = source.map(functools.partial(_encode, tokenizer)).to_iter_dataset(_READ)
+        encode = functools.partial(_encode, tokenizer, config.packing == "concat")
+        stream = source.batch(group, batch_fn=list).map(encode).to_iter_dataset(_READ)
     window = rows * max(1, window_tokens // (rows * length))
     if config.packing == "concat":
         # Grain's packing costs Python time per row; one long row per window, cut afterwards, costs next to none.
         windows = ConcatThenSplitIterDataset(stream, length_struct={"tokens": window * length})
         windows = windows.map(functools.partial(_cut, length))
     else:
-        pieces = FlatMapIterDataset(stream, _Pieces(length))
+        pieces = FlatMapIterDataset(stream, _Pieces(length) if in_parts else _PiecesOfDocuments(length))
         windows = FirstFitPackIterDataset(
             pieces, length_struct={"tokens": length}, num_packing_bins=BINS, shuffle_bins=False
         )
@@ -271,8 +166,11 @@ def _batches(
     return FlatMapIterDataset(windows, _Pieces(rows))
 
 
-def _encode(tokenizer: Tokenizer, document: bytes) -> Batch:
-    return {"tokens": encode_document(tokenizer, document)}
+def _encode(tokenizer: Tokenizer, joined: bool, documents: list[bytes]) -> Batch:
+    """Encode several documents: one array of their tokens, and where they are not to be joined, their lengths."""
+    encoded = encode_documents(tokenizer, documents)
+    tokens = {"tokens": np.concatenate(encoded)}
+    return tokens if joined else {**tokens, "lengths": np.array([len(each) for each in encoded])}
 
 
 def _cut(length: int, packed: Batch) -> Batch:
@@ -285,7 +183,7 @@ def _name_segments(packed: Batch) -> Batch:
 
 def _name_fields(window: Batch) -> Batch:
     """Take tokens apart into the arrays that a batch has."""
-    tokens = window["tokens"]
+    tokens = window["tokens"].view(TOKEN)
     fields = {"tokens": tokens["id"].copy(), "bytes": tokens["bytes"].copy()}
     return fields | {name: value for name, value in window.items() if name != "tokens"}
 
@@ -306,15 +204,31 @@ class _Pieces(FlatMapTransform):
         return [{name: value[start : start + self._size] for name, value in element.items()} for start in starts]
 
 
-def _check(documents: Documents, config: DataConfig, tokenizer: Tokenizer, streams: int) -> int:
-    """Refuse what would fail in the middle of a run; return the tokens of a window by the tokens that bytes became."""
+class _PiecesOfDocuments(FlatMapTransform):
+    """Cut each of several documents into pieces of `size` tokens, the last one shorter."""
+
+    def __init__(self, size: int):
+        self._size = size
+
+    def flat_map(self, element: Batch) -> list[Batch]:
+        documents = np.split(element["tokens"], np.cumsum(element["lengths"])[:-1])
+        starts = [(tokens, start) for tokens in documents for start in range(0, len(tokens), self._size)]
+        return [{"tokens": tokens[start : start + self._size]} for tokens, start in starts]
+
+
+def _check(documents: Documents, config: DataConfig, tokenizer: Tokenizer, streams: int) -> tuple[int, int]:
+    """Refuse what would fail in the middle of a run.
+
+    Returns:
+        The tokens of a window, by the tokens that bytes became, and the number of documents to encode at a time.
+    """
     split = config.train_split
     if len(documents) < streams:
         raise ValueError(
             f"split {split!r} of data.source {config.source!r} has {len(documents)} documents for {streams} streams "
             "(one a process, or data.streams); each needs at least one"
         )
-    tokens = bytes_encoded = bytes_read = 0
+    tokens = bytes_encoded = bytes_read = count = 0
     for count, document in enumerate(take(documents, CHECKED_BYTES), start=1):
         bytes_read += len(document) + 1
         if tokens <= config.seq_len:
@@ -324,7 +238,9 @@ def _check(documents: Documents, config: DataConfig, tokenizer: Tokenizer, strea
         if count >= CHECKED_DOCUMENTS and bytes_read >= WINDOW_BYTES:
             break
     _require_row(tokens, config, split)
-    return max(1, min(WINDOW_BYTES, bytes_read) * tokens // bytes_encoded)
+    # With 1, the length that Grain gives the endless data set overflows.
+    group = max(2, min(len(documents), GROUP_BYTES * count // bytes_read))
+    return max(1, min(WINDOW_BYTES, bytes_read) * tokens // bytes_encoded), group
 
 
 def _require_row(tokens: int, config: DataConfig, split: str) -> None:
@@ -385,15 +301,3 @@ def _held_out(config: DataConfig) -> Iterator[bytes]:
 
 def _joined(documents: Iterator[bytes]) -> bytes:
     return b"".join(document.replace(b"\0", b" ") + b"\0" for document in documents)
-
-
-def _with_tuples(state: Any) -> Any:
-    """Undo JSON: Grain tells "no remainder" by comparing a slice with a tuple, and a list never equals one."""
-    if isinstance(state, dict):
-        return {
-            key: {name: tuple(bounds) for name, bounds in value.items()}
-            if key == "remainder_slices"
-            else _with_tuples(value)
-            for key, value in state.items()
-        }
-    return [_with_tuples(value) for value in state] if isinstance(state, list) else state

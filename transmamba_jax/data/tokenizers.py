@@ -41,8 +41,8 @@ class Tokenizer(Protocol):
     def encode_document(self, document: bytes) -> np.ndarray:
         """Return the ids of a UTF-8 document and the end-of-document id, int32 [T]."""
 
-    def encode_counted(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of a UTF-8 text and the bytes of the text that each one stands for, int32 [T] both.
+    def encode_counted(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the ids of UTF-8 texts and the bytes of the text that each id stands for, int32 [T] both.
 
         The bytes add up to `len(text)` whatever the tokenizer adds or drops; only a text without ids has none.
         """
@@ -77,9 +77,12 @@ class ByteTokenizer:
         """Return the bytes of `document` and a 0, int32 [T]."""
         return np.frombuffer(document.replace(b"\0", b" ") + b"\0", np.uint8).astype(np.int32)
 
-    def encode_counted(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Return the bytes of `text` and ones, int32 [T] both."""
-        return np.frombuffer(text.replace(b"\0", b" "), np.uint8).astype(np.int32), np.ones(len(text), np.int32)
+    def encode_counted(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the bytes of each text and ones, int32 [T] both."""
+        return [
+            (np.frombuffer(text.replace(b"\0", b" "), np.uint8).astype(np.int32), np.ones(len(text), np.int32))
+            for text in texts
+        ]
 
     def find_cut(self, text: str, start: int) -> int | None:
         """Return `start`: bytes do not depend on one another."""
@@ -122,8 +125,11 @@ class SymbolTokenizer:
         """Return the ids of a document and the end-of-document id, int32 [T]."""
         return np.array([*self.encode(document.decode()), self.end_of_document], np.int32)
 
-    def encode_counted(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of `text` and the bytes of each number with the spaces before it, int32 [T] both."""
+    def encode_counted(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the ids of each text and the bytes of each number with the spaces before it, int32 [T] both."""
+        return [self._counted(text) for text in texts]
+
+    def _counted(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
         ids = np.array(self.encode(text.decode()), np.int32)
         ends = np.array([match.end() for match in re.finditer(rb"\d+", text)], np.int32)
         ends[-1:] = len(text)
@@ -203,25 +209,31 @@ class JsonTokenizer:
 
     def encode_document(self, document: bytes) -> np.ndarray:
         """Return the ids of `document` and the end-of-document id, int32 [T]."""
-        return np.append(self._encode_fast(document), np.int32(self.end_of_document))
+        return np.append(self._encode_fast([document])[0], np.int32(self.end_of_document))
 
-    def _encode_fast(self, text: bytes) -> np.ndarray:
+    def _encode_fast(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         # The fast form leaves out the places of the tokens in the text, a quarter of the time.
-        (encoding,) = self._tokenizer.encode_batch_fast([text.decode("utf-8")], add_special_tokens=False)
-        return np.array(encoding.ids, np.int32)
+        encodings = self._tokenizer.encode_batch_fast(
+            [text.decode("utf-8") for text in texts], add_special_tokens=False
+        )
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
-    def encode_counted(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of `text` and the bytes that each one stands for, int32 [T] both.
+    def encode_counted(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the ids of each text and the bytes that each id stands for, int32 [T] both.
 
         Ids of a byte-level vocabulary have lengths of their own. Others may add a space, change characters or drop
         some, so bytes are counted from the end of the token before to the end of the token.
         """
-        if self._byte_lengths is not None:
-            ids = self._encode_fast(text)
-            lengths = self._byte_lengths[ids]
-            if int(lengths.sum()) == len(text):
-                return ids, lengths
-        (encoding,) = self._tokenizer.encode_batch([text.decode("utf-8")], add_special_tokens=False)
+        if self._byte_lengths is None:
+            return [self._count(text) for text in texts]
+        found = [(ids, self._byte_lengths[ids]) for ids in self._encode_fast(texts)]
+        return [
+            (ids, lengths) if int(lengths.sum()) == len(text) else self._count(text)
+            for text, (ids, lengths) in zip(texts, found, strict=True)
+        ]
+
+    def _count(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        encoding = self._tokenizer.encode(text.decode("utf-8"), add_special_tokens=False)
         ids = np.array(encoding.ids, np.int32)
         ends = np.fromiter((end for _, end in encoding.offsets), np.int64, len(ids))  # in characters
         if not text.isascii():
