@@ -1,8 +1,12 @@
 """The model: one parameter tree under every schedule, and what packing and padding promise."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -379,3 +383,83 @@ def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:
     model, params = make()
     with pytest.raises(ValueError, match=message):
         model.apply({"params": params}, **{"tokens": tokens_of(), **arguments})
+
+
+ANY_DERIVATIVE = tm.KernelsConfig(ssd="reference", attention="reference")
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
+def test_the_references_have_jvp_and_hessian_vector_products(traced: bool) -> None:
+    """Of the whole model, against central differences in the direction of a random tangent."""
+    model, params, tokens = tm.TransMamba(CONFIG, ANY_DERIVATIVE), make()[1], tokens_of(12)
+    ids = np.array([[1] * 5 + [2] * 7, [3] * 10 + [0] * 2], np.int32)
+    points = np.array(CONFIG.transpoints) if traced else CONFIG.transpoints
+    keys = jax.random.split(jax.random.key(3), len(jax.tree.leaves(params)))
+    draw = lambda key, leaf: jax.random.normal(key, leaf.shape) * jnp.std(leaf)
+    tangent = jax.tree.map(draw, jax.tree.unflatten(jax.tree.structure(params), list(keys)), params)
+
+    def loss(params: Any) -> jax.Array:
+        logits = model.apply({"params": params}, tokens, points, ids)
+        return -jnp.mean(jax.nn.log_softmax(logits)[:, :-1][jnp.arange(2)[:, None], jnp.arange(11), tokens[:, 1:]])
+
+    @jax.jit
+    def derivatives(params: Any, step: float) -> Any:
+        near = lambda sign: jax.tree.map(lambda leaf, by: leaf + sign * step * by, params, tangent)
+        between = lambda function: jax.tree.map(
+            lambda after, before: (after - before) / (2 * step), function(near(1)), function(near(-1))
+        )
+        along = jax.jvp(loss, (params,), (tangent,))[1]
+        product = jax.jvp(jax.grad(loss), (params,), (tangent,))[1]
+        return (along, between(loss)), (product, between(jax.grad(loss)))
+
+    for found, expected in derivatives(params, 3e-3):
+        assert oracle.relative_error(found, expected) < 1e-2
+
+
+def test_other_kernels_refuse_forward_mode() -> None:
+    model, params = tm.TransMamba(CONFIG, KERNELS), make()[1]
+    loss = lambda params: jnp.sum(model.apply({"params": params}, tokens_of(6)))
+    with pytest.raises(TypeError, match="forward-mode autodiff"):
+        jax.jvp(loss, (params,), (params,))
+
+
+SIXTY_FOUR_BITS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+import transmamba_jax as tm
+from tests.test_model import CONFIG, KERNELS, differentiate
+
+assert jax.config.jax_enable_x64 == (sys.argv[1] == "1")
+np.savez(sys.argv[2], *jax.tree.leaves(differentiate()))
+"""
+
+
+def differentiate() -> Any:
+    """Parameters, logits and gradients, under a static and a traced schedule, with documents, in both dtypes."""
+    tokens, found = tokens_of(16), []
+    ids = np.array([[1] * 7 + [2] * 9, [3] * 12 + [0] * 4], np.int32)
+    for dtype, points in (("float32", CONFIG.transpoints), ("bfloat16", np.array(CONFIG.transpoints))):
+        model = tm.TransMamba(dataclasses.replace(CONFIG, dtype=dtype), KERNELS)
+        params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+
+        def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+            logits = model.apply({"params": params}, tokens, points, ids)  # noqa: B023
+            return jnp.sum(jnp.sin(logits)), logits
+
+        gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+        found.append((params, logits, gradients))
+    return found
+
+
+def test_sixty_four_bit_mode_gives_the_results_of_32_bits(tmp_path: Path) -> None:
+    found = {}
+    for mode in ("0", "1"):
+        command = [sys.executable, "-c", SIXTY_FOUR_BITS, mode, str(tmp_path / f"{mode}.npz")]
+        environment = {**os.environ, "JAX_ENABLE_X64": mode}
+        subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], check=True, timeout=300)
+        found[mode] = np.load(tmp_path / f"{mode}.npz")
+    assert found["0"].files == found["1"].files
+    for name in found["0"].files:
+        narrow, wide = found["0"][name], found["1"][name]
+        assert narrow.dtype == wide.dtype == np.float32
+        assert oracle.relative_error(wide, narrow) < 2e-5, name

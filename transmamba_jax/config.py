@@ -126,6 +126,11 @@ class KernelsConfig:
                 f"{suggestion(str(name), names)}",
             )
 
+    @property
+    def any_derivative(self) -> bool:
+        """Tell whether the model has every derivative, in both modes; other kernels have reverse mode alone, once."""
+        return self.ssd == self.attention == "reference"
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:

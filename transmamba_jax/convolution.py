@@ -30,6 +30,7 @@ def causal_conv(
     segment_ids: SegmentIds | None = None,
     history: Float[Array, "B J C"] | None = None,
     silu: bool = False,
+    plain: bool = False,
 ) -> Float[Array, "B T C"]:
     """Mix each channel with its own K - 1 previous values, and apply SiLU if asked.
 
@@ -46,6 +47,7 @@ def causal_conv(
             its halves, the second with the last K - 1 inputs of the first as history. It carries no ids: with
             `segment_ids` it is taken to belong to the document of the row's first token; zero what does not.
         silu: return SiLU(y).
+        plain: leave every derivative to JAX, at the cost of time; else reverse mode alone.
 
     Returns:
         [B, T, C] in the dtype of `x`. Products and sums are float32: in bfloat16 they have twice the error and take
@@ -57,13 +59,13 @@ def causal_conv(
     _check(x, kernel, bias, segment_ids, history)
     reach = kernel.shape[0] - 1
     readable = None if segment_ids is None else _readable(segment_ids, reach)
-    if _kernels_serve(x, kernel):
+    if not plain and _kernels_serve(x, kernel):
         return _convolve_by_kernels(x, kernel, bias, readable, history, silu)
     if history is None:
         padded = jax.lax.pad(x, np.zeros((), x.dtype), ((0, 0, 0), (reach, 0, 0), (0, 0, 0)))
     else:
         padded = jnp.concatenate([history.astype(x.dtype), x], axis=1)
-    y = _convolve(padded, kernel, bias, readable)
+    y = (_taps if plain else _convolve)(padded, kernel, bias, readable)
     return _silu(y) if silu else y
 
 
@@ -95,8 +97,7 @@ def _readable(segment_ids: SegmentIds, reach: int) -> tuple[Bool[Array, "B T"], 
     return tuple((padded[:, tap : tap + length] == segment_ids) & real for tap in range(reach + 1))
 
 
-@jax.custom_vjp
-def _convolve(padded: Array, kernel: Array, bias: Array, readable: tuple[Array, ...] | None) -> Array:
+def _taps(padded: Array, kernel: Array, bias: Array, readable: tuple[Array, ...] | None) -> Array:
     """Convolve [B, K - 1 + T, C], whose first K - 1 tokens are history, to [B, T, C]."""
     taps, length = kernel.shape[0], padded.shape[1] - kernel.shape[0] + 1
     wide = jnp.promote_types(padded.dtype, jnp.float32)
@@ -107,10 +108,13 @@ def _convolve(padded: Array, kernel: Array, bias: Array, readable: tuple[Array, 
     return out.astype(padded.dtype)
 
 
+_convolve = jax.custom_vjp(_taps)
+
+
 def _convolve_forward(
     padded: Array, kernel: Array, bias: Array, readable: tuple[Array, ...] | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    return _convolve(padded, kernel, bias, readable), (padded, kernel, bias, readable)
+    return _taps(padded, kernel, bias, readable), (padded, kernel, bias, readable)
 
 
 def _convolve_backward(residuals: tuple[Any, ...], dy: Array) -> tuple[Array, Array, Array, None]:

@@ -84,6 +84,7 @@ class ShortConv(nn.Module):
     param_dtype: str
     use_bias: bool = True
     silu: bool = True
+    plain: bool = False
 
     @nn.compact
     def __call__(
@@ -105,8 +106,8 @@ class ShortConv(nn.Module):
         else:
             bias = jnp.zeros(x.shape[-1], self.param_dtype)
         if history is None:
-            return parallel.convolve(x, kernel, bias, segment_ids, silu=self.silu)
-        return causal_conv(x, kernel, bias, segment_ids, history, silu=self.silu)
+            return parallel.convolve(x, kernel, bias, segment_ids, silu=self.silu, plain=self.plain)
+        return causal_conv(x, kernel, bias, segment_ids, history, silu=self.silu, plain=self.plain)
 
 
 class Mixer(nn.Module):
@@ -125,15 +126,15 @@ class Mixer(nn.Module):
         self.q, self.k, self.v = dense(cfg.d_key), dense(cfg.d_key), dense(cfg.d_inner)
         self.z, self.dt = dense(cfg.d_inner), dense(cfg.num_heads)
         self.out = dense(cfg.d_model, residual_uniform(cfg.num_layers))
-        self.conv_q, self.conv_k, self.conv_v = (
-            ShortConv(cfg.conv_width, cfg.param_dtype, cfg.conv_bias, cfg.conv_activation == "silu") for _ in range(3)
-        )
+        plain = self.kernels.any_derivative
+        conv = partial(ShortConv, cfg.conv_width, cfg.param_dtype, cfg.conv_bias, cfg.conv_activation == "silu", plain)
+        self.conv_q, self.conv_k, self.conv_v = conv(), conv(), conv()
         self.a_log = self.param("a_log", init_a_log, (cfg.num_heads,), cfg.param_dtype)
         self.dt_bias = self.param("dt_bias", init_dt_bias, (cfg.num_heads,), cfg.param_dtype)
         if cfg.use_d_skip:
             self.skip = self.param("skip", nn.initializers.ones, (cfg.num_heads,), cfg.param_dtype)
         # One weight for both branches; statistics over each group's d_inner / G channels.
-        self.norm = RMSNorm(cfg.norm_eps, cfg.dtype, cfg.param_dtype, groups=cfg.num_groups)
+        self.norm = RMSNorm(cfg.norm_eps, cfg.dtype, cfg.param_dtype, cfg.num_groups, plain)
 
     def __call__(self, x: Hidden, transpoint: TransPoint, segment_ids: SegmentIds | None = None) -> Hidden:
         """Mix along the sequence: attention for tokens t < transpoint, the SSM for t >= transpoint.

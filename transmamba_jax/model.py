@@ -73,6 +73,7 @@ class GatedMLP(nn.Module):
     """SwiGLU: (SiLU(x W_gate) ∘ x W_up) W_down, arXiv 2002.05202."""
 
     config: ModelConfig
+    plain: bool = False
 
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
@@ -81,7 +82,7 @@ class GatedMLP(nn.Module):
         dense = partial(nn.Dense, use_bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
         gate = over_tokens(dense(cfg.mlp_dim, kernel_init=fan_in_uniform, name="gate"), x)
         up = over_tokens(dense(cfg.mlp_dim, kernel_init=fan_in_uniform, name="up"), x)
-        if target.platform() == "tpu":
+        if target.platform() == "tpu" and not self.plain:
             gate, up = _gradients_apart((gate, up))
         down = dense(cfg.d_model, kernel_init=residual_uniform(cfg.num_layers), name="down")
         # Without it the compiler spreads what is kept for the backward pass over time instead, as the loss has it.
@@ -98,10 +99,11 @@ class Block(nn.Module):
     def setup(self) -> None:
         """Declare the parts."""
         cfg = self.config
-        norm = partial(RMSNorm, cfg.norm_eps, cfg.dtype, cfg.param_dtype)
+        plain = self.kernels.any_derivative
+        norm = partial(RMSNorm, cfg.norm_eps, cfg.dtype, cfg.param_dtype, plain=plain)
         self.mixer_norm, self.mixer = norm(), Mixer(cfg, self.kernels, self.attention)
         if cfg.mlp_dim:
-            self.mlp_norm, self.mlp = norm(), GatedMLP(cfg)
+            self.mlp_norm, self.mlp = norm(), GatedMLP(cfg, plain)
 
     def __call__(self, x: Hidden, transpoint: TransPoint, segment_ids: SegmentIds | None = None) -> Hidden:
         """Apply the layer with its TransPoint."""
@@ -130,7 +132,9 @@ class TransMamba(nn.Module):
 
     Attributes:
         config: the architecture.
-        kernels: the implementations that run; any of them reads the same parameters.
+        kernels: the implementations that run; any of them reads the same parameters. Gradients are reverse mode, once.
+            `KernelsConfig(ssd="reference", attention="reference")` has every derivative, in both modes: jax.jvp,
+            Hessian-vector products.
         attention: fn(q, k, v, segment_ids) -> y in place of `causal_attention`. q and k [B, T, G, N] are rotated, v is
             [B, T, H, P], segment_ids int32 [B, T] or None; y has the shape of v. It sees the first P tokens of a row
             under a static TransPoint P and all T under a traced one: the two agree where it is causal. Over a mesh it
@@ -149,7 +153,7 @@ class TransMamba(nn.Module):
         if not cfg.tie_embeddings:
             self.lm_head = self.param("lm_head", normal, (cfg.d_model, cfg.vocab_size), cfg.param_dtype)
         self.layers = self.param("layers", self._init_layers)
-        self.final_norm = RMSNorm(cfg.norm_eps, cfg.dtype, cfg.param_dtype)
+        self.final_norm = RMSNorm(cfg.norm_eps, cfg.dtype, cfg.param_dtype, plain=self.kernels.any_derivative)
 
     def __call__(
         self,
@@ -160,7 +164,8 @@ class TransMamba(nn.Module):
         """Return the logits of the token after each position.
 
         Args:
-            tokens: int32 ids.
+            tokens: int32 ids in 0..V-1. Others are not refused inside a compiled program: they read the nearest row of
+                the embedding.
             transpoints: None: the config's schedule; a tuple of ints: that schedule, repeated over the layers
                 (compiled for it); an int array [L] or [L, B]: one TransPoint per layer, or per layer and row, that may
                 be traced and changes without compiling again.

@@ -33,7 +33,7 @@ def _grouped(value: Array, like: Array) -> Array:
 
 
 def rms_norm(
-    x: Float[Array, "... C"], weight: Float[Array, "..."], epsilon: float, flat: bool = False
+    x: Float[Array, "... C"], weight: Float[Array, "..."], epsilon: float, flat: bool = False, plain: bool = False
 ) -> Float[Array, "... C"]:
     """Normalise the channels of each group by their root mean square.
 
@@ -42,10 +42,13 @@ def rms_norm(
         weight: [C], one group, or [G, C / G].
         epsilon: added to the mean square.
         flat: where groups lie side by side in one axis, and a TPU had better leave them there.
+        plain: leave every derivative to JAX; else reverse mode alone, once.
 
     Returns:
         The shape of `x` in float32, or in float64 where x is.
     """
+    if plain:
+        return _forward(x, weight, epsilon)[0]
     if target.platform() == "cpu":
         return _by_hand(x, weight, epsilon)
     if target.platform() == "tpu" and weight.ndim == 2 and flat:
@@ -92,6 +95,7 @@ class RMSNorm(nn.Module):
     dtype: str
     param_dtype: str
     groups: int | None = None
+    plain: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... C"], flat: bool = False) -> Float[Array, "... C"]:
@@ -99,4 +103,4 @@ class RMSNorm(nn.Module):
         channels = x.shape[-1]
         shape = (channels,) if self.groups is None else (self.groups, channels // self.groups)
         weight = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
-        return rms_norm(x, weight, self.epsilon, flat).astype(self.dtype)
+        return rms_norm(x, weight, self.epsilon, flat, self.plain).astype(self.dtype)

@@ -44,13 +44,14 @@ def convolve(
     segment_ids: SegmentIds | None,
     *,
     silu: bool = False,
+    plain: bool = False,
 ) -> Float[Array, "B T C"]:
     """Apply `causal_conv`."""
     shards, reach = parts("time", x.shape[1]), kernel.shape[0] - 1
     channels = (*_TOKENS, "heads")
     layouts = channels, (None, "heads"), _SCALARS, _TOKENS
     if shards == 1 or reach == 0:
-        return per_shard(partial(causal_conv, silu=silu), layouts, channels, x, kernel, bias, segment_ids)
+        return per_shard(partial(causal_conv, silu=silu, plain=plain), layouts, channels, x, kernel, bias, segment_ids)
     if x.shape[1] // shards < reach:
         raise ValueError(
             f"mesh.context={shards} leaves {x.shape[1] // shards} tokens to a device, and the convolution reaches "
@@ -61,7 +62,7 @@ def convolve(
     def shard(x: Array, kernel: Array, bias: Array, segment_ids: Array | None) -> Array:
         x = _with_halo(x, reach, before)
         ids = None if segment_ids is None else _with_halo(segment_ids, reach, before)
-        return causal_conv(x, kernel, bias, ids, silu=silu)[:, reach:]
+        return causal_conv(x, kernel, bias, ids, silu=silu, plain=plain)[:, reach:]
 
     return per_shard(shard, layouts, channels, x, kernel, bias, segment_ids)
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.ssd import decay
@@ -59,6 +60,9 @@ def _blocks(value: jax.Array, chunks: int, chunk: int) -> jax.Array:
     return value.reshape(batch, -1, chunks, chunk, num_heads).swapaxes(-1, -2)
 
 
+_ZERO = np.int32(0)  # start indices of one slice must have one type, in 64-bit mode too
+
+
 def _tokens(value: jax.Array) -> jax.Array:
     """[B, blocks, U, H, Q] -> [B, T, H]."""
     return value.swapaxes(-1, -2).reshape(value.shape[0], -1, value.shape[3])
@@ -66,7 +70,7 @@ def _tokens(value: jax.Array) -> jax.Array:
 
 def _slice(value: jax.Array, row: jax.Array, k: jax.Array, chunks: int, chunk: int) -> jax.Array:
     """Block k of one row of [B, T, ...] as float32 [U, Q, ...]."""
-    start: tuple[Any, ...] = (row, k * (chunks * chunk), *(0 for _ in value.shape[2:]))
+    start: tuple[Any, ...] = (row, k * (chunks * chunk), *(_ZERO for _ in value.shape[2:]))
     block = jax.lax.dynamic_slice(value, start, (1, chunks * chunk, *value.shape[2:]))
     return block.reshape(chunks, chunk, *value.shape[2:]).astype(jnp.float32)
 
@@ -74,7 +78,7 @@ def _slice(value: jax.Array, row: jax.Array, k: jax.Array, chunks: int, chunk: i
 def _store(whole: jax.Array, part: jax.Array, row: jax.Array, k: jax.Array) -> jax.Array:
     """Write `part` [U, H, Q, P] as block k of one row of `whole` [B, T, H, P]."""
     part = part.swapaxes(1, 2).reshape(1, -1, *whole.shape[2:]).astype(whole.dtype)
-    return jax.lax.dynamic_update_slice(whole, part, (row, k * part.shape[1], 0, 0))
+    return jax.lax.dynamic_update_slice(whole, part, (row, k * part.shape[1], _ZERO, _ZERO))
 
 
 # [U, Q, H, P] -> [U, H, Q, P] and [U, H, P, Q].
@@ -220,7 +224,7 @@ def _forward(
         h, y, states = carry
         k, dt_k, coarse, fine = xs
         if save_states:
-            states = jax.lax.dynamic_update_slice(states, h[None, None], (row, k, 0, 0, 0))
+            states = jax.lax.dynamic_update_slice(states, h[None, None], (row, k, _ZERO, _ZERO, _ZERO))
         decays = _Decays.make(coarse, fine)
         x_k, b_k, c_k = (_slice(value, row, k, chunks, chunk) for value in (x, b, c))
         x_k, c_k, b_transposed = x_k.transpose(_HEADS_FIRST), c_k.transpose(_HEADS_FIRST), b_k.transpose(_TRANSPOSED)
@@ -234,11 +238,11 @@ def _forward(
 
     def whole_row(carry, xs):
         row, h, *by_block = xs
-        (h, *carry), _ = jax.lax.scan(functools.partial(body, row), (h, *carry), (jnp.arange(blocks), *by_block))
+        (h, *carry), _ = jax.lax.scan(functools.partial(body, row), (h, *carry), (jnp.arange(blocks, dtype=jnp.int32), *by_block))
         return tuple(carry), h
 
     states = jnp.zeros((rows, blocks if save_states else 0, *h.shape[1:]), jnp.float32)
-    (y, states), h = jax.lax.scan(whole_row, (jnp.zeros_like(x), states), (jnp.arange(rows), h, *by_block))
+    (y, states), h = jax.lax.scan(whole_row, (jnp.zeros_like(x), states), (jnp.arange(rows, dtype=jnp.int32), h, *by_block))
     return y, h, states
 
 
@@ -275,7 +279,7 @@ def _ssd_bwd(chunk, chunks, residuals, cotangents):
     blocks = states.shape[1]
 
     def state_before(row, k):
-        return jax.lax.dynamic_slice(states, (row, k, 0, 0, 0), (1, 1, *states.shape[2:]))[0, 0]
+        return jax.lax.dynamic_slice(states, (row, k, _ZERO, _ZERO, _ZERO), (1, 1, *states.shape[2:]))[0, 0]
 
     def body(row, carry, xs):
         dh, h, dx, db, dc, dd = carry
@@ -323,15 +327,15 @@ def _ssd_bwd(chunk, chunks, residuals, cotangents):
         row, dh, *by_block = xs
         (dh, _, *carry), gradients = jax.lax.scan(
             functools.partial(body, row),
-            (dh, state_before(row, blocks - 1), *carry),
-            (jnp.arange(blocks), *by_block),
+            (dh, state_before(row, np.int32(blocks - 1)), *carry),
+            (jnp.arange(blocks, dtype=jnp.int32), *by_block),
             reverse=True,
         )
         return tuple(carry), (dh, gradients)
 
     # Every element of the first three is overwritten. Of different values, since equal ones XLA makes once and copies.
     init = (*(jnp.full_like(value, k) for k, value in enumerate((x, b, c))), jnp.zeros_like(d))
-    (dx, db, dc, dd), (dh, (ddt, dl)) = jax.lax.scan(whole_row, init, (jnp.arange(rows), dh, *by_block))
+    (dx, db, dc, dd), (dh, (ddt, dl)) = jax.lax.scan(whole_row, init, (jnp.arange(rows, dtype=jnp.int32), dh, *by_block))
     return (SsdInputs(dx, _tokens(ddt), _tokens(dl), db, dc, dd, dh),)
 
 
