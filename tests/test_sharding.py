@@ -33,7 +33,7 @@ def parameter_specs(path: Path) -> dict[str, str]:
     mesh = _abstract_mesh(data=2, fsdp=4, context=2, tensor=2)
     model = TransMamba(load_config(path).model)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    names = {sharding.path_name(leaf_path): leaf.shape for leaf_path, leaf in jax.tree.leaves_with_path(params)}
+    names = {tree_paths.path_name(leaf_path): leaf.shape for leaf_path, leaf in jax.tree.leaves_with_path(params)}
     return {name: str(sharding.parameter_spec(name, shape, mesh)) for name, shape in sorted(names.items())}
 
 
@@ -133,7 +133,7 @@ def gradient(sizes):
     with jax.set_mesh(mesh):
         run = jax.jit(lambda params, rows: loss_and_gradient(params, model, rows, config.train.accumulation, 64))
         loss, found = jax.device_get(run(placed, sharding.place_batch(batch, mesh)))
-    found = {sharding.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(found)}
+    found = {tree_paths.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(found)}
     return held(placed, mesh), {"loss": loss, **found}
 
 _, expected = gradient((1, 1, 1, 1))
@@ -218,6 +218,7 @@ from jax.sharding import PartitionSpec as P
 from transmamba_jax import parallel, sharding
 from transmamba_jax.config import MeshConfig
 from transmamba_jax.compile_only.program import read_program
+from transmamba_jax.runtime import tree_paths
 
 mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, context=4, tensor=1))
 

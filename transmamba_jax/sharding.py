@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from transmamba_jax.config import Config, MeshConfig
+from transmamba_jax.runtime.tree_paths import path_name
 
 # Path pattern -> mesh axis of every dimension. An axis that does not divide its dimension is left out. The leading axis
 # of `layers` is scanned over and never cut. Vectors are too small for fsdp to be worth a gather.
@@ -121,11 +122,6 @@ def check_divides(config: Config, mesh: Mesh) -> None:
             f"gives {rows} rows each, which do not divide over {shards} devices; data.batch_size must be a multiple "
             f"of {step}"
         )
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """Write a tree path as `layers/mixer/q/kernel`."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def parameter_spec(path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from transmamba_jax.config import Config
+from transmamba_jax.runtime import tree_paths
 
 ITEMS = ("params", "state")
 """The parts of a checkpoint that hold arrays; the path of a leaf starts with one of them."""
@@ -100,36 +101,22 @@ def entries(state: Any) -> list[Entry]:
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Build the nested dict of each item from path -> leaf; plain dicts and arrays need no class to be read."""
-    trees: dict[str, dict[str, Any]] = {item: {} for item in ITEMS}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = trees
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return trees
+    return {item: {} for item in ITEMS} | tree_paths.nest(leaves)
 
 
 def flat(tree: Any, item: str) -> dict[str, Any]:
     """Undo `nested` for one item."""
-    return {f"{item}/{leaf_path(path)}": leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def leaf_path(path: Iterable[Any]) -> str:
-    """Write a tree path as `layers/mixer/q/kernel`."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+    return {f"{item}/{path}": leaf for path, leaf in tree_paths.flatten(tree).items()}
 
 
 def differences(asked: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
     """Describe every path that is missing, unexpected, or of another shape or dtype, on a line each."""
-    missing = [f"missing: {path} {kind}" for path, kind in asked.items() if path not in found]
-    unexpected = [f"unexpected: {path} {kind}" for path, kind in found.items() if path not in asked]
-    mismatched = [
-        f"shape or dtype mismatch: {path}: expected {kind}, found {found[path]}"
-        for path, kind in asked.items()
-        if path in found and found[path] != kind
+    missing, unexpected, mismatched = tree_paths.compare(asked, found)
+    return [
+        *(f"missing: {line}" for line in missing),
+        *(f"unexpected: {line}" for line in unexpected),
+        *(f"shape or dtype mismatch: {line}" for line in mismatched),
     ]
-    return missing + unexpected + mismatched
 
 
 def kind(leaf: Any) -> str:

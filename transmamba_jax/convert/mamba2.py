@@ -20,7 +20,7 @@ from transmamba_jax.config import DTypeName, ModelConfig
 from transmamba_jax.convert import mamba2_config, tokenizer_files
 from transmamba_jax.convert.mamba2_config import Naming
 from transmamba_jax.data import tokenizers as data
-from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime import tensor_files, tree_paths
 from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.runtime.tensor_files import Tensors
 
@@ -75,7 +75,7 @@ def from_mamba2(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         dtype: DTypeName = "bfloat16" if kinds == {"BF16"} else "float32"
         leaves = {part.path: _read(part, config.num_layers, tensors, dtype) for part in parts}
     config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-    return config, tensor_files.nest(leaves)
+    return config, tree_paths.nest(leaves)
 
 
 def to_mamba2(
@@ -109,7 +109,7 @@ def to_mamba2(
     end = None if tokenizer is None else tokenizer.end_of_document
     tree = mamba2_config.write(config, naming, dtype or config.param_dtype, end)
     parts = _parts(config, naming)
-    leaves = tensor_files.flatten(params)
+    leaves = tree_paths.flatten(params)
     _check_leaves(config, parts, leaves)
     arrays = tensor_files.cast_finite(leaves, dtype)
     tensors: dict[str, list[np.ndarray]] = {}
@@ -151,7 +151,7 @@ def start_run(folder: str | Path, workdir: str | Path) -> None:
     done = checkpoint.complete_steps(directory)
     if done:
         raise ValueError(f"{directory} already holds step {done[-1]}; name a new work directory")
-    params = tensor_files.nest(tensor_files.cast_finite(tensor_files.flatten(loaded.params)))
+    params = tree_paths.nest(tensor_files.cast_finite(tree_paths.flatten(loaded.params)))
     tensor_files.reserve_outputs(workdir, [export.CONFIG, export.TOKENIZER])
     tensor_files.make(directory)
     writer = checkpoint.Checkpointer(directory, loaded.config.checkpoint)
@@ -227,7 +227,7 @@ def _check_tensors(folder: Path, config: ModelConfig, naming: Naming, parts: lis
     tied = config.tie_embeddings and _HEAD in found
     if tied:
         asked[_HEAD] = (config.vocab_size, config.d_model)
-    tensor_files.raise_differences(f"the tensors in {folder} do not fit its {mamba2_config.FILE}", asked, found)
+    tree_paths.raise_differences(f"the tensors in {folder} do not fit its {mamba2_config.FILE}", asked, found)
     if tied:
         whole = (0, config.vocab_size)
         if not np.array_equal(tensors.rows(_HEAD, *whole), tensors.rows(NAMINGS[naming], *whole)):
@@ -242,4 +242,4 @@ def _check_leaves(config: ModelConfig, parts: list[_Part], leaves: Mapping[str, 
         row = np.broadcast_to(np.False_, (part.stop - part.start, *part.tail))
         asked[part.path] = (*([config.num_layers] if part.layered else []), *part.from_file(row).shape)
     found = {path: np.shape(leaf) for path, leaf in leaves.items()}
-    tensor_files.raise_differences("params do not fit the config", asked, found)
+    tree_paths.raise_differences("params do not fit the config", asked, found)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from transmamba_jax import config_io, data
 from transmamba_jax.config import Config, ModelConfig
 from transmamba_jax.model import TransMamba
-from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime import tensor_files, tree_paths
 from transmamba_jax.runtime.paths import expand_path
 
 CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"
@@ -38,7 +38,7 @@ def save(folder: str | Path, config: Config, params: Mapping[str, Any], tokenize
         ValueError: a parameter is not finite; or the folder holds one of the files already, or cannot be written to.
     """
     folder = expand_path(folder)
-    leaves = tensor_files.cast_finite(tensor_files.flatten(params))
+    leaves = tensor_files.cast_finite(tree_paths.flatten(params))
     tensor_files.reserve_outputs(folder, [CONFIG, TOKENIZER])
     with tensor_files.raise_as_value_error(folder):
         (folder / CONFIG).write_text(config_io.checkpoint_yaml(config), encoding="utf-8")
@@ -62,10 +62,10 @@ def load(folder: str | Path) -> Loaded:
     config = config_io.read_config_file(folder / CONFIG)
     with tensor_files.open_folder(folder) as tensors:
         leaves = {name: jnp.asarray(tensors.rows(name, 0, tensors.shape(name)[0])) for name in tensors.names()}
-    asked = {path: leaf.shape for path, leaf in tensor_files.flatten(abstract_params(config.model)).items()}
+    asked = {path: leaf.shape for path, leaf in tree_paths.flatten(abstract_params(config.model)).items()}
     found = {path: leaf.shape for path, leaf in leaves.items()}
-    tensor_files.raise_differences(f"the tensors in {folder} do not fit its {CONFIG}", asked, found)
-    return Loaded(config, tensor_files.nest(leaves), _read_tokenizer(folder / TOKENIZER))
+    tree_paths.raise_differences(f"the tensors in {folder} do not fit its {CONFIG}", asked, found)
+    return Loaded(config, tree_paths.nest(leaves), _read_tokenizer(folder / TOKENIZER))
 
 
 def _read_tokenizer(file: Path) -> data.Tokenizer | None:

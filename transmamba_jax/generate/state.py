@@ -16,7 +16,7 @@ from transmamba_jax import cache as memory
 from transmamba_jax import schedule
 from transmamba_jax.cache import Cache
 from transmamba_jax.config import ModelConfig
-from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime import tensor_files, tree_paths
 from transmamba_jax.shapes import Array, Float32
 
 _FORMAT = "transmamba_jax decode state 1"
@@ -54,7 +54,7 @@ def save(file: Path, state: DecodeState, config: ModelConfig) -> None:
     Raises:
         ValueError: the file cannot be written.
     """
-    arrays = {name: np.asarray(jax.device_get(array)) for name, array in tensor_files.flatten(state).items()}
+    arrays = {name: np.asarray(jax.device_get(array)) for name, array in tree_paths.flatten(state).items()}
     model, points = json.dumps(_fields(config)), json.dumps(state.cache.transpoints)
     metadata = {"format": _FORMAT, "model": model, "transpoints": points}
     tensor_files.write(file, arrays, metadata)
@@ -80,9 +80,9 @@ def load(file: Path, config: ModelConfig, points: schedule.Schedule) -> DecodeSt
         raise ValueError(f"{file} is a state under the TransPoints {metadata['transpoints']}, not {json.dumps(points)}")
     like = _like(config, points, arrays)
     describe = lambda array: f"{array.dtype}[{','.join(map(str, array.shape))}]"
-    asked = {name: describe(array) for name, array in tensor_files.flatten(like).items()}
+    asked = {name: describe(array) for name, array in tree_paths.flatten(like).items()}
     held = {name: describe(array) for name, array in arrays.items()}
-    tensor_files.raise_differences(f"{file} is not a whole state of this model", asked, held, "shape or dtype")
+    tree_paths.raise_differences(f"{file} is not a whole state of this model", asked, held, "shape or dtype")
     return jax.tree.unflatten(jax.tree.structure(like), [jnp.array(arrays[name]) for name in asked])
 
 

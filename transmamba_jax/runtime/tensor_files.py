@@ -13,15 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jax.tree_util import keystr
 
 from transmamba_jax.runtime.paths import show_path
+from transmamba_jax.runtime.tree_paths import listed
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 """JSON with `weight_map`: name of a tensor -> the file that holds it."""
 
-_LISTED = 12  # names in a message
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -105,12 +104,6 @@ def inside(folder: Path) -> str:
     return listed(sorted(show_path(path.name) for path in folder.iterdir())) if any(folder.iterdir()) else "nothing"
 
 
-def listed(names: Sequence[str]) -> str:
-    """Join the first names of a list for a message, and count the others."""
-    more = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
-    return ", ".join([*names[:_LISTED], *more]) or "none"
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
@@ -126,48 +119,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a JSON object, found {type(tree).__name__}")
     return tree
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """Return path -> leaf, such as `layers/mixer/q/kernel`."""
-    return {keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `flatten` for a tree of dicts."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
-def raise_differences(
-    what: str, expected: Mapping[str, object], found: Mapping[str, object], compared: str = "shape"
-) -> None:
-    """Compare names and shapes, or whatever `compared` says that the mappings hold.
-
-    Raises:
-        ValueError: a name is missing or unexpected, or its shape differs; the message lists all three.
-    """
-    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in found]
-    unexpected = [f"{name} {shape}" for name, shape in found.items() if name not in expected]
-    mismatched = [
-        f"{name}: expected {shape}, found {found[name]}"
-        for name, shape in expected.items()
-        if name in found and shape != found[name]
-    ]
-    if missing or unexpected or mismatched:
-        lines = [
-            f"missing: {listed(missing)}",
-            f"unexpected: {listed(unexpected)}",
-            *(f"{compared} mismatch: {line}" for line in mismatched[:_LISTED]),
-            *([f"and {len(mismatched) - _LISTED} more"] if len(mismatched) > _LISTED else []),
-        ]
-        raise ValueError("\n  ".join([f"{what}:", *lines]))
 
 
 def make(folder: Path) -> None:

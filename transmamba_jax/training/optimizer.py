@@ -13,7 +13,7 @@ import optax
 from optax import contrib
 
 from transmamba_jax.config import Config, OptimizerConfig
-from transmamba_jax.sharding import path_name
+from transmamba_jax.runtime.tree_paths import path_name
 
 NO_DECAY = re.compile(r"(.*/)?(a_log|skip|dt_bias|bias|[a-z_]*norm/scale)")
 # Matrices that multiply hidden states, stacked [L, in, out]; convolution taps are depthwise and not among them.

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from transmamba_jax import config_io, data
 from transmamba_jax.checkpoint import Checkpointer, DamagedError, Restored, complete_steps, manifest, tree
 from transmamba_jax.config import Config
-from transmamba_jax.runtime import hosts
+from transmamba_jax.runtime import hosts, tree_paths
 from transmamba_jax.training.optimizer import learning_rate_schedule
 from transmamba_jax.training.step import TrainState, abstract_state, master_weights
 
@@ -78,7 +78,7 @@ def _as_stored(state: TrainState, stored: dict[str, str]) -> TrainState:
     """Ask for parameters in the dtype that they are stored in: converted weights may be narrower than float32."""
 
     def narrow(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        dtype = stored.get(f"params/{tree.leaf_path(path)}", str(leaf.dtype)).partition("[")[0]
+        dtype = stored.get(f"params/{tree_paths.path_name(path)}", str(leaf.dtype)).partition("[")[0]
         return leaf.update(dtype=dtype) if dtype in ("bfloat16", "float16") else leaf
 
     return dataclasses.replace(state, params=jax.tree.map_with_path(narrow, state.params))

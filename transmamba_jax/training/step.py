@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from transmamba_jax import sharding
 from transmamba_jax.config import Config
 from transmamba_jax.data.synthetic import is_synthetic
+from transmamba_jax.runtime import tree_paths
 from transmamba_jax.runtime.token_loss import chunked_cross_entropy
 from transmamba_jax.shapes import Array, Float32, Int
 from transmamba_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -237,7 +238,7 @@ def _token_metrics(loss: Float32[Array, ""], batch: Batch) -> Metrics:
 
 def leaf_name(tree: Any, index: int) -> str:
     """Name the leaf of a tree by its index in tree order."""
-    return sharding.path_name(jax.tree.leaves_with_path(tree)[index][0])
+    return tree_paths.path_name(jax.tree.leaves_with_path(tree)[index][0])
 
 
 def first_nonfinite(tree: Any) -> str | None:
