@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from transmamba_jax import config_io, export
-from transmamba_jax.config import DTypeName, ModelConfig
 from transmamba_jax.convert import mamba2_config, tokenizer_files
 from transmamba_jax.convert.mamba2_config import Naming
 from transmamba_jax.data import tokenizers as data
+from transmamba_jax.model_config import DTypeName, ModelConfig
 from transmamba_jax.runtime import tensor_files, tree_paths
 from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.runtime.tensor_files import Tensors

@@ -12,7 +12,7 @@ import numpy as np
 
 from transmamba_jax import schedule
 from transmamba_jax.model import TransMamba
-from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime import tree_paths
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
@@ -77,8 +77,8 @@ def check_params(model: nn.Module, params: Any) -> None:
             "params are traced: generation is a loop of compiled programs in Python, so it runs outside jax.jit, "
             "jax.vmap and jax.grad"
         )
-    shapes = lambda tree: {name: list(leaf.shape) for name, leaf in tensor_files.flatten(tree).items()}
-    tensor_files.raise_differences("params do not fit the model", shapes(_initialised(model)), shapes(dict(params)))
+    shapes = lambda tree: {name: list(leaf.shape) for name, leaf in tree_paths.flatten(tree).items()}
+    tree_paths.raise_differences("params do not fit the model", shapes(_initialised(model)), shapes(dict(params)))
 
 
 @functools.lru_cache(maxsize=8)  # tracing the initialisation takes a moment
@@ -109,7 +109,7 @@ def raise_not_finite(params: Any) -> NoReturn:
     Raises:
         ValueError: always.
     """
-    leaves = tensor_files.flatten(params).items()
+    leaves = tree_paths.flatten(params).items()
     names = [name for name, leaf in leaves if not bool(jnp.isfinite(leaf).all())]
     found = f"parameters that are not finite: {', '.join(names)}" if names else "finite parameters: an overflow"
     raise ValueError(f"logits are NaN, so there is no next token; the model has {found}")
