@@ -238,11 +238,15 @@ def _forward(
 
     def whole_row(carry, xs):
         row, h, *by_block = xs
-        (h, *carry), _ = jax.lax.scan(functools.partial(body, row), (h, *carry), (jnp.arange(blocks, dtype=jnp.int32), *by_block))
+        (h, *carry), _ = jax.lax.scan(
+            functools.partial(body, row), (h, *carry), (jnp.arange(blocks, dtype=jnp.int32), *by_block)
+        )
         return tuple(carry), h
 
     states = jnp.zeros((rows, blocks if save_states else 0, *h.shape[1:]), jnp.float32)
-    (y, states), h = jax.lax.scan(whole_row, (jnp.zeros_like(x), states), (jnp.arange(rows, dtype=jnp.int32), h, *by_block))
+    (y, states), h = jax.lax.scan(
+        whole_row, (jnp.zeros_like(x), states), (jnp.arange(rows, dtype=jnp.int32), h, *by_block)
+    )
     return y, h, states
 
 
@@ -335,7 +339,9 @@ def _ssd_bwd(chunk, chunks, residuals, cotangents):
 
     # Every element of the first three is overwritten. Of different values, since equal ones XLA makes once and copies.
     init = (*(jnp.full_like(value, k) for k, value in enumerate((x, b, c))), jnp.zeros_like(d))
-    (dx, db, dc, dd), (dh, (ddt, dl)) = jax.lax.scan(whole_row, init, (jnp.arange(rows, dtype=jnp.int32), dh, *by_block))
+    (dx, db, dc, dd), (dh, (ddt, dl)) = jax.lax.scan(
+        whole_row, init, (jnp.arange(rows, dtype=jnp.int32), dh, *by_block)
+    )
     return (SsdInputs(dx, _tokens(ddt), _tokens(dl), db, dc, dd, dh),)
 
 
