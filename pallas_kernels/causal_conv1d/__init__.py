@@ -1,1 +1,1 @@
-"""Causal depthwise convolution along the sequence, forwards and backwards, as Pallas TPU kernels."""
+"""Causal depthwise convolution along the sequence, forward and backward pass, as Pallas TPU kernels."""

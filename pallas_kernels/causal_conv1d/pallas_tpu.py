@@ -1,15 +1,16 @@
-"""Causal depthwise convolution, and SiLU, as Pallas TPU kernels: x is read once forwards, x and dy once backwards.
+"""Causal depthwise convolution, and SiLU, as Pallas TPU kernels.
 
     u_t = bias + Σ_s kernel_{K-1-s} · x_{t-s}          y_t = u_t, or SiLU(u_t)
     dx_t = Σ_s kernel_{K-1-s} · du_{t+s}               dkernel_{K-1-s} = Σ_t du_t · x_{t-s}       dbias = Σ_t du_t
 
-The compiler's own program for this takes several times what memory does (`docs/log/`), the kernel about as long.
-Backwards u is computed again: nothing is kept but x.
+The forward pass reads x once, the backward pass x and dy. XLA's program takes several times the time of the memory
+traffic (`docs/log/`), the kernel about that time. The backward pass recomputes u: the residual is x alone.
 
-The grid is (batch, blocks of channels, blocks of tokens), tokens in order, backwards from the end. A cell walks strips
-of tokens, one column of 128 channels after the other, all in float32 registers. What a strip needs of its neighbour is
-carried: the last 8 tokens of x forwards, the first 8 of du backwards (8 are a register's rows). The kernels lower for a
-TPU whatever the default backend is, and run on a CPU under `jax.experimental.pallas.tpu.force_tpu_interpret_mode()`.
+The grid is (batch, blocks of channels, blocks of tokens), tokens in order, from the end in the backward pass. A cell
+walks strips of tokens, one column of 128 channels after the other, all in float32 registers. The carry from strip to
+strip is the last 8 tokens of x in the forward pass and the first 8 of du in the backward pass (a register has 8 rows).
+The kernels lower for a TPU whatever the default backend is, and run on a CPU under
+`jax.experimental.pallas.tpu.force_tpu_interpret_mode()`.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ _MAX_BLOCK = 768
 
 _VMEM_BUDGET = 10 * 2**20
 _MAX_TAPS = 7
-"""What a token may read is a bit for each tap, of an int8."""
+"""The tokens that a token may read are a bit for each tap, of an int8."""
 
 _BEFORE = 16
 """Tokens that the backward pass reads of the block before: the least that is whole registers in bfloat16."""
@@ -43,7 +44,7 @@ _BEFORE = 16
 
 @dataclasses.dataclass(frozen=True)
 class _Tiles:
-    """Shapes of a call, and how it is cut."""
+    """Shapes of a call and its block sizes."""
 
     batch: int
     length: int
@@ -68,9 +69,9 @@ class _Tiles:
     @property
     def tokens(self) -> int:
         """Tokens of a cell: the most whose x, dy and dx, twice, stay within the budget, and that waste no eighth."""
-        room, strips = _VMEM_BUDGET // (3 * 2 * self.itemsize * self.block), pl.cdiv(self.length, self.strip)
+        budget, strips = _VMEM_BUDGET // (3 * 2 * self.itemsize * self.block), pl.cdiv(self.length, self.strip)
         wasted = lambda size: pl.cdiv(self.length, size) * size - strips * self.strip
-        fits = [size for size in _TOKENS if size <= room and 8 * wasted(size) <= self.length]
+        fits = [size for size in _TOKENS if size <= budget and 8 * wasted(size) <= self.length]
         return max(fits, default=self.strip) if self.strip == _STRIP else self.strip
 
     @property
@@ -103,10 +104,10 @@ class _Tiles:
         return pl.BlockSpec((rows, self.block), lambda _, c, __: (0, c))
 
     def cost(self, operations: int, *arrays: Any) -> pl.CostEstimate:
-        """Estimate from operations a value, and from what is read and written."""
+        """Estimate from operations per value, and from bytes read and written."""
         values = self.batch * self.length * self.channels
-        moved = sum(array.size * array.dtype.itemsize for array in arrays)
-        return pl.CostEstimate(operations * values, values if self.silu else 0, moved)
+        bytes_accessed = sum(array.size * array.dtype.itemsize for array in arrays)
+        return pl.CostEstimate(operations * values, values if self.silu else 0, bytes_accessed)
 
 
 def unsupported_reason(x: jax.Array, kernel: jax.Array) -> str | None:
@@ -132,7 +133,7 @@ def causal_conv1d(
 
     Args:
         x: bfloat16 or float32 [B, T, C]; before its first token are zeros.
-        kernel: [K, C]; the last tap meets the current token. Products and sums are float32.
+        kernel: [K, C]; the last tap meets the current token. Multiplication and accumulation are float32.
         bias: [C].
         readable: integers [B, T]; bit s is set where the token reads the one s before it. None: it reads all.
         silu: return SiLU(u) instead of u.
@@ -289,7 +290,7 @@ def _backward_kernel(*refs: Any, tiles: _Tiles) -> None:
         head_ref[...] = jnp.zeros_like(head_ref)
         sums_ref[...] = jnp.zeros_like(sums_ref)
 
-    pieces = lambda count: [slice(k * _ROWS, (k + 1) * _ROWS) for k in range(count)]
+    row_slices = lambda count: [slice(k * _ROWS, (k + 1) * _ROWS) for k in range(count)]
     fold = lambda value: jnp.sum(value.reshape(-1, _ROWS, value.shape[1]), axis=0)
     for at in tiles.columns:
         weights, bias = [kernel_ref[tap : tap + 1, at] for tap in range(taps)], bias_ref[:, at]
@@ -325,8 +326,11 @@ def _backward_kernel(*refs: Any, tiles: _Tiles) -> None:
             first = read[1:] if tiles.masked and taps > 1 else [du]
             return [value[:_ROWS] for value in first], [old + more for old, more in zip(sums, new, strict=True)]
 
-        init = [head_ref[piece, at] for piece in pieces(_carried(tiles))], [sums_ref[p, at] for p in pieces(taps + 1)]
+        init = (
+            [head_ref[rows, at] for rows in row_slices(_carried(tiles))],
+            [sums_ref[rows, at] for rows in row_slices(taps + 1)],
+        )
         heads, sums = jax.lax.fori_loop(0, strips, body, init)
         for ref, values in ((head_ref, heads), (sums_ref, sums)):
-            for piece, value in zip(pieces(len(values)), values, strict=True):
-                ref[piece, at] = value
+            for rows, value in zip(row_slices(len(values)), values, strict=True):
+                ref[rows, at] = value

@@ -62,7 +62,7 @@ def log_decays(dt: jax.Array, a: jax.Array, segment_ids: jax.Array | None) -> tu
 # adds up everything and subtracts the rest, which loses the gradient where decay is strong.
 
 
-# Running sums are products with a triangular matrix of ones: a cumulative sum goes over its array log Q times.
+# Running sums are matmuls with a triangular matrix of ones: a cumulative sum goes over its array log Q times.
 
 
 def _times(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -117,7 +117,7 @@ to_end.defvjp(_to_end_fwd, _to_end_bwd)
 
 @jax.custom_vjp
 def segsum(log_decay: jax.Array) -> jax.Array:
-    """exp(s_i - s_j) at [i, j] for i >= j, else 0: [..., Q] -> [..., Q, Q]."""
+    """Return the pairwise cumulative decay exp(s_i - s_j) at [i, j], i >= j, else 0: [..., Q] -> [..., Q, Q]."""
     coarse, fine = _sums(log_decay)
     exponent = (coarse[..., :, None] - coarse[..., None, :]) + (fine[..., :, None] - fine[..., None, :])
     # Masked before the exponential: above the diagonal it would overflow.

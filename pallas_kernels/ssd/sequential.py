@@ -86,7 +86,7 @@ _HEADS_FIRST, _TRANSPOSED = (0, 2, 1, 3), (0, 2, 3, 1)
 
 
 def _row_sums(value: jax.Array) -> jax.Array:
-    """Sum over the last axis, as a product: a reduction inside a loop is not vectorised on a CPU."""
+    """Sum over the last axis, as a matmul: a reduction inside a loop is not vectorised on a CPU."""
     return (value @ jnp.ones((value.shape[-1], 1), value.dtype))[..., 0]
 
 

@@ -9,7 +9,7 @@ S_ji = b_j . c_i and G_ji = x_j . dy_i:
     dh'  = exp(s_Q) dh + sum_i c_i^T exp(s_i) dy_i
 
 The gradient of l_k sums everything whose decay spans token k: pairs j < k <= i, which the kernel sums with a triangular
-product, reads of h at i >= k, writes into the next state from j < k, and h to the next state, whose sums over a chunk
+matmul, reads of h at i >= k, writes into the next state from j < k, and h to the next state, whose sums over a chunk
 the caller takes. Sums only add; a difference of running sums loses the gradient under strong decay.
 """
 
@@ -29,7 +29,7 @@ from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK, PARAMS, ROWS, Cell, Tiles
 from pallas_kernels.varying import align_varying_axes
 
 VECTORS = ("dt", "writes", "spans", "reads", "skip")
-"""One scalar a token that the kernel gives: gradients of dt and of the skip, and the parts of that of l."""
+"""Scalars per token that the kernel returns: gradients of dt and of the skip, and the parts of that of l."""
 
 
 def _row_sums(value: jax.Array) -> jax.Array:
@@ -55,7 +55,7 @@ _STREAMED = ("x", "b", "c", "dy", "h")
 class _Chunk:
     """Differentiates one chunk: fills the shared memory that goes out, one result after another.
 
-    Matrices are worked on 64 columns at a time, and what is summed is stored as soon as it is there: a thread has 255
+    Matrices are worked on 64 columns at a time, and sums are stored as soon as they are computed: a thread has 255
     registers, and a matrix of 64 columns takes 32 of them.
     """
 
@@ -69,15 +69,15 @@ class _Chunk:
         return wgmma.refs_here(self.tiles, self.scratch, name, self.slot if name in _STREAMED else 0)
 
     def _square(self, number: int) -> list[Any]:
-        """Pieces of an operand [Q, Q]; float32 has room for one, where one that had to wait replaces the one before."""
-        square = wgmma.refs_here(self.tiles, self.scratch, "squares", number % squares_of(self.tiles.pieces))
+        """Terms of an operand [Q, Q]; float32 has space for one, which a waiting one replaces."""
+        square = wgmma.refs_here(self.tiles, self.scratch, "squares", number % squares_of(self.tiles.terms))
         if number in self._waiting:
             wgmma.store(square, self._waiting.pop(number))
             plgpu.commit_smem()
         return square
 
     def _keep(self, name: str, value: jax.Array) -> None:
-        """Store one scalar a token."""
+        """Store one scalar per token."""
         self.scratch["vectors"][VECTORS.index(name)] = value
 
     def _send(self, buffer: str, target: Any) -> None:
@@ -99,7 +99,7 @@ class _Chunk:
         sums = _row_sums(pairs)
         dt = wgmma.down(self.decays.dt, CHUNK)
         self._waiting = {_PAIRS: dt * pairs, _SCORES: scores * weights, _CROSS: dt * cross}
-        if squares_of(self.tiles.pieces) > 1:
+        if squares_of(self.tiles.terms) > 1:
             for number in (_PAIRS, _SCORES, _CROSS):
                 self._square(number)
         before = wgmma.dot([self.scratch["before"].at[wgmma.unseen_zero(self.scratch)]], self._square(_PAIRS))
@@ -107,7 +107,7 @@ class _Chunk:
         return sums
 
     def x_gradient(self, pair_sums: jax.Array | None, skip: Any, target: Any) -> None:
-        """dx, and what of dt, the decay and the skip goes with it."""
+        """Form and send dx, and the sums for dt, the decay and the skip that share its operands."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         sums, skips = [], []
         for columns in wgmma.column_parts(self.tiles.backward.values):
@@ -147,7 +147,7 @@ class _Chunk:
         self._send("group", target(self.refs["db"]))
 
     def c_gradient(self, target: Any) -> None:
-        """Form and send dc, and the sums of what is read of the state."""
+        """Form and send dc, and the sums for the decay of reads of the state."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         sums = []
         for columns in wgmma.column_parts(self.tiles.state_dim):
@@ -175,7 +175,7 @@ class _Chunk:
                     c = wgmma.transposed(wgmma.columns_of(self._operand("c"), rows))
                     dstate += wgmma.dot(c, wgmma.columns_of(self._operand("read"), columns))
                 following.append(dstate)
-            # After all products of rows have read: where N = 96 they overlap.
+            # After all matmuls of rows have read: where N = 96 they overlap.
             for start, value in zip(starts, following, strict=True):
                 rows = pl.ds(start, ROWS)
                 gradient = self.scratch["dh"].at[wgmma.unseen_zero(self.scratch)]
@@ -194,8 +194,8 @@ def _copies(cell: Cell, refs: dict[str, Any], scratch: dict[str, Any], step: Any
     """Return source and destination of every copy that a chunk needs; step 0 is the last chunk."""
     chunk = cell.tiles.chunks - 1 - step
     pairs = [(refs["rows"].at[cell.row, cell.head, chunk], scratch["rows"].at[slot])]
-    for piece in range(cell.tiles.pieces):
-        row, to = cell.piece_row(piece), slot * cell.tiles.pieces + piece
+    for term in range(cell.tiles.terms):
+        row, to = cell.term_row(term), slot * cell.tiles.terms + term
         pairs.append((refs["h"].at[row, cell.head, chunk, :, cell.columns], scratch["h"].at[to]))
         for name in ("x", "dy"):
             if name in refs:
@@ -266,11 +266,11 @@ def _scratch(tiles: Tiles, outputs: bool, io_dtype: Any, part_dtype: Any) -> dic
         "group": wgmma.matrix(CHUNK, state, part_dtype),
         "vectors": plgpu.SMEM((len(VECTORS) if outputs else 2, CHUNK), jnp.float32),
         "through": plgpu.SMEM((state,), jnp.float32),
-        "barrier": plgpu.Barrier(num_arrivals=1 + tiles.pieces * (5 if outputs else 3), num_barriers=stages),
+        "barrier": plgpu.Barrier(num_arrivals=1 + tiles.terms * (5 if outputs else 3), num_barriers=stages),
         "state_barrier": plgpu.Barrier(),
     }
     if outputs:
-        squares = operand(CHUNK, CHUNK, squares_of(tiles.pieces))
+        squares = operand(CHUNK, CHUNK, squares_of(tiles.terms))
         scratch |= {
             "c": operand(CHUNK, state, stages),
             "dy": operand(CHUNK, values, stages),

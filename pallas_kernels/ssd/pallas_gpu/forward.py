@@ -27,8 +27,8 @@ from pallas_kernels.varying import align_varying_axes
 def _copies(cell: Cell, refs: dict[str, Any], scratch: dict[str, Any], chunk: Any, slot: Any) -> list[tuple[Any, Any]]:
     """Return source and destination of every copy that a chunk needs."""
     pairs = [(refs["rows"].at[cell.row, cell.head, chunk], scratch["rows"].at[slot])]
-    for piece in range(cell.tiles.pieces):
-        row, to = cell.piece_row(piece), slot * cell.tiles.pieces + piece
+    for term in range(cell.tiles.terms):
+        row, to = cell.term_row(term), slot * cell.tiles.terms + term
         pairs.append((refs["x"].at[row, tokens(chunk), cell.head, cell.columns], scratch["x"].at[to]))
         for name in ("b", "c"):
             if name in refs:
@@ -124,8 +124,8 @@ def _kernel(*refs: Any, names: tuple[str, ...], tiles: Tiles, **scratch: Any) ->
             wgmma.store(wgmma.columns_of(here("dtb"), columns), b * scale)
         plgpu.commit_smem()
         if "saved" in named:
-            for piece, ref in enumerate(wgmma.refs_of(tiles, scratch["h"])):
-                plgpu.copy_smem_to_gmem(ref, named["saved"].at[cell.piece_row(piece), cell.head, step, :, cell.columns])
+            for term, ref in enumerate(wgmma.refs_of(tiles, scratch["h"])):
+                plgpu.copy_smem_to_gmem(ref, named["saved"].at[cell.term_row(term), cell.head, step, :, cell.columns])
         if "y" in named:
             _output(scratch, decays, skip, slot, tiles)
             plgpu.commit_smem()
@@ -149,7 +149,7 @@ def _kernel(*refs: Any, names: tuple[str, ...], tiles: Tiles, **scratch: Any) ->
 def _scratch(tiles: Tiles, outputs: bool, io_dtype: Any) -> dict[str, Any]:
     blocks = tiles.forward
     operand = functools.partial(wgmma.operand, tiles, blocks)
-    arrivals = 1 + tiles.pieces * (3 if outputs else 2)
+    arrivals = 1 + tiles.terms * (3 if outputs else 2)
     scratch = {
         "rows": plgpu.SMEM((blocks.stages, 3, CHUNK), jnp.float32),
         "x": operand(CHUNK, blocks.values, blocks.stages),
@@ -181,12 +181,12 @@ def run_forward(
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
     """Run the kernel.
 
-    x [pieces B, T, H, P], b and c [pieces B, T, G, N] bfloat16, rows as `scalar_rows` gives them, skip float32 [H],
+    x [terms B, T, H, P], b and c [terms B, T, G, N] bfloat16, rows as `scalar_rows` gives them, skip float32 [H],
     initial float32 [B, H, N, P]; c and skip None: the state alone.
 
     Returns:
         y [B, T, H, P] in `io_dtype` or None, the final state float32 [B, H, N, P], and with `save` the states
-        before the chunks, bfloat16 pieces [pieces B, H, chunks, N, P], else None.
+        before the chunks, bfloat16 terms [terms B, H, chunks, N, P], else None.
     """
     outputs = c is not None
     operands: dict[str, Any] = {
@@ -201,7 +201,7 @@ def run_forward(
     if outputs:
         results["y"] = jax.ShapeDtypeStruct((tiles.batch, *x.shape[1:]), io_dtype)
     if save:
-        results["saved"] = jax.ShapeDtypeStruct((tiles.pieces * tiles.batch, *heads), jnp.bfloat16)
+        results["saved"] = jax.ShapeDtypeStruct((tiles.terms * tiles.batch, *heads), jnp.bfloat16)
     flops = matmul_flops(tiles, tiles.forward, outputs)[0]
     exponentials = tiles.batch * tiles.length * tiles.num_heads * (CHUNK if outputs else 2)
     values = plgpu.kernel(

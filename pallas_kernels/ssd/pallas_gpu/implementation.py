@@ -31,10 +31,10 @@ _OLDEST = (0, 11, 2)
 """Version of JAX: the first whose interpreter runs these kernels. 0.11.0 has none, that of 0.11.1 fails on them."""
 
 _HOPPER = "9"
-"""Major compute capability: the products are wgmma instructions, which no other generation has."""
+"""Major compute capability: the matmuls are wgmma instructions, which no other generation has."""
 
 _HOPPER_NAME = r"\bG?H\d+\b"
-"""H20, H100, H200, H800, GH200: what is known of the devices of a mesh that need not be there."""
+"""H20, H100, H200, H800, GH200: device kinds of a mesh whose devices need not be present."""
 
 _INTERPRETER = "jax.experimental.pallas.mosaic_gpu.force_gpu_interpret_mode"
 
@@ -84,10 +84,10 @@ def tiles_of(x: jax.Array, b: jax.Array) -> "Tiles":
 
     batch, length, num_heads, head_dim = x.shape
     groups, state_dim = b.shape[2:]
-    pieces = 3 if x.dtype == jnp.float32 else 1
-    forward, backward = block_sizes.choose_gpu(groups < num_heads, head_dim, state_dim, pieces)
+    terms = 3 if x.dtype == jnp.float32 else 1
+    forward, backward = block_sizes.choose_gpu(groups < num_heads, head_dim, state_dim, terms)
     length += -length % block_sizes.GPU_CHUNK
-    return Tiles(batch, length, num_heads, groups, head_dim, state_dim, pieces, forward, backward)
+    return Tiles(batch, length, num_heads, groups, head_dim, state_dim, terms, forward, backward)
 
 
 def _pad(tiles: "Tiles", value: jax.Array) -> jax.Array:
@@ -101,7 +101,7 @@ def _operand(tiles: "Tiles", value: jax.Array) -> jax.Array:
     from pallas_kernels.ssd.pallas_gpu import wgmma
 
     value = _pad(tiles, value)
-    return value if tiles.pieces == 1 else jnp.concatenate(wgmma.split(value, tiles.pieces))
+    return value if tiles.terms == 1 else jnp.concatenate(wgmma.split(value, tiles.terms))
 
 
 def _run(tiles: "Tiles", inputs: SsdInputs, save: bool) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:

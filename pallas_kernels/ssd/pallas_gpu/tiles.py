@@ -21,7 +21,7 @@ from pallas_kernels.ssd.pallas_gpu.block_sizes import GPU_CHUNK, GpuBlocks
 CHUNK = GPU_CHUNK
 
 ROWS = 64
-"""Rows of a product of one warpgroup."""
+"""Rows of a matmul of one warpgroup."""
 
 # Explicit layouts and automatic barriers around every access to shared memory. The search for layouts that the other
 # semantics run ("Warpgroup") does not end on these kernels.
@@ -38,7 +38,7 @@ class Tiles:
     groups: int
     head_dim: int
     state_dim: int
-    pieces: int
+    terms: int
     forward: GpuBlocks
     backward: GpuBlocks
 
@@ -49,7 +49,7 @@ class Tiles:
 
     @property
     def row_starts(self) -> tuple[int, ...]:
-        """First rows of the products that write a state."""
+        """First rows of the matmuls that update a state."""
         return tuple(sorted({0, self.state_dim - ROWS}))
 
     def grid(self, blocks: GpuBlocks) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Tiles:
         return {"grid": (self.batch, self.num_heads, parts), "grid_names": ("row", "head", "part")}
 
     def cell(self, blocks: GpuBlocks) -> "Cell":
-        """Position of the running thread block."""
+        """Return the position of the running thread block."""
         row, head, part = (jax.lax.axis_index(name) for name in ("row", "head", "part"))
         ratio = self.num_heads // self.groups
         group = jax.lax.div(head, jnp.int32(ratio)) if ratio > 1 else head
@@ -77,9 +77,9 @@ class Cell:
     columns: Any
     """Its part of P."""
 
-    def piece_row(self, piece: int) -> jax.Array:
-        """Row of one piece in an array whose first axis is pieces times batch."""
-        return self.row + piece * self.tiles.batch
+    def term_row(self, term: int) -> jax.Array:
+        """Row of one term in an array whose first axis is terms times batch."""
+        return self.row + term * self.tiles.batch
 
 
 def tokens(chunk: jax.Array) -> Any:
@@ -95,12 +95,12 @@ def matmul_flops(tiles: Tiles, blocks: GpuBlocks, outputs: bool) -> tuple[int, i
     if outputs:
         forward += CHUNK * (state + values) + state * values
         backward += CHUNK * (3 * state + 2 * values + CHUNK) + state * values + rows * values
-    repeats = tiles.pieces * (tiles.pieces + 1) // 2
+    repeats = tiles.terms * (tiles.terms + 1) // 2
     return 2 * cells * forward * repeats, 2 * cells * backward * repeats
 
 
 def cost(flops: int, exponentials: int, arrays: Iterable[Any]) -> dict[str, Any]:
-    """Tell XLA what a kernel costs that reads or writes these arrays: keywords of `plgpu.kernel`; jax 0.11 has none."""
+    """Return the cost estimate of a kernel over these arrays as keywords of `plgpu.kernel`; jax 0.11 has none."""
     if jax.__version_info__ < (0, 12):
         return {}
     moved = sum(array.size * array.dtype.itemsize for array in arrays)

@@ -30,13 +30,13 @@ def _tiled(width: int, itemsize: int) -> tuple[Any, ...]:
 
 
 def operand(tiles: Tiles, blocks: GpuBlocks, rows: int, width: int, copies: int = 1) -> Any:
-    """Shared memory for an operand of a product, [copies * pieces, rows, width]; all operands have one swizzle."""
+    """Shared memory for an operand of a matmul, [copies * terms, rows, width]; all operands have one swizzle."""
     common = math.gcd(ROWS, blocks.values, tiles.state_dim)
-    return plgpu.SMEM((copies * tiles.pieces, rows, width), jnp.bfloat16, transforms=_tiled(common, 2))
+    return plgpu.SMEM((copies * tiles.terms, rows, width), jnp.bfloat16, transforms=_tiled(common, 2))
 
 
 def matrix(rows: int, width: int, dtype: Any) -> Any:
-    """Shared memory for a matrix that is copied or kept, [1, rows, width]."""
+    """Shared memory for a matrix that is copied or stored, [1, rows, width]."""
     return plgpu.SMEM((1, rows, width), dtype, transforms=_tiled(width, jnp.dtype(dtype).itemsize))
 
 
@@ -47,16 +47,16 @@ ZERO = plgpu.SMEM((128,), jnp.int32)
 def unseen_zero(scratch: dict[str, Any]) -> jax.Array:
     """Return a zero that the compiler cannot tell from another number, to be added to the index of a buffer.
 
-    Addresses in shared memory and descriptors of operands (two registers each, eight of them a product) do not depend
-    on the chunk. Seeing that, the compiler works all of them out before the loop, or keeps those of one product for a
+    Addresses in shared memory and descriptors of operands (two registers each, eight of them per matmul) do not depend
+    on the chunk. Seeing that, the compiler works all of them out before the loop, or keeps those of one matmul for a
     later one, and spills what no longer fits into registers. Behind this zero they are worked out where they are used.
     """
     return scratch["zero"][0]
 
 
 def refs_of(tiles: Tiles, ref: Any, slot: Any = 0) -> list[Any]:
-    """Refs of the pieces of an operand in one of its slots."""
-    return [ref.at[slot * tiles.pieces + piece] for piece in range(tiles.pieces)]
+    """Refs of the terms of an operand in one of its slots."""
+    return [ref.at[slot * tiles.terms + term] for term in range(tiles.terms)]
 
 
 def refs_here(tiles: Tiles, scratch: dict[str, Any], name: str, slot: Any = 0) -> list[Any]:
@@ -65,45 +65,45 @@ def refs_here(tiles: Tiles, scratch: dict[str, Any], name: str, slot: Any = 0) -
 
 
 def transposed(refs: Sequence[Any]) -> list[Any]:
-    """Transpose every piece."""
+    """Transpose every term."""
     return [ref.transpose((1, 0)) for ref in refs]
 
 
 def columns_of(refs: Sequence[Any], columns: Any) -> list[Any]:
-    """Cut columns out of every piece."""
+    """Slice columns of every term."""
     return [ref.at[:, columns] for ref in refs]
 
 
 def rows_of(refs: Sequence[Any], rows: Any) -> list[Any]:
-    """Cut rows out of every piece."""
+    """Slice rows of every term."""
     return [ref.at[rows] for ref in refs]
 
 
 def column_parts(width: int) -> list[Any]:
-    """Cut columns into parts of at most 64."""
+    """Split columns into parts of at most 64."""
     return [pl.ds(start, min(ROWS, width - start)) for start in range(0, width, ROWS)]
 
 
 def dot(left: Sequence[Any], right: Sequence[Any]) -> jax.Array:
-    """Multiply two operands in shared memory, given as their pieces: float32, one row of the result per row of left."""
-    kept = max(len(left), len(right))
+    """Multiply two operands in shared memory, given as their terms: float32, one row of the result per row of left."""
+    highest = max(len(left), len(right))
 
     def body(accumulator: Any) -> jax.Array:
-        for i, left_piece in enumerate(left):
-            for right_piece in right[: kept - i]:
-                plgpu.wgmma(accumulator, left_piece, right_piece)
+        for i, left_term in enumerate(left):
+            for right_term in right[: highest - i]:
+                plgpu.wgmma(accumulator, left_term, right_term)
         return accumulator[...]
 
     return pl.run_scoped(body, plgpu.ACC((left[0].shape[0], right[0].shape[1]), jnp.float32))
 
 
-def split(value: jax.Array, pieces: int) -> list[jax.Array]:
-    """Split float32 into bfloat16 pieces whose sum it is (3 pieces), or round it (1 piece).
+def split(value: jax.Array, terms: int) -> list[jax.Array]:
+    """Split float32 into bfloat16 terms whose sum it is (3 terms), or round it (1 term).
 
     By masking bits: a compiler may drop the rounding from a float32 that goes to bfloat16 and back.
     """
     parts = []
-    for _ in range(pieces - 1):
+    for _ in range(terms - 1):
         bits = jax.lax.bitcast_convert_type(value, jnp.int32) & jnp.int32(-65536)
         top = jax.lax.bitcast_convert_type(bits, jnp.float32)
         parts.append(top.astype(jnp.bfloat16))
@@ -113,8 +113,8 @@ def split(value: jax.Array, pieces: int) -> list[jax.Array]:
 
 def store(refs: Sequence[Any], value: jax.Array) -> None:
     """Write float32 into an operand."""
-    for ref, piece in zip(refs, split(value, len(refs)), strict=True):
-        ref[...] = piece
+    for ref, term in zip(refs, split(value, len(refs)), strict=True):
+        ref[...] = term
 
 
 def load(refs: Sequence[Any]) -> jax.Array:

@@ -57,7 +57,7 @@ def _row_sums(value: jax.Array) -> jax.Array:
 
 
 class _Head(NamedTuple):
-    """Gradients of one head of a chunk: tiles, and columns [Q, 1] of one scalar a token."""
+    """Gradients of one head of a chunk: tiles, and columns [Q, 1] of one scalar per token."""
 
     dx: jax.Array
     dh: jax.Array
@@ -159,7 +159,7 @@ def _store_rows(refs: _Refs, chunk: Chunk, heads: list[_Head]) -> None:
     through = jnp.concatenate([head.through for head in heads], axis=0)
     dlog_decay = through + sums_before(rows["writes"])
     if outputs:
-        # spans is at k - 1, and 0 at the last place, which therefore is what arrives at the first.
+        # spans is at k - 1 and 0 at the last position, which the roll brings to the first.
         dlog_decay += sums_since(rows["reads"]) + pltpu.roll(rows["spans"], 1, 1)
     refs.dlog_decay[:, chunk.tokens] = dlog_decay
 

@@ -2,7 +2,7 @@
 
 The grid is (batch, blocks of heads, blocks of tokens); the last axis is walked in order. Arrays have the memory
 layout of the model, [B, T, H P] and [B, T, G N], whole heads side by side in the lanes: no lane is padding, nothing is
-transposed. One scalar a token and head (dt, l and their gradients) is [B, head blocks, heads, T], tokens in the lanes.
+transposed. Scalars per token and head (dt, l and their gradients) are [B, head blocks, heads, T], tokens in the lanes.
 States are [N, H P]. Below, "rows" are [heads, Q] and "columns" [Q, 1].
 """
 

@@ -1,6 +1,6 @@
 """Block sizes of the Triton kernels, from shape and dtype: a table with reasons, no search at run time.
 
-None has been timed; the compiler says what fits (`python -m benchmarks.gpu.triton_compile`): registers do not spill,
+None has been timed; the compiler reports which fit (`python -m benchmarks.gpu.triton_compile`): registers do not spill,
 and no program takes more shared memory than the 99 KB it has on the smallest of the family (8.6, 8.9).
 """
 
@@ -35,7 +35,7 @@ def choose(
 ) -> Blocks:
     """Return how the Triton kernels cut a call.
 
-    - chunk: 64 tokens, 32 in float32, whose three TF32 products take twice the registers; longer ones spill.
+    - chunk: 64 tokens, 32 in float32, whose three TF32 matmuls take twice the registers; longer ones spill.
     - tile: 64 where it divides both dimensions, else 32 (96 = 3 of 32, nothing padded; smaller dimensions are masked).
       In float32 and in the gradients, which hold more at a time, 32: with 64 they spill.
     - segments: as many as bring the walk of states to `_BUSY` programs, of 8 chunks or more: they are walked twice.

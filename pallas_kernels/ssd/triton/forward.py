@@ -203,7 +203,7 @@ def outputs(
         scores += _dot(c_tile, b_across, c_tile.dtype, PRECISION)
         y_tile += _dot(c_tile, _state(states, row, n, p, N, P, TILE_N, TILE_P), c_tile.dtype, PRECISION)
     x_tile = _tokens(x, batch, start, head, p, LENGTH, HEADS, P, Q, TILE_P)
-    # What scales tokens is put on left operands and results: a right operand lies in the registers of every warp.
+    # Scales of tokens go on left operands and results: a right operand is in the registers of every warp.
     y_tile = y_tile * _from_start(coarse, fine, at_token)[:, None] + tl.load(d + head) * x_tile.to(tl.float32)
     scores *= _segsum(coarse, fine, begin, Q) * tl.load(dt + at_token)[None, :]
     y_tile += _dot(scores, x_tile, x_tile.dtype, PRECISION)

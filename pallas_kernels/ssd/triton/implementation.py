@@ -1,4 +1,4 @@
-"""SSD as Triton kernels, for NVIDIA GPUs before Hopper: every chunk is a program of its own but for the walk of states.
+"""SSD as Triton kernels, for NVIDIA GPUs before Hopper: one program per chunk, but for the walk of states.
 
     running sums of l in each chunk -> walk: the state before each chunk -> outputs
 
