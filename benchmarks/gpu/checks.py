@@ -1,6 +1,6 @@
 """Check one contender of `gpu_suite.py` on the device at hand, in a process of its own.
 
-`python -m benchmarks.gpu_checks NAME DTYPE SHAPE...` prints a line of JSON as soon as it knows something: every check
+`python -m benchmarks.gpu.checks NAME DTYPE SHAPE...` prints a line of JSON as soon as it knows something: every check
 of the kernel suite of the tests for an implementation of this project, then for any contender the largest relative
 error of values and gradients at the head and state dimensions of every shape. A kernel that hangs, or that leaves the
 device unusable, takes only this process with it; `check` starts one, and reads what it got to say.
@@ -117,7 +117,7 @@ def check(name: str, dtype: str, shapes: list[str], seconds: float) -> Report:
         first check cannot be served, "stopped" where the process did not end by itself.
     """
     report: Report = {"passed": 0, "failed": {}, "errors": {}, "unserved": {}}
-    command = [sys.executable, "-m", "benchmarks.gpu_checks", name, dtype, *shapes]
+    command = [sys.executable, "-m", "benchmarks.gpu.checks", name, dtype, *shapes]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
         output = done.stdout

@@ -1,9 +1,9 @@
 """Check and race the kernels on the device at hand: `python benchmarks/gpu/suite.py`, or with `-m`, from the root.
 
 First the kernel suite of the tests for every SSD implementation that can serve this device, against the recurrence in
-float64, and the error of every contender: each in a process of its own (`gpu_checks.py`), the portable forms first.
+float64, and the error of every contender: each in a process of its own (`checks.py`), the portable forms first.
 Then races, forward and forward + backward, in turns in this process: SSD against mamba_ssm's Triton kernels,
-flash-linear-attention's simple_gla and jax-linear-attention where they are installed (`gpu_peers.py` says how), causal
+flash-linear-attention's simple_gla and jax-linear-attention where they are installed (`peers.py` has the commands), causal
 attention against cuDNN. Prints milliseconds, the share of the roofline floor that they reach, ratios, and which goals
 are met (`gpu_goals.py`); writes one JSON file, anew after every part. Needs jax and numpy, and for the race of
 attention what this package needs. Exits with 1 where a check fails, nothing of this project can race, or a goal is not
@@ -83,7 +83,7 @@ def _summary(report: Report) -> str:
     return f"{report['passed']} checks passed{failed}; errors {errors or 'unknown'}"
 
 
-def refusal(report: Report, shape: str, dtype: str) -> str | None:
+def exclusion_reason(report: Report, shape: str, dtype: str) -> str | None:
     """Say why a contender may not race at a shape, from its checks; None: it may."""
     if "refused" in report:
         return report["refused"]
@@ -267,7 +267,7 @@ def race_all(report: Report, found: dict[str, gpu_peers.Contender], args: argpar
     longest = {"ssd": 60.0, "attention": 30.0}
     for text in args.shapes:
         shape = tuple(map(int, text.split("x")))
-        reasons = {name: refusal(report["suite"][name], text, args.dtype) for name in found}
+        reasons = {name: exclusion_reason(report["suite"][name], text, args.dtype) for name in found}
         served = {name: contender for name, contender in found.items() if reasons[name] is None}
         races: dict[str, Callable[[], list[Report]]] = {
             "ssd": functools.partial(race_ssd, shape, served, args),

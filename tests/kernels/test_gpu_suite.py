@@ -1,4 +1,4 @@
-"""How `benchmarks/gpu/suite.py` judges races, and what it makes of a contender's process."""
+"""Goals and exclusions of `benchmarks/gpu/suite.py`, and reports of contenders whose process fails."""
 
 import subprocess
 from typing import Any
@@ -37,7 +37,7 @@ def test_goals() -> None:
     ]
 
 
-def test_a_contender_that_hangs_says_what_it_got_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contender_that_hangs_reports_its_finished_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     said = b'{"check": "a"}\nnoise\n{"check": "b", "failed": "E: x"}\n{"shape": "1x2", "error": 0.5}\n'
 
     def hang(command: list[str], timeout: float, **_: Any) -> Any:
@@ -52,8 +52,10 @@ def test_a_contender_that_hangs_says_what_it_got_to(monkeypatch: pytest.MonkeyPa
         "unserved": {},
         "stopped": "not done after 5 s",
     }
-    assert gpu_suite.refusal(report, "1x2", "bfloat16") == "off by 5.0e-01 against float64"
-    assert gpu_suite.refusal(report, "3x4", "bfloat16") == "not checked at these dimensions: not done after 5 s"
+    assert gpu_suite.exclusion_reason(report, "1x2", "bfloat16") == "off by 5.0e-01 against float64"
+    assert (
+        gpu_suite.exclusion_reason(report, "3x4", "bfloat16") == "not checked at these dimensions: not done after 5 s"
+    )
 
 
 def test_a_contender_that_dies_says_why() -> None:

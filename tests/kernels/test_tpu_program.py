@@ -1,4 +1,4 @@
-"""What `benchmarks/tpu_program.py` counts in a program of the TPU's compiler, and what kernels are taken to cost."""
+"""Traffic that `benchmarks/tpu/program.py` counts in compiled programs, and the cycles of kernels."""
 
 import json
 

@@ -1,6 +1,6 @@
 """Compiles the project's Triton kernels to machine code for GPUs that need not be there: every variant of each.
 
-`test_triton.py` asks whether they fit; `benchmarks/triton_compile.py` prints what they take.
+`test_triton.py` checks that they fit; `benchmarks/gpu/triton_compile.py` prints their resources.
 """
 
 import dataclasses
