@@ -1,6 +1,6 @@
 """Check one contender of `gpu_suite.py` on the device at hand, in a process of its own.
 
-`python -m benchmarks.gpu.checks NAME DTYPE SHAPE...` prints a line of JSON as soon as it knows something: every check
+`python -m benchmarks.gpu.checks NAME DTYPE SHAPE...` prints a line of JSON per result: every check
 of the kernel suite of the tests for an implementation of this project, then for any contender the largest relative
 error of values and gradients at the head and state dimensions of every shape. A kernel that hangs, or that leaves the
 device unusable, takes only this process with it; `check` starts one, and reads what it got to say.
@@ -28,10 +28,10 @@ HEADS = 16
 """Of the rows that errors are measured on: the gradients of a and d have a number a head, and few are no average."""
 
 REFUSALS = (ValueError, NotImplementedError)
-"""How a call says that it cannot be served here; the second is JAX's own, for a kernel of another platform."""
+"""Errors of a call that is not supported here; the second is JAX's own, for a kernel of another platform."""
 
 FAILURES = (AssertionError, RuntimeError, ValueError)
-"""What a check may raise: JAX's and torch's errors of a device are RuntimeErrors."""
+"""Errors of a check: those of a device are RuntimeErrors in JAX and torch."""
 
 Report = dict[str, Any]
 

@@ -3,9 +3,9 @@
 First the kernel suite of the tests for every SSD implementation that can serve this device, against the recurrence in
 float64, and the error of every contender: each in a process of its own (`checks.py`), the portable forms first.
 Then races, forward and forward + backward, in turns in this process: SSD against mamba_ssm's Triton kernels,
-flash-linear-attention's simple_gla and jax-linear-attention where they are installed (`peers.py` has the commands), causal
-attention against cuDNN. Prints milliseconds, the share of the roofline floor that they reach, ratios, and which goals
-are met (`gpu_goals.py`); writes one JSON file, anew after every part. Needs jax and numpy, and for the race of
+flash-linear-attention's simple_gla and jax-linear-attention where they are installed (`peers.py` has the commands),
+causal attention against cuDNN. Prints milliseconds, the share of the roofline floor that they reach, ratios, and which
+goals are met (`goals.py`); rewrites one JSON file after every part. Needs jax and numpy, and for the race of
 attention what this package needs. Exits with 1 where a check fails, nothing of this project can race, or a goal is not
 met. It stops before `--minutes` are over and says what it left out.
 
@@ -48,7 +48,7 @@ TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-5}
 """Largest relative L2 error against float64 of a contender that may race."""
 
 FIRST = ("associative", "sequential", "reference")
-"""What is checked first: the forms that XLA compiles. A kernel that never ran may hang."""
+"""Implementations to check first: the forms that XLA compiles. A kernel that never ran may hang."""
 
 CHECK_SECONDS = 120.0
 """Of one contender at most."""
@@ -313,7 +313,7 @@ def main() -> None:
         print(f"{name:>24} {reason}")
     report["suite"] = check_all(list(args.only), list(others), args, begin + 30 * args.minutes)
     write(report, args.results)
-    # The recurrence itself takes a step a token: it is there to be compared with.
+    # The recurrence takes one step per token: it is the reference.
     mine = [name for name in args.only if report["suite"][name].get("passed") and name != "reference"]
     if mine:
         race_all(report, {name: gpu_peers.ours(name) for name in mine} | others, args, begin)

@@ -3,10 +3,10 @@
 One table over shapes, passes and chips, bfloat16, a group per head, nothing in it typed in by hand but the rates:
 
 - bytes: what a kernel's operands and results move, from the grid, block shapes and index maps of its `pallas_call` (a
-  block whose index stays the same from one cell to the next is not moved again), over the fused minimum a token and
-  head: io (2P + 2N) + 4 forwards, io (3P + 4N) + 8 backwards, io = 2.
+  block whose index stays the same from one cell to the next is not copied again), over the fused minimum per token and
+  head: io (2P + 2N) + 4 forward, io (3P + 4N) + 8 backward, io = 2.
 - VMEM: all blocks twice (double buffering) and scratch, padded to whole registers.
-- FLOPs: every product in the kernel's own program, over 2Q (N + P) + 4NP forwards, 2Q (3N + 2P) + 10NP backwards, at
+- FLOPs: every matmul in the kernel's own program, over 2Q (N + P) + 4NP forward, 2Q (3N + 2P) + 10NP backward, at
   the chunk Q that the kernels take on the chip.
 - largest: elements of the largest array of the compiled program over those of the larger of x and b.
 - time: one operation of the compiled program after another, each max(bytes / bandwidth, FLOPs / peak). Bytes are those
@@ -47,7 +47,7 @@ PASSES = ("forward", "forward+backward")
 SHAPES = ((2, 8192, 16, 96, 96), (8, 8192, 16, 64, 64), (1, 32768, 16, 64, 128), (1, 131072, 16, 96, 96))
 
 GOALS = {"bytes": 1.15, "VMEM MiB": 12.0, "FLOPs": 1.15, "largest": 2.0}
-"""What no row may exceed. Nothing larger than x or b twice: neither T T nor T N P elements a row and head."""
+"""Largest size allowed in a row: twice x or b, so neither T T nor T N P elements per row and head."""
 
 OVER_PORTABLE = {"forward": 0.55, "forward+backward": 0.35}
 
@@ -134,29 +134,29 @@ def _registers(shape: tuple[int, ...], dtype: Any) -> int:
     return math.prod(lead) * -(-second // rows) * rows * -(-last // LANES) * LANES * itemsize
 
 
-Product = tuple[int, int, int, int, int]
+Matmul = tuple[int, int, int, int, int]
 """M, K, N, passes, times."""
 
 
-def padded_flops(products: Iterable[Product], edge: int) -> int:
+def padded_flops(matmuls: Iterable[Matmul], edge: int) -> int:
     """Return the FLOPs that the matrix unit spends: its sides are K and N, padded to its edge, once for each pass."""
     pad = lambda size: -(-size // edge) * edge
-    return sum(2 * m * pad(k) * pad(n) * passes * times for m, k, n, passes, times in products)
+    return sum(2 * m * pad(k) * pad(n) * passes * times for m, k, n, passes, times in matmuls)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One `pallas_call`: its name, bytes moved, VMEM of a cell, and products."""
+    """One `pallas_call`: its name, bytes accessed, VMEM of a cell, and matmuls."""
 
     name: str
-    moved: int
+    bytes_accessed: int
     vmem: int
-    products: tuple[Product, ...]
+    matmuls: tuple[Matmul, ...]
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of the products."""
-        return sum(2 * m * k * n * times for m, k, n, _, times in self.products)
+        """Multiplications and additions of the matmuls."""
+        return sum(2 * m * k * n * times for m, k, n, _, times in self.matmuls)
 
 
 def _moves(mapping: Any, grid: tuple[int, ...]) -> int:
@@ -173,7 +173,7 @@ _PASSES = {jax.lax.Precision.HIGHEST: 6, jax.lax.Precision.HIGH: 3}
 """Of the bfloat16 matrix unit, for float32 operands; one by default."""
 
 
-def _product(equation: Any, times: int) -> Product:
+def _matmul(equation: Any, times: int) -> Matmul:
     (left_axes, _), (batch_axes, _) = equation.params["dimension_numbers"]
     left, right = (variable.aval for variable in equation.invars)
     k, batch = (math.prod(left.shape[axis] for axis in axes) for axes in (left_axes, batch_axes))
@@ -192,9 +192,9 @@ def kernel_of(equation: Any) -> Kernel:
     cells = math.prod(mapping.grid)
     return Kernel(
         name=str(equation.params["name"]),
-        moved=sum(_moves(block, mapping.grid) for block in mapping.block_mappings),
+        bytes_accessed=sum(_moves(block, mapping.grid) for block in mapping.block_mappings),
         vmem=vmem,
-        products=tuple(_product(found, cells * times) for found, times in find(program, "dot_general")),
+        matmuls=tuple(_matmul(found, cells * times) for found, times in find(program, "dot_general")),
     )
 
 
@@ -237,7 +237,7 @@ def seconds(text: str, kernels: list[Kernel], chip: Chip) -> float:
         flops = 0
         for kernel in kernels:
             if operation.kind == "custom-call" and kernel.name in operation.name:
-                flops = padded_flops(kernel.products, chip.edge)
+                flops = padded_flops(kernel.matmuls, chip.edge)
                 found.append(kernel.name)
         total += max(moved / chip.bandwidth, flops / chip.peak)
     if sorted(found) != sorted(kernel.name for kernel in kernels):
@@ -247,11 +247,11 @@ def seconds(text: str, kernels: list[Kernel], chip: Chip) -> float:
 
 @functools.cache
 def portable_seconds(chip: Chip, shape: Shape, kind: str) -> float:
-    """Predict the time of the portable form a token and head; what is longer, memory or matrix unit, hides the rest."""
+    """Predict the time of the portable form per token and head, the longer of memory and matrix unit."""
     batch, length, heads, *_ = shape
     moved = sum(moved for _, moved in tpu_program.traffic(compile_for(chip, shape, kind, "associative")))
-    products = [_product(found, times) for found, times in find(program_of(shape, kind, "associative"), "dot_general")]
-    longest = max(moved / chip.bandwidth, padded_flops(products, chip.edge) / chip.peak)
+    matmuls = [_matmul(found, times) for found, times in find(program_of(shape, kind, "associative"), "dot_general")]
+    longest = max(moved / chip.bandwidth, padded_flops(matmuls, chip.edge) / chip.peak)
     return longest / (batch * length * heads)
 
 
@@ -266,7 +266,7 @@ def measure(chip: Chip, shape: Shape, kind: str, portable_tokens: int) -> dict[s
     minima = [_minimum(shape, chunk, "backward" in kernel.name) for kernel in kernels]
     each = seconds(text, kernels, chip) / (batch * length * heads)
     row = {
-        "bytes": max(kernel.moved / least[0] for kernel, least in zip(kernels, minima, strict=True)),
+        "bytes": max(kernel.bytes_accessed / least[0] for kernel, least in zip(kernels, minima, strict=True)),
         "VMEM MiB": max(kernel.vmem for kernel in kernels) / 2**20,
         "FLOPs": max(kernel.flops / least[1] for kernel, least in zip(kernels, minima, strict=True)),
         "largest": largest_array(text) / (batch * length * heads * max(head, state)),

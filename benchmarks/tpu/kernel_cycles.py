@@ -8,9 +8,9 @@ takes the kernels' time from there.
 
 - ssd, causal_conv: all instructions of a kernel, as often as there are chunks (strips); those outside the loop over the
   chunks of a grid cell are counted too often. The convolution's are for 16 x 96 channels.
-- splash: those between the first and the last product of a cell, as often as a block of pairs is not masked away; what
+- splash: those between the first and the last matmul of a cell, as often as a block of pairs is not masked away; what
   surrounds them and cells without work are not counted. So SSM layers are made slower, attention faster than they are.
-  "With every cell" adds those before the first product, which cells without work run too: few large blocks need fewer.
+  "With every cell" adds those before the first matmul, which cells without work run too: few large blocks need fewer.
 
 With `--splash-block 512` it prints, and keeps nothing, for blocks of attention of another edge.
 """
@@ -42,7 +42,7 @@ ROWS, LENGTH, HEADS, WIDTH = 2, 8192, 16, 96
 
 
 def gradients(x: Any, dt: Any, a: Any, k: Any, q: Any) -> Any:
-    """Run every kernel forwards and backwards: attention, SSM, the state alone, the convolution."""
+    """Run the forward and backward pass of every kernel: attention, SSM, the state alone, the convolution."""
 
     def forward(x: Any, dt: Any, k: Any, q: Any) -> Any:
         channels = HEADS * WIDTH
@@ -79,13 +79,13 @@ def count(chip: str, folder: Path) -> dict[str, dict[str, float]]:
 def _cycles(schedule: Path, program: Path, blocks: int | None) -> tuple[float, float]:
     """Count from the slots that every instruction uses, the matrix units' first, and from the program's loops."""
     _, _, lines = schedule.read_text().partition("== UTILIZATION:\n")
-    products = [int(line.split()[0]) > 0 for line in lines.splitlines()]
+    matmuls = [int(line.split()[0]) > 0 for line in lines.splitlines()]
     grid, *inner = map(int, re.findall(r"loop: start=0, step=1, limit=(\d+)", program.read_text()))
     cells = grid - 2  # of one core; two more turns fill and drain the pipeline
     if blocks is None:
-        return (len(products) * cells * max(inner, default=1),) * 2
-    before = products.index(True)
-    least = (len(products) - products[::-1].index(True) - before) * cells * (blocks + 1) / 2 / blocks
+        return (len(matmuls) * cells * max(inner, default=1),) * 2
+    before = matmuls.index(True)
+    least = (len(matmuls) - matmuls[::-1].index(True) - before) * cells * (blocks + 1) / 2 / blocks
     return least, least + before * cells
 
 
@@ -110,7 +110,7 @@ def main() -> None:
         found = kept["kernels"][chip] = json.loads(result.stdout.splitlines()[-1])
         for name, row in found.items():
             least, every = (row[count] / ROWS / LENGTH / HEADS for count in ("cycles", "with_every_cell"))
-            each = f"{least:>5.1f} cycles a token and head, {every:>5.1f} with every cell"
+            each = f"{least:>5.1f} cycles per token and head, {every:>5.1f} with every cell"
             print(f"{chip} {name:<28} {each}, {row['of_peak']:.2f} of the peak", flush=True)
     if args.splash_block == chosen:
         RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ to benchmarks/results/paper_compile.jsonl; rows that are there are not compiled 
   links.
 
 A step is 8,388,608 tokens, as in the paper, or a row for every device where those are more. TransMamba's TransPoints at
-32768 tokens are V9's, scaled. Compiling a row takes minutes of CPU time, most of it machine code for products: those of
+32768 tokens are V9's, scaled. Compiling a row takes minutes of CPU time, most of it machine code for matmuls: those of
 eight different layers where the schedule has eight TransPoints.
 
 `--one transformer 400m 32768 v5p:8x8x8 1 --options --model.remat dots` compiles one row with other options of train.py,

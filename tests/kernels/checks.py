@@ -1,4 +1,4 @@
-"""What the suite checks of every SSD implementation: values and every gradient against the float64 recurrence.
+"""Checks of the suite for every SSD implementation: values and every gradient against the float64 recurrence.
 
 Plain functions that raise AssertionError, of jax and numpy alone: `suite.py` makes tests of them, and
 `benchmarks/gpu/suite.py` calls them where nothing else is installed.

@@ -32,7 +32,7 @@ def documents(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ssd(inputs: dict[str, np.ndarray], segment_ids: np.ndarray | None, dy: np.ndarray, dstate: np.ndarray) -> Result:
-    """Run the recurrence forwards and the chain rule backwards. `inputs` has every name of FLOAT_INPUTS."""
+    """Run the recurrence, then the chain rule in reverse. `inputs` has every name of FLOAT_INPUTS."""
     x, dt, a, b, c, d, h0 = (np.asarray(inputs[name], np.float64) for name in FLOAT_INPUTS)
     dy, dh = np.asarray(dy, np.float64), np.asarray(dstate, np.float64).copy()
     rows, length, heads, _ = x.shape
@@ -44,13 +44,13 @@ def ssd(inputs: dict[str, np.ndarray], segment_ids: np.ndarray | None, dy: np.nd
             real[row], restart[row] = documents(segment_ids[row])
 
     step = dt * real[..., None]
-    kept = np.exp(step * a) * ~restart[..., None]
+    decay = np.exp(step * a) * ~restart[..., None]
     states = np.empty((length + 1, *h0.shape))
     states[0] = h0
     y = np.empty_like(x)
     for t in range(length):
-        written = (step[:, t, :, None] * x[:, t])[..., None] * b[:, t, group, None, :]
-        states[t + 1] = kept[:, t, :, None, None] * states[t] + written
+        update = (step[:, t, :, None] * x[:, t])[..., None] * b[:, t, group, None, :]
+        states[t + 1] = decay[:, t, :, None, None] * states[t] + update
         y[:, t] = np.einsum("bhpn,bhn->bhp", states[t + 1], c[:, t, group]) + d[:, None] * x[:, t]
 
     dx, ddt, da = d[:, None] * dy, np.zeros_like(dt), np.zeros_like(a)
@@ -58,16 +58,16 @@ def ssd(inputs: dict[str, np.ndarray], segment_ids: np.ndarray | None, dy: np.nd
     for t in reversed(range(length)):
         dc_heads = np.einsum("bhpn,bhp->bhn", states[t + 1], dy[:, t])
         dh = dh + dy[:, t, :, :, None] * c[:, t, group, None, :]
-        reached = np.einsum("bhpn,bhn->bhp", dh, b[:, t, group])
+        ddtx = np.einsum("bhpn,bhn->bhp", dh, b[:, t, group])
         db_heads = np.einsum("bhpn,bhp->bhn", dh, step[:, t, :, None] * x[:, t])
         for head in range(heads):
             dc[:, t, group[head]] += dc_heads[:, head]
             db[:, t, group[head]] += db_heads[:, head]
-        dlog = kept[:, t] * np.einsum("bhpn,bhpn->bh", dh, states[t])
-        dx[:, t] += step[:, t, :, None] * reached
-        ddt[:, t] = real[:, t, None] * (np.einsum("bhp,bhp->bh", reached, x[:, t]) + dlog * a)
+        dlog = decay[:, t] * np.einsum("bhpn,bhpn->bh", dh, states[t])
+        dx[:, t] += step[:, t, :, None] * ddtx
+        ddt[:, t] = real[:, t, None] * (np.einsum("bhp,bhp->bh", ddtx, x[:, t]) + dlog * a)
         da += np.sum(dlog * step[:, t], axis=0)
-        dh = kept[:, t, :, None, None] * dh
+        dh = decay[:, t, :, None, None] * dh
     dd = np.einsum("bthp,bthp->h", dy, x)
     gradients = dict(zip(FLOAT_INPUTS, (dx, ddt, da, db, dc, dd, dh), strict=True))
     return Result(y, states[-1].copy(), gradients)

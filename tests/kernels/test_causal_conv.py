@@ -91,7 +91,7 @@ def test_bfloat16_is_rounded_once(masked: bool) -> None:
     assert found["y"].dtype == found["x"].dtype == jnp.bfloat16
     assert found["kernel"].dtype == found["bias"].dtype == np.float32
     for name in ("y", "x"):
-        # Half a unit in the last of 8 bits; sums of float32 products of up to 20 that cancel are off by a few 1e-6.
+        # Half a unit in the last of 8 bits; float32 sums of up to 20 that cancel are off by a few 1e-6.
         np.testing.assert_allclose(found[name].astype(np.float64), wanted[name], rtol=2**-8, atol=1e-5)
     for name in ("kernel", "bias"):
         assert error(found[name], wanted[name]) < 1e-6, name
@@ -230,7 +230,7 @@ def test_cells_are_whole_lanes_for_two_cores_and_fit() -> None:
         ({"taps": 8}, "kernel must have at most 7 taps, found 8"),
     ],
 )
-def test_refusals_say_why(change: dict[str, Any], message: str) -> None:
+def test_unsupported_calls_say_why(change: dict[str, Any], message: str) -> None:
     asked = {"dtype": jnp.float32, "channels": 128, "taps": 4} | change
     x = jnp.zeros((1, 256, asked["channels"]), asked["dtype"])
     with pytest.raises(ValueError, match=message):

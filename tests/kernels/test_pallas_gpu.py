@@ -1,6 +1,6 @@
 """The GPU kernels: the suite in interpret mode on a CPU, and lowering for a Hopper that is not there.
 
-Mosaic GPU before jax 0.11.2 has no interpreter that runs them: there the calls are refused.
+Mosaic GPU before jax 0.11.2 has no interpreter that runs them: there the calls raise ValueError.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ BFLOAT16_SPECS = (
     checks.Spec(rows=1, length=130, heads=1, groups=1, head_dim=96, state_dim=128, regime="slow"),
 )
 STATE_SPECS = (checks.Spec(rows=1, length=70, heads=2, groups=1, head_dim=64, state_dim=96),)
-# N = 96 is computed as two overlapping products.
+# N = 96 is computed as two overlapping matmuls.
 LONG = checks.Spec(rows=1, length=200, heads=1, groups=1, head_dim=96, state_dim=96)
 
 
@@ -117,7 +117,7 @@ if SERVED:
     @pytest.mark.usefixtures("interpreter")
     @pytest.mark.parametrize(("head_dim", "state_dim", "stages"), [(96, 64, 2), (96, 96, 1)])
     def test_slots_are_filled_again(head_dim: int, state_dim: int, stages: int) -> None:
-        """Copies into them are ordered after the products that read them, with one slot and with two."""
+        """Copies into them are ordered after the matmuls that read them, with one slot and with two."""
         assert block_sizes.choose_gpu(False, head_dim, state_dim, 1)[1].stages == stages
         spec = checks.Spec(rows=1, length=140, heads=1, groups=1, head_dim=head_dim, state_dim=state_dim)
         checks.check_bfloat16("pallas_gpu", spec)

@@ -190,7 +190,7 @@ def test_float32_compiles(chip: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [SHAPES[0], (1, 2048, 4, 256, 256)], ids=str)
 def test_wide_chunks_compile(shape: tuple[int, ...]) -> None:
-    """Where the mesh says that it is for a v6e."""
+    """The mesh tells that it is a v6e."""
     with jax.set_mesh(Mesh(np.array(_devices("v6e")[:1]), "data")):
         arguments = _on("v6e", shape)
         assert pallas_tpu.tiles_of(arguments["x"], arguments["b"]).blocks.chunk == block_sizes.WIDE_CHUNK

@@ -36,10 +36,10 @@ def _direction(inputs: Tree) -> Tree:
 
 def _along(function: Callable[[Tree], Any], inputs: Tree, direction: Tree) -> Any:
     """Differentiate along a direction: fourth-order central differences in float64."""
-    moved = lambda step: function(
+    shifted = lambda step: function(
         {name: value.astype(np.float64) + step * direction[name].astype(np.float64) for name, value in inputs.items()}
     )
-    far, near = (jax.tree.map(np.subtract, moved(k * _STEP), moved(-k * _STEP)) for k in (2, 1))
+    far, near = (jax.tree.map(np.subtract, shifted(k * _STEP), shifted(-k * _STEP)) for k in (2, 1))
     return jax.tree.map(lambda near, far: (8 * near - far) / (12 * _STEP), near, far)
 
 

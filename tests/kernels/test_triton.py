@@ -1,6 +1,6 @@
 """The Triton kernels: the suite in Triton's interpreter on a CPU, and its compiler for two generations of GPUs.
 
-Where the `dev` extra brings no Triton (see `pyproject.toml`), what is left to test is that this is said.
+Where the `dev` extra has no Triton (see `pyproject.toml`), the test is that the error says so.
 """
 
 import importlib.util
@@ -156,7 +156,7 @@ if HAS_TRITON:
 
     # --- The compiler -------------------------------------------------------------------------------------------------
 
-    # A row is walked at once, or in segments, from 0 and again; without y nothing is added on the way back.
+    # A row is walked at once, or in segments, from 0 and again; without y nothing is added in the backward pass.
     VARIANTS = {
         "running_sums",
         "walk ADD FROM_FIRST",

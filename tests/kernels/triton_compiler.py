@@ -114,7 +114,7 @@ def variants(head_dim: int, state_dim: int, dtype: str) -> list[Launch]:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What machine code takes of a GPU: registers of a thread, bytes it spills, bytes of shared memory of a program."""
+    """Resources of a kernel: registers and bytes spilled of a thread, bytes of shared memory of a program."""
 
     registers: int
     spilled: int

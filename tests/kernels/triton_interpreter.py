@@ -1,9 +1,9 @@
 """Runs the project's Triton kernels on a CPU, in Triton's own interpreter, from inside jitted JAX programs.
 
 Four things differ from what TRITON_INTERPRET=1 does, and none of them is in the kernels. Arrays are numpy's, with
-guards of NaN around every one: the interpreter wants torch's. Products of bfloat16 are taken of the numbers: the
+guards of NaN around every one: the interpreter wants torch's. Matmuls of bfloat16 are computed from the values: the
 interpreter multiplies their bits as integers. float32 becomes bfloat16 by rounding to the nearest, as on a GPU: the
-interpreter cuts bits off. Products of float32 round as the three TF32 products of a GPU do.
+interpreter cuts bits off. Matmuls of float32 round as the three TF32 products of a GPU do.
 """
 
 import functools
@@ -32,7 +32,10 @@ _GUARD = 4096
 
 
 def _library() -> dict[str, Any]:
-    """What the kernels use of Triton's library; its own, interpreted, would leave the language patched for good."""
+    """Return the functions of Triton's library that the kernels use.
+
+    Its own, interpreted, would leave the language patched for good.
+    """
     combine = tl.standard._sum_combine
     return {
         "zeros": lambda shape, dtype: tl.full(shape, 0, dtype),
