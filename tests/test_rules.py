@@ -1,5 +1,7 @@
-"""The rules of the suite itself, on suites of one test."""
+"""The rules of the project: its suite, on suites of one test, and the words of its docstrings."""
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,18 @@ def test_a_module_may_not_skip_itself(outcomes):
 
 def test_an_unknown_marker_is_an_error(outcomes):
     assert outcomes("import pytest\n@pytest.mark.hardwear\ndef test_it():\n    pass") == {"errors": 1}
+
+
+def test_no_docstring_begins_with_a_question_word() -> None:
+    files = [
+        path for room in ("transmamba_jax", "pallas_kernels", "benchmarks") for path in ROOT.glob(f"{room}/**/*.py")
+    ]
+    assert len(files) > 100
+    found = [
+        f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"
+        for path in [*files, ROOT / "train.py"]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if re.match(r"(What|How|Where|Whether|Who|Which)\b", text := ast.get_docstring(node) or "")
+    ]
+    assert found == []

@@ -92,7 +92,7 @@ def _close(opened: list[grain.DatasetIterator]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How streams are shared out: part `part` of `parts` of the rows is this process's."""
+    """Share of a process in the streams: part `part` of `parts` of the rows is this process's."""
 
     part: int
     parts: int
