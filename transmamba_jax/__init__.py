@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from transmamba_jax.config_io import load_config
+    from transmamba_jax.data.registry import register_source
     from transmamba_jax.evaluate.inspection import Inspection, inspect
     from transmamba_jax.generate import Decoder, Sampling, generate, stream
     from transmamba_jax.generate.loaded import LanguageModel, load
@@ -60,6 +61,7 @@ __all__ = [
     "make_optimizer",
     "make_train_step",
     "memory_converter",
+    "register_source",
     "restore",
     "schedule",
     "stream",
@@ -91,6 +93,7 @@ _HOMES = {
     "make_optimizer": "training.optimizer",
     "make_train_step": "training.step",
     "memory_converter": "memory_converter",
+    "register_source": "data.registry",
     "restore": "checkpoint",
     "stream": "generate",
     "train": "training.loop",
