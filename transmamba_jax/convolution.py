@@ -114,7 +114,7 @@ _convolve = jax.custom_vjp(_taps)
 def _convolve_forward(
     padded: Array, kernel: Array, bias: Array, readable: tuple[Array, ...] | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    return _taps(padded, kernel, bias, readable), (padded, kernel, bias, readable)
+    return _convolve(padded, kernel, bias, readable), (padded, kernel, bias, readable)
 
 
 def _convolve_backward(residuals: tuple[Any, ...], dy: Array) -> tuple[Array, Array, Array, None]:
