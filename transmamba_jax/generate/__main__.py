@@ -148,7 +148,7 @@ class Terminal:
         return self.decoder.extend(state, [shown], size) if shown else state
 
     def session(self) -> None:
-        """Read lines from the terminal, each of which goes on where the text so far has ended."""
+        """Read lines from the terminal, and continue the text so far with each."""
         print(
             "A line is added to the text and continued; an empty one continues; :back forgets a turn "
             f"(of the last {_TURNS}), Ctrl-C stops and forgets the present one; Ctrl-D ends."

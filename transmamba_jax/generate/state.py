@@ -41,7 +41,7 @@ class DecodeState:
         return np.asarray(self.cache.lengths)
 
     def rows(self, indices: Sequence[int]) -> "DecodeState":
-        """Return the state of these rows; one named several times goes on in several ways."""
+        """Return the state of these rows; a row named several times is continued in several ways."""
         picked = np.asarray(indices, np.int32)
         if picked.ndim != 1 or picked.size == 0 or picked.min() < 0 or picked.max() >= len(self.lengths):
             raise ValueError(f"indices must name rows 0..{len(self.lengths) - 1}, found {list(indices)}")
@@ -87,16 +87,16 @@ def load(file: Path, config: ModelConfig, points: schedule.Schedule) -> DecodeSt
 
 
 def _like(config: ModelConfig, points: schedule.Schedule, arrays: dict[str, np.ndarray]) -> DecodeState:
-    """Return the shapes and dtypes of a state of these lengths, with the rooms and states that are in `arrays`."""
+    """Return the shapes and dtypes of a state of these lengths, with the capacities and states in `arrays`."""
     lengths = arrays.get("cache/lengths", np.zeros(1, np.int32)).reshape(-1)
     layers = []
     for index, point in enumerate(points):
         keys, state = arrays.get(f"cache/layers/{index}/keys"), arrays.get(f"cache/layers/{index}/state")
         # Rows before the TransPoint need their keys and values; the last row may still leave its state for later there.
-        room = keys.shape[2] if keys is not None and keys.ndim == 4 else 0
-        room = max(room, min(point, int(lengths.max()))) if lengths.min() < point else room
+        capacity = keys.shape[2] if keys is not None and keys.ndim == 4 else 0
+        capacity = max(capacity, min(point, int(lengths.max()))) if lengths.min() < point else capacity
         lazy = state is None and int(lengths.max()) <= point
-        layers.append(jax.eval_shape(partial(memory.init_layer, config, len(lengths), room, lazy)))
+        layers.append(jax.eval_shape(partial(memory.init_layer, config, len(lengths), capacity, lazy)))
     of = lambda dtype, *shape: jax.ShapeDtypeStruct((len(lengths), *shape), dtype)
     cache = Cache(tuple(layers), of(jnp.int32), points)  # type: ignore[arg-type]
     return DecodeState(cache, of(jnp.float32, config.vocab_size), of(jnp.bool_, config.vocab_size))  # type: ignore[arg-type]
