@@ -117,7 +117,7 @@ def test_a_run_whose_steps_are_all_damaged_is_refused(server, straight):
         damage.flip(workdir / "checkpoints" / step / "config" / "metadata")
     metrics = (workdir / "metrics.jsonl").read_bytes()
     text = server.train(workdir, expect=2)
-    assert "none of the checkpoints [12, 8]" in text
+    assert "none of the checkpoints 12, 8" in text
     assert (workdir / "metrics.jsonl").read_bytes() == metrics
 
 
