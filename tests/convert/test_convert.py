@@ -224,6 +224,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "limit": ("tied", edit_json(time_step_limit=[1.0]), r"time_step_limit must be two numbers, found \[1.0\]"),
     "empty limit": ("tied", edit_json(time_step_limit=[0.2, 0.1]), "model.dt_limit must be two numbers"),
     "not a number": ("tied", edit_json(num_heads="6"), "num_heads must be an integer, found '6'"),
+    "layers": ("tied", edit_json(num_hidden_layers=1000), "has 1000 layers, and the files only 20 tensors"),
     "groups": ("tied", edit_json(n_groups=4), "num_groups must divide"),
 }  # fmt: skip
 
@@ -335,6 +336,40 @@ def test_the_largest_numbers_of_a_dtype_are_written(tmp_path: Path) -> None:
         convert.to_mamba2(config, changed, tmp_path / dtype, dtype=dtype)
         _, back = convert.from_mamba2(tmp_path / dtype)
         assert float(back["final_norm"]["scale"][1]) == float(jnp.asarray(value, dtype))
+
+
+def test_the_config_gives_the_dtype_of_the_tensors(tmp_path: Path) -> None:
+    config, params, *_ = golden("tied")
+    convert.to_mamba2(dataclasses.replace(config, param_dtype="bfloat16"), params, tmp_path / "wide")
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
+    mixed = {**params, "embedding": params["embedding"].astype(jnp.bfloat16)}
+    convert.to_mamba2(config, mixed, tmp_path / "mixed")
+    assert json.loads((tmp_path / "mixed" / "config.json").read_text())["dtype"] == "float32"
+    for dtype in (np.float64, np.int32):
+        other = jax.tree.map(lambda leaf, dtype=dtype: np.asarray(leaf).astype(dtype), params)
+        with pytest.raises(ValueError, match=f"must be of dtype float32, .*, found {np.dtype(dtype).name}"):
+            convert.to_mamba2(config, other, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = copied(tmp_path)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(60)}, unk_token="0"))
+    words.add_special_tokens(["</s>"])
+    words.save(str(source / "tokenizer.json"))
+    assert convert_command.main(["from-mamba2", str(source), str(tmp_path / "out")]) == 2
+    assert "too small for the tokenizer with ids 0..60" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unusual_folders_are_read(tmp_path: Path) -> None:
+    source, blobs = copied(tmp_path), tmp_path / "blobs"
+    (source / "config.json").write_bytes(b"\xef\xbb\xbf" + (source / "config.json").read_bytes())
+    source.rename(blobs)
+    source.mkdir()
+    for file in blobs.iterdir():  # as a download cache keeps them
+        (source / file.name).symlink_to(file)
+    assert convert.from_mamba2(source)[0] == golden("tied")[0]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transmamba_jax import export
 from transmamba_jax.config import Config
 from transmamba_jax.convert import mamba2, tokenizer_files
+from transmamba_jax.data.tokenizers import check_vocabulary
 from transmamba_jax.runtime import logs, tensor_files
 from transmamba_jax.runtime.paths import option_path
 
@@ -42,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "from-mamba2":
             model, params = mamba2.from_mamba2(options.source)
-            export.save(options.output, Config(model=model), params, tokenizer_files.read(options.source))
+            tokenizer = tokenizer_files.read(options.source)
+            if tokenizer is not None:
+                check_vocabulary(tokenizer, model.vocab_size)
+            export.save(options.output, Config(model=model), params, tokenizer)
         elif options.command == "start-run":
             mamba2.start_run(options.source, options.output)
         else:

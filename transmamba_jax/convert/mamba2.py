@@ -107,9 +107,9 @@ def to_mamba2(
     if dtype is not None and dtype not in tensor_files.DTYPES.values():
         raise ValueError(f"dtype must be None or one of {', '.join(tensor_files.DTYPES.values())}, found {dtype!r}")
     end = None if tokenizer is None else tokenizer.end_of_document
-    tree = mamba2_config.write(config, naming, dtype or config.param_dtype, end)
     parts = _parts(config, naming)
     leaves = tree_paths.flatten(params)
+    tree = mamba2_config.write(config, naming, dtype or _dtype_of(leaves), end)
     _check_leaves(config, parts, leaves)
     arrays = tensor_files.cast_finite(leaves, dtype)
     tensors: dict[str, list[np.ndarray]] = {}
@@ -219,6 +219,11 @@ def _read(part: _Part, num_layers: int, tensors: Tensors, dtype: str) -> Any:
 
 def _check_tensors(folder: Path, config: ModelConfig, naming: Naming, parts: list[_Part], tensors: Tensors) -> None:
     """Compare names and shapes, and a head that is said to be the embedding with it."""
+    if config.num_layers > len(tensors.names()):
+        raise ValueError(
+            f"{folder}: {mamba2_config.FILE} has {config.num_layers} layers, and the files only "
+            f"{len(tensors.names())} tensors"
+        )
     asked = {}
     for part in parts:  # the last part of a tensor ends where the tensor ends
         for layer in range(config.num_layers if part.layered else 1):
@@ -234,6 +239,20 @@ def _check_tensors(folder: Path, config: ModelConfig, naming: Naming, parts: lis
             raise ValueError(
                 f"{folder}: {_HEAD} must equal {NAMINGS[naming]}, because {mamba2_config.FILE} ties them; they differ"
             )
+
+
+def _dtype_of(leaves: Mapping[str, Any]) -> str:
+    """Return the dtype of the leaves, float32 where they differ.
+
+    Raises:
+        ValueError: a leaf has a dtype that Mamba-2 files do not have.
+    """
+    dtypes = {path: str(np.asarray(leaf).dtype) for path, leaf in leaves.items()}
+    for path, dtype in dtypes.items():
+        if dtype not in tensor_files.DTYPES.values():
+            known = ", ".join(tensor_files.DTYPES.values())
+            raise ValueError(f"{path} must be of dtype {known}, found {dtype}; cast it, or give dtype='float32'")
+    return next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else "float32"
 
 
 def _check_leaves(config: ModelConfig, parts: list[_Part], leaves: Mapping[str, Any]) -> None:
