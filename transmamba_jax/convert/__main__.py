@@ -43,10 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "from-mamba2":
             model, params = mamba2.from_mamba2(options.source)
-            tokenizer = tokenizer_files.read(options.source)
-            if tokenizer is not None:
-                check_vocabulary(tokenizer, model.vocab_size)
-            export.save(options.output, Config(model=model), params, tokenizer)
+            read = tokenizer_files.read(options.source)
+            if read is not None:
+                check_vocabulary(read, model.vocab_size)
+            export.save(options.output, Config(model=model), params, read)
         elif options.command == "start-run":
             mamba2.start_run(options.source, options.output)
         else:
