@@ -59,8 +59,8 @@ LEAF_SAID = {
     "truncate manifest": r"manifest\.json is damaged: JSONDecodeError",
     "delete manifest": r"it has no manifest\.json: its save did not finish, or the file was deleted",
     "wrong values": "params/small has other values than were saved",
-    "wrong dtype": r"params/small is bfloat16 \[3, 5\], saved was float32 \[3, 5\]",
-    "wrong shape": r"params/small is float32 \[5, 3\], saved was float32 \[3, 5\]",
+    "wrong dtype": r"params/small is bfloat16\[3,5\], saved was float32\[3,5\]",
+    "wrong shape": r"params/small is float32\[5,3\], saved was float32\[3,5\]",
     "missing leaf": "params/small is missing",
 }
 
