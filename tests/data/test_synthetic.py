@@ -5,8 +5,9 @@ import pytest
 
 from transmamba_jax.config import Config, DataConfig
 from transmamba_jax.data import load_tokenizer, open_tokenizer, tokenizer_from_json, train_batches
-from transmamba_jax.data.synthetic import TASKS, Rows, parse
+from transmamba_jax.data.synthetic import Rows, parse
 from transmamba_jax.data.task_batches import held_out_batches
+from transmamba_jax.data.tasks import TASKS
 
 SOURCES = {
     "mqar": "synthetic:mqar?vocab=32&pairs=4",

@@ -62,8 +62,9 @@ def splash(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: float
 
     It takes any head dims, of q and k and of v apart, and lengths that are multiples of its blocks, which are multiples
     of 128. Verified: its numbers and gradients in interpret mode, that it compiles for a TPU, and the choice of blocks
-    by the compiler's count of instructions (`benchmarks/kernel_cycles.py`): at 8192 tokens, N = P = 96, twice forwards
-    and once backwards, edges of 1024 need 0.81 of those of 512 on v5e, 0.80 on v5p, 0.76 on v6e. Not verified: speed.
+    by the compiler's count of instructions (`benchmarks/tpu/kernel_cycles.py`): at 8192 tokens, N = P = 96, two forward
+    passes and one backward, edges of 1024 need 0.81 of those of 512 on v5e, 0.80 on v5p, 0.76 on v6e. Not verified:
+    speed.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention
 

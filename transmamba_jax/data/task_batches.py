@@ -4,7 +4,7 @@ import grain
 import numpy as np
 
 from transmamba_jax.config import DataConfig
-from transmamba_jax.data import synthetic
+from transmamba_jax.data import synthetic, task_rows, tasks
 from transmamba_jax.data.tokenizers import ByteTokenizer, SymbolTokenizer, Tokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -25,7 +25,7 @@ def open_tokenizer(config: DataConfig) -> Tokenizer:
     if not synthetic.is_synthetic(config.source):
         return load_tokenizer(config.tokenizer, config.end_of_document)
     task = synthetic.parse(config.source)
-    return ByteTokenizer() if isinstance(task, synthetic.Needle) else SymbolTokenizer(task.vocab_size)
+    return ByteTokenizer() if isinstance(task, tasks.Needle) else SymbolTokenizer(task.vocab_size)
 
 
 def rows(config: DataConfig, split: str, count: int) -> synthetic.Rows:
@@ -61,7 +61,7 @@ def held_out_batches(config: DataConfig, windows: int, batch_size: int) -> list[
     stacked = [np.stack(column) for column in zip(*(found[index] for index in range(count)), strict=True)]
     padding = -count % batch_size
     full = [np.pad(value, [(0, padding), (0, 0)]) for value in stacked]
-    named = dict(zip(synthetic.Row._fields, full, strict=True))
+    named = dict(zip(task_rows.Row._fields, full, strict=True))
     named["bytes"] = np.ones_like(named["tokens"])  # a symbol counts as one
     return [
         {name: value[start : start + batch_size] for name, value in named.items()}
@@ -69,5 +69,5 @@ def held_out_batches(config: DataConfig, windows: int, batch_size: int) -> list[
     ]
 
 
-def _training_row(row: synthetic.Row) -> Batch:
+def _training_row(row: task_rows.Row) -> Batch:
     return {"tokens": row.tokens, "bytes": np.ones_like(row.tokens), "weights": row.weights}
