@@ -172,7 +172,7 @@ def test_a_chunk_after_others_continues_them() -> None:
     rows = [TOKENS[0, :19].tolist(), TOKENS[0, ::-1][:14].tolist()]
     state = decoder.prefill(rows, prefill_chunk_size=11)
     assert state.lengths.tolist() == [19, 14]
-    assert state.cache.layers[0].room >= 16
+    assert state.cache.layers[0].capacity >= 16
     for row, prompt in enumerate(rows):
         padded = np.pad(prompt, (0, TOTAL - len(prompt)))[None]
         expected = logits_of(SMALL, padded, SMALL.transpoints)[0, len(prompt) - 1]
@@ -206,15 +206,15 @@ def test_dtypes_and_options_equal_the_forward(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
 def test_cache_bytes_equal_the_formula(lazy: bool) -> None:
-    # As many tokens as there is room for, so that the formula's length is the room.
-    for room in (0, 4, 5, 13, 99):
-        cache = memory.init_cache(CONFIG, 3, room, POINTS, lazy)
+    # As many tokens as there is capacity for, so that the formula's length is the capacity.
+    for capacity in (0, 4, 5, 13, 99):
+        cache = memory.init_cache(CONFIG, 3, capacity, POINTS, lazy)
         for point, layer in zip(POINTS, cache.layers, strict=True):
-            tokens = min(point, room)
+            tokens = min(point, capacity)
             assert memory.nbytes(layer) == _formula(3, tokens, lazy and tokens > 0)
-            if room < point and room > 0:
-                assert memory.nbytes(layer) == memory.cache_bytes(CONFIG, 3, room, point, lazy)
-            assert layer.room == tokens
+            if capacity < point and capacity > 0:
+                assert memory.nbytes(layer) == memory.cache_bytes(CONFIG, 3, capacity, point, lazy)
+            assert layer.capacity == tokens
 
 
 def _formula(batch: int, tokens: int, pending: bool) -> int:
@@ -230,14 +230,14 @@ def test_memory_falls_at_every_transpoint_and_stays() -> None:
     for position in range(PROMPT, TOTAL):
         state = decoder.extend(state, TOKENS[:, position : position + 1].tolist(), total=TOTAL)
         after[position + 1] = state
-    rooms = {length: [layer.room for layer in state.cache.layers] for length, state in after.items()}
+    capacities = {length: [layer.capacity for layer in state.cache.layers] for length, state in after.items()}
     for length, state in after.items():
         for point, layer in zip(POINTS, state.cache.layers, strict=True):
-            room = min(point, memory.choose_room(length + 1, TOTAL, POINTS))
-            assert memory.nbytes(layer) == memory.cache_bytes(CONFIG, 1, length, point, room=room)
-    assert rooms[12] == [0, 0, 16]
-    assert rooms[15] == [0, 0, 16]
-    assert rooms[16] == [0, 0, 0]
+            capacity = min(point, memory.choose_capacity(length + 1, TOTAL, POINTS))
+            assert memory.nbytes(layer) == memory.cache_bytes(CONFIG, 1, length, point, capacity=capacity)
+    assert capacities[12] == [0, 0, 16]
+    assert capacities[15] == [0, 0, 16]
+    assert capacities[16] == [0, 0, 0]
     assert memory.nbytes(after[16].cache) == memory.nbytes(after[20].cache)
     rest = sum(memory.cache_bytes(CONFIG, 1, 20, point) for point in POINTS)
     assert memory.nbytes(after[20].cache.layers) == rest
@@ -248,7 +248,7 @@ def test_a_stage_has_one_program_whatever_the_lengths() -> None:
     decoder, before = Decoder(*make(config)), decode._decode_block._cache_size()
     for length in (1, 3, 5):
         state = decoder.prefill(TOKENS[:, :length].tolist(), total=TOTAL)
-        assert [layer.room for layer in state.cache.layers] == [6, 6]
+        assert [layer.capacity for layer in state.cache.layers] == [6, 6]
         decoder.decode(state, TOTAL - length, total=TOTAL)
     assert decode._decode_block._cache_size() - before == 3
     # Turns without a known end: a line is given, and continued.
@@ -271,32 +271,32 @@ def test_short_prompts_are_read_by_few_programs() -> None:
     assert len(set(widths)) == 17
 
 
-def rooms_along(tokens: int, points: tuple[int, ...], total: int | None) -> list[int]:
-    """The rooms that a layer without end gets, one token after another."""
-    rooms = [0]
+def capacities_along(tokens: int, points: tuple[int, ...], total: int | None) -> list[int]:
+    """The capacities that a layer without end gets, one token after another."""
+    capacities = [0]
     for end in range(1, tokens + 1):
-        if rooms[-1] < end:
-            rooms.append(memory.choose_room(end, total, points))
-    return rooms[1:]
+        if capacities[-1] < end:
+            capacities.append(memory.choose_capacity(end, total, points))
+    return capacities[1:]
 
 
-def test_rooms_grow_in_few_steps_and_end_at_the_transpoint() -> None:
+def test_capacities_grow_in_few_steps_and_end_at_the_transpoint() -> None:
     never = (10**9,)
-    assert rooms_along(20_000, never, 20_000) == [2048, 8192, 32768]
-    assert rooms_along(2000, never, None) == [2048]
-    assert [memory.choose_room(1, total, never) for total in (1, 256, 257, 2000)] == [256, 256, 512, 2048]
-    assert memory.choose_room(300, 10, never) == 512  # more than was said
+    assert capacities_along(20_000, never, 20_000) == [2048, 8192, 32768]
+    assert capacities_along(2000, never, None) == [2048]
+    assert [memory.choose_capacity(1, total, never) for total in (1, 256, 257, 2000)] == [256, 256, 512, 2048]
+    assert memory.choose_capacity(300, 10, never) == 512  # more than was said
     for seq_len in (8192, 10_000):
         points = tm.schedule.v9(seq_len)
-        assert rooms_along(seq_len, points, None) == list(points[1:])  # one a stage
+        assert capacities_along(seq_len, points, None) == list(points[1:])  # one a stage
 
 
-@pytest.mark.parametrize(("total", "room"), [(300, 512), (None, 2048)])
-def test_bytes_of_a_long_stage_are_those_of_its_room(total: int | None, room: int) -> None:
+@pytest.mark.parametrize(("total", "capacity"), [(300, 512), (None, 2048)])
+def test_bytes_of_a_long_stage_are_those_of_its_capacity(total: int | None, capacity: int) -> None:
     config = dataclasses.replace(SMALL, transpoints=(10**9,))
     state = decoder_of(config).prefill(TOKENS.tolist(), total=total)
-    assert memory.nbytes(state.cache.layers) == memory.cache_bytes(config, 1, TOTAL, 10**9, room=room)
-    assert memory.cache_bytes(config, 1, TOTAL, 10**9) == memory.cache_bytes(config, 1, TOTAL, 10**9, room=TOTAL)
+    assert memory.nbytes(state.cache.layers) == memory.cache_bytes(config, 1, TOTAL, 10**9, capacity=capacity)
+    assert memory.cache_bytes(config, 1, TOTAL, 10**9) == memory.cache_bytes(config, 1, TOTAL, 10**9, capacity=TOTAL)
 
 
 def test_states_are_kept_forked_and_rolled_back() -> None:
@@ -401,7 +401,7 @@ def test_bad_arguments_are_refused() -> None:
     uneven = dataclasses.replace(empty, cache=dataclasses.replace(empty.cache, lengths=jnp.array([1, 2])))
     with pytest.raises(ValueError, match=r"as many tokens each, found rows of \[1, 2\] tokens and prompts of \[1, 2\]"):
         decoder.extend(uneven, [[1], [2, 3]])
-    with pytest.raises(ValueError, match="batch must be >= 1 and room >= 0"):
+    with pytest.raises(ValueError, match="batch must be >= 1 and capacity >= 0"):
         memory.init_cache(CONFIG, 0, 4)
     with pytest.raises(ValueError, match=r"softmax, which is how the cache is read, found TransMamba\(attention"):
         tm.Decoder(tm.TransMamba(CONFIG, attention=lambda *arrays: arrays[2]), {})

@@ -163,9 +163,9 @@ def decode(
         layer_weights = LayerWeights(**{"skip": None, **fields, "mlp": mlp})
         mode = LayerMode(Branch.MIXED, point) if point else LayerMode(Branch.SSM)
         layer = LayerCache(**plain)
-        recent = memory.recent_layer(layer, 1)
-        x, layer, recent = decode_step.layer_step(config, layer_weights, x, layer, recent, starts, first, mode)
-        layer = memory.merge(layer, recent, starts, 1)
+        staging = memory.staging_layer(layer, 1)
+        x, layer, staging = decode_step.layer_step(config, layer_weights, x, layer, staging, starts, first, mode)
+        layer = memory.flush(layer, staging, starts, 1)
         layers.append({name: value for name, value in vars(layer).items() if value is not None})
     logits = decode_step.next_logits(config, x, weights["final_norm"], weights["embedding"], weights.get("head"))
     return logits, {"lengths": starts + 1, "layers": layers}

@@ -6,7 +6,7 @@ values that no row needs any more, computes the states that are needed now, and 
 
 A stage has one program, and another only where
 
-- it is so long that its capacity must grow (`cache.choose_room`), by four times each time beyond 2048 tokens;
+- it is so long that its capacity must grow (`cache.choose_capacity`), by four times each time beyond 2048 tokens;
 - rows have lengths on both sides of a TransPoint: both branches are computed until the last row is past it;
 - tokens are sampled in another way (greedily, with a temperature, with top-k ...), or given and not sampled.
 
@@ -257,7 +257,7 @@ class Decoder:
         Drop keys and values where the shortest row, of `shortest` tokens, needs them no more. Compute the states that
         are needed. Allocate capacity where there is not enough, none beyond the next TransPoint.
         """
-        capacity = memory.choose_room(end, total, self.transpoints)
+        capacity = memory.choose_capacity(end, total, self.transpoints)
         most = min((point for point in self.transpoints if point >= end), default=end)
         empty = state.lengths.max() == 0
         layers = []
@@ -269,12 +269,12 @@ class Decoder:
                 layer = memory.spread(layer)
             elif layer.state is None and end > point:
                 converted = _convert(self.config, self._model.kernels, self._weights.layers[index], layer)
-                layer = dataclasses.replace(layer, state=converted, steps=None)
+                layer = dataclasses.replace(layer, state=converted, dt=None)
             if not attends:
                 layer = dataclasses.replace(layer, keys=None, values=None)
-            elif layer.room > min(point, most):
+            elif layer.capacity > min(point, most):
                 layer = memory.resize(layer, min(point, most))
-            elif grow and layer.room < min(point, end):
+            elif grow and layer.capacity < min(point, end):
                 layer = memory.resize(layer, min(point, capacity))
             layers.append(layer)
         return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=tuple(layers)))
@@ -357,30 +357,30 @@ def _decode_block(
     rows, starts, large = jnp.arange(len(given)), state.cache.lengths, state.cache.layers
     # The loop carries what changes with every token; large caches stay outside and are only read.
     moving = tuple(LayerCache(layer.window, layer.state) for layer in large)
-    recents = tuple(memory.recent_layer(layer, given.shape[1]) for layer in large)
+    stagings = tuple(memory.staging_layer(layer, given.shape[1]) for layer in large)
 
     def read_one(index: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        tokens, logits, seen, moving, recents = carry
+        tokens, logits, seen, moving, stagings = carry
         sampled = sampler.sample(logits, seen, keys, starts + index, params, top_k, vocab_size)
         token = jnp.where(given[:, index] < 0, sampled, given[:, index])
         x = embed(config, weights.embedding, token)
         moved, written = [], []
-        for layer_weights, layer, small, recent, mode in zip(
-            weights.layers, large, moving, recents, modes, strict=True
+        for layer_weights, layer, small, staging, mode in zip(
+            weights.layers, large, moving, stagings, modes, strict=True
         ):
             cache = dataclasses.replace(layer, window=small.window, state=small.state)
-            x, cache, recent = decode_step.layer_step(config, layer_weights, x, cache, recent, starts, index, mode)
+            x, cache, staging = decode_step.layer_step(config, layer_weights, x, cache, staging, starts, index, mode)
             moved.append(LayerCache(cache.window, cache.state))
-            written.append(recent)
+            written.append(staging)
         logits = decode_step.next_logits(config, x, weights.final_norm, weights.embedding, weights.head)
         tokens, seen = tokens.at[:, index].set(token), seen.at[rows, token].set(True)
         return tokens, logits, seen, tuple(moved), tuple(written)
 
-    carry = (jnp.zeros_like(given), state.logits, state.seen, moving, recents)
-    tokens, logits, seen, moving, recents = jax.lax.fori_loop(0, steps, read_one, carry)
+    carry = (jnp.zeros_like(given), state.logits, state.seen, moving, stagings)
+    tokens, logits, seen, moving, stagings = jax.lax.fori_loop(0, steps, read_one, carry)
     layers = tuple(
-        dataclasses.replace(memory.merge(layer, recent, starts, steps), window=small.window, state=small.state)
-        for layer, recent, small in zip(large, recents, moving, strict=True)
+        dataclasses.replace(memory.flush(layer, staging, starts, steps), window=small.window, state=small.state)
+        for layer, staging, small in zip(large, stagings, moving, strict=True)
     )
     state = _placed_state(state.cache, layers, starts + steps, logits, seen)
     broken = jnp.isnan(logits).any()  # NaN stays in a cache, and so in the logits of all later tokens

@@ -144,23 +144,23 @@ def layer_step(
     weights: LayerWeights,
     x: Float[Array, "B D"],
     cache: LayerCache,
-    recent: LayerCache,
+    staging: LayerCache,
     starts: Int[Array, "B"],
     index: Int[Array, ""],
     mode: LayerMode,
 ) -> tuple[Float[Array, "B D"], LayerCache, LayerCache]:
     """Apply one block to the token at position starts + index of each row and remember it.
 
-    The window and the state advance in `cache`; a key and a value go to slot `index` of `recent`.
+    The window and the state advance in `cache`; a key and a value go to slot `index` of `staging`.
     """
     normed = _norm(config, x, weights.norm)
-    mixed, cache, recent = _mix(config, weights, normed, cache, recent, starts, index, mode)
+    mixed, cache, staging = _mix(config, weights, normed, cache, staging, starts, index, mode)
     x = sharding.constrain(x + mixed @ weights.out, _ROWS)
     if weights.mlp is None:
-        return x, cache, recent
+        return x, cache, staging
     both = sharding.constrain(_norm(config, x, weights.mlp.norm) @ weights.mlp.gate_up, _ROWS)
     gate, up = jnp.split(both, 2, axis=-1)
-    return sharding.constrain(x + (jax.nn.silu(gate) * up) @ weights.mlp.down, _ROWS), cache, recent
+    return sharding.constrain(x + (jax.nn.silu(gate) * up) @ weights.mlp.down, _ROWS), cache, staging
 
 
 def next_logits(
@@ -182,7 +182,7 @@ def convert(config: ModelConfig, kernels: KernelsConfig, weights: LayerWeights, 
     Raises:
         ValueError: the cache has no keys, values or steps.
     """
-    if cache.keys is None or cache.values is None or cache.steps is None:
+    if cache.keys is None or cache.values is None or cache.dt is None:
         raise ValueError("cache must hold keys, values and steps to be converted")
     keys = cache.keys.swapaxes(1, 2)
     if config.rotary == "attention":
@@ -190,7 +190,7 @@ def convert(config: ModelConfig, kernels: KernelsConfig, weights: LayerWeights, 
         keys = rotate(keys.astype(jnp.float32), -jnp.arange(keys.shape[1]), config.rope_theta)
     values = cache.values.swapaxes(1, 2).astype(keys.dtype)
     options: dict[str, Any] = {"chunk_size": kernels.chunk_size, "implementation": kernels.ssd}
-    return parallel.convert(keys, values, cache.steps, weights.a, None, **options)
+    return parallel.convert(keys, values, cache.dt, weights.a, None, **options)
 
 
 def _mix(
@@ -198,7 +198,7 @@ def _mix(
     weights: LayerWeights,
     x: Float[Array, "B D"],
     cache: LayerCache,
-    recent: LayerCache,
+    staging: LayerCache,
     starts: Int[Array, "B"],
     index: Int[Array, ""],
     mode: LayerMode,
@@ -223,16 +223,16 @@ def _mix(
     cache = dataclasses.replace(cache, window=taps[:, 1:], state=state)
     scanned = None if mode.branch is Branch.ATTENTION else _read(config, weights, x, q, v, state)
     if scanned is not None and mode.branch is Branch.SSM:
-        return scanned, cache, recent
+        return scanned, cache, staging
     if config.rotary == "attention":
         q, k = turn(q), turn(k)
-    recent = memory.write(recent, k[:, None], v[:, None], dt[:, None], index)
-    attended = memory.attend_once(q, cache, recent, starts, index).reshape(x.shape[0], -1)
+    staging = memory.write(staging, k[:, None], v[:, None], dt[:, None], index)
+    attended = memory.attend_once(q, cache, staging, starts, index).reshape(x.shape[0], -1)
     if config.attention_norm:
         attended = _norm(config, attended, weights.out_norm)
     if scanned is None:
-        return attended, cache, recent
-    return jnp.where((positions < mode.transpoint)[:, None], attended, scanned), cache, recent
+        return attended, cache, staging
+    return jnp.where((positions < mode.transpoint)[:, None], attended, scanned), cache, staging
 
 
 def _read(
