@@ -287,8 +287,8 @@ def test_convolution_on_each_side_of_the_transpoint_is_caught(monkeypatch: pytes
     params, x, cotangent = make(CONFIG)
     expected, _ = run_oracle(CONFIG, params, x, cotangent, 19)
 
-    def split_conv(x: Any, kernel: Any, bias: Any, _: Any, silu: bool) -> jax.Array:
-        halves = [causal_conv(part, kernel, bias, None, silu=silu) for part in (x[:, :19], x[:, 19:])]
+    def split_conv(x: Any, kernel: Any, bias: Any, _: Any, silu: bool, **options: Any) -> jax.Array:
+        halves = [causal_conv(part, kernel, bias, None, silu=silu, **options) for part in (x[:, :19], x[:, 19:])]
         return jnp.concatenate(halves, axis=1)
 
     monkeypatch.setattr(parallel, "causal_conv", split_conv)

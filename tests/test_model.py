@@ -285,7 +285,9 @@ def test_transformer_schedule_equals_flax_attention() -> None:
     y = norm(x, layer["mixer_norm"]["scale"])
     ids = jnp.ones_like(tokens)
     q, k, v = (
-        oracle.short_conv(mixer[f"conv_{name}"], y @ mixer[name]["kernel"], ids).reshape(*tokens.shape, 2, 4)
+        oracle.silu(oracle.short_conv(mixer[f"conv_{name}"], y @ mixer[name]["kernel"], ids)).reshape(
+            *tokens.shape, 2, 4
+        )
         for name in "qkv"
     )
     rotate = lambda y: oracle.rotate(y, config.rope_theta).astype(jnp.float32)

@@ -17,6 +17,7 @@ from transmamba_jax import parallel, sharding
 from transmamba_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from transmamba_jax.config_io import load_config
 from transmamba_jax.model import TransMamba
+from transmamba_jax.runtime import tree_paths
 
 
 def _abstract_mesh(**sizes):
@@ -91,6 +92,7 @@ import numpy as np
 from transmamba_jax import sharding
 from transmamba_jax.config import Config, DataConfig, KernelsConfig, MeshConfig, ModelConfig, TrainConfig
 from transmamba_jax.model import TransMamba
+from transmamba_jax.runtime import tree_paths
 from transmamba_jax.training.step import TrainState, loss_and_gradient
 
 ROWS, TIME = 16, 32
@@ -218,7 +220,6 @@ from jax.sharding import PartitionSpec as P
 from transmamba_jax import parallel, sharding
 from transmamba_jax.config import MeshConfig
 from transmamba_jax.compile_only.program import read_program
-from transmamba_jax.runtime import tree_paths
 
 mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, context=4, tensor=1))
 
