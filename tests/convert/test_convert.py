@@ -388,6 +388,8 @@ def test_files_have_the_mode_of_the_umask(mask: int, tmp_path: Path) -> None:
 
 def test_the_byte_tokenizer_is_written_for_other_programs(tmp_path: Path) -> None:
     config, params, *_ = golden("tied")
+    config = dataclasses.replace(config, vocab_size=256)
+    params = {**params, "embedding": np.resize(params["embedding"], (256, config.d_model))}
     ours = ByteTokenizer()
     convert.to_mamba2(config, params, tmp_path, tokenizer=ours)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
