@@ -18,7 +18,7 @@ class DataConfig:
     """`stdlib`, `text:<glob>`, `tfds:<name>[/config][:version]`, `array_record:<glob>`, a task such as
     `synthetic:recall?keys=32`, or a registered source."""
     cache_dir: str | None = None
-    """Where prepared data sets live; None: ~/.cache/transmamba_jax (a tfds: source: TFDS's own default)."""
+    """Folder of prepared data sets; None: ~/.cache/transmamba_jax (a tfds: source: TFDS's own default)."""
     text_field: str = "text"
     """Name of the text feature of a tfds: source."""
     train_split: str = "train"
@@ -185,7 +185,7 @@ class HostsConfig:
     num_processes: int | None = None
     """Number of processes, one a host; None: what the environment says; 1: alone, whatever it says."""
     process_id: int | None = None
-    """Which of them this one is, from 0; None: what the environment says."""
+    """Index of this process, from 0; None: what the environment says."""
     timeout: int = 300
     """Seconds that the processes wait for one another at the start."""
     heartbeat: int = 100
@@ -262,7 +262,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     workdir: str = "runs/default"
-    """Where the resolved config, metrics, checkpoints and the report go; an earlier run there is resumed."""
+    """Folder of the resolved config, metrics, checkpoints and the report; an earlier run there is resumed."""
 
     def __post_init__(self) -> None:
         """Check the rules between sections."""

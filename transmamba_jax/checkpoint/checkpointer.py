@@ -62,7 +62,7 @@ class Checkpointer:
         self._pending: tuple[int, Future[None]] | None = None
         self._rejected: set[int] = set()
         self.failed_saves = 0
-        """How many saves of this process failed."""
+        """Number of saves of this process that failed."""
         self.newest: int | None = None
         """The last step that was saved or restored here."""
 

@@ -36,7 +36,7 @@ class TextStream:
         self._decoded = len(tokenizer.decode_stable(self._tokens))
         """Characters of the text of `_tokens` that have been taken."""
         self._final = len(self._tokens)
-        """How many of `_tokens` had a final text when it was last asked for."""
+        """Number of `_tokens` that had a final text when it was last asked for."""
         self._held = ""
         """Text that may be the beginning of a stop string."""
 

@@ -184,7 +184,7 @@ class _Run:
     others: dict[str, Evaluator]
     """Of each of `eval.schedules`."""
     row_share: tuple[int, int]
-    """Which of how many parts of a batch's rows this process reads."""
+    """(part, parts): the share of a batch's rows that this process reads."""
 
     def train(self, state: TrainState, start: int) -> tuple[TrainState, int]:
         """Go from `start` to the last step, or to where a signal asks to stop; return the state and its step."""

@@ -50,7 +50,7 @@ class TrainState:
     skipped_steps: Int[Array, ""]
     """Steps of the whole run whose loss or gradient was not finite."""
     nonfinite_steps: Int[Array, ""]
-    """How many of the last steps in a row were skipped."""
+    """Number of the last steps in a row that were skipped."""
 
     @classmethod
     def create(cls, config: Config, model: nn.Module, mesh: Mesh | None = None) -> "TrainState":
