@@ -115,7 +115,7 @@ NARROW = dataclasses.replace(
 def test_every_position_under_every_schedule(name: str) -> None:
     """Prefixes of every length in one batch, each read at once and then one token further.
 
-    Within what a change of the last bit of the parameters makes of the logits: under `descending` it is 8e-5 of them.
+    Under `descending` a change of the last bit of the parameters moves the logits by 8e-5: there that is the tolerance.
     """
     points = tm.schedule.named(name, 16)
     config = dataclasses.replace(NARROW, num_layers=len(points))
@@ -125,7 +125,7 @@ def test_every_position_under_every_schedule(name: str) -> None:
     draw, plain = np.random.default_rng(0), dataclasses.replace(config, transpoints=(0,))
     bit = lambda leaf: leaf * np.float32(1 + 6e-8 * draw.choice([-1, 0, 1], leaf.shape))
     tolerance = 2e-5
-    for _ in range(6):
+    for _ in range(6 if name == "descending" else 0):
         moved = forward(plain, jax.tree.map(bit, make(config)[1]), TOKENS, np.array(points))[0]
         tolerance = max(tolerance, *(oracle.relative_error(moved[row], expected[row]) for row in range(TOTAL)))
     assert tolerance < 2e-4
