@@ -3,12 +3,12 @@
 import dataclasses
 import importlib.metadata
 import math
-import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+
+from transmamba_jax.runtime.hardware import processor
 
 Contender = Callable[[int], object]
 
@@ -70,17 +70,6 @@ def round_robin(
 def geometric_mean(values: Iterable[float]) -> float:
     """exp(mean(log(values)))."""
     return statistics.geometric_mean(values)
-
-
-def processor() -> str:
-    """Name of the CPU, with the number of cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {cores} cores"
-    return f"{platform.processor() or platform.machine()}, {cores} cores"
 
 
 def heading(*packages: str) -> str:

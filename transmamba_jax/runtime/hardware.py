@@ -1,7 +1,11 @@
-"""Data sheets of the accelerators that the package reckons with."""
+"""Data sheets of the accelerators that the package reckons with, and the name of this machine's processor."""
 
 import dataclasses
+import os
+import platform
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
@@ -45,3 +49,19 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     if not all(device.device_kind in CHIPS for device in devices):
         return None
     return sum(CHIPS[device.device_kind].peak_flops for device in devices)
+
+
+def usable_cores() -> list[int]:
+    """Return the numbers of the CPU cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
+
+
+def processor() -> str:
+    """Return the name of the CPU, with the number of cores that this process may use."""
+    cores = len(usable_cores())
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {cores} cores"
+    return f"{platform.processor() or platform.machine()}, {cores} cores"

@@ -5,6 +5,8 @@ python -m transmamba_jax.study report DIR     write the report of the study in D
 """
 
 import argparse
+import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -63,6 +65,8 @@ def _run(study: Study, out: Path, options: argparse.Namespace) -> int:
         return 0
     keep_file(options.file, study, out)
     if options.jobs > 1:
+        if shards > 1:
+            raise ValueError("--jobs divides the cells itself, found --shard too; give one of them")
         code = _run_jobs(study, out, options)
     else:
         code = runner.run_study(study, out, selection, options.retry_failed)
@@ -81,6 +85,7 @@ def _run_jobs(study: Study, out: Path, options: argparse.Namespace) -> int:
         command += ["--only", options.only, *["--quick"] * study.quick, *["--retry-failed"] * options.retry_failed]
         shards = [[*command, "--shard", f"{number}/{options.jobs}"] for number in range(options.jobs)]
         children = [subprocess.Popen(shard) for shard in shards]
+        _divide_cores([child.pid for child in children])
         cells = runner.Selection(options.only).of(runner.stage_cells(study, out, stage))
         with tqdm(total=len(cells), desc=stage, unit="cell", dynamic_ncols=True, disable=None) as bar:
             while any(child.poll() is None for child in children):
@@ -88,6 +93,18 @@ def _run_jobs(study: Study, out: Path, options: argparse.Namespace) -> int:
                 time.sleep(1)
         codes += [child.returncode for child in children]
     return next((code for code in codes if code), 0)
+
+
+def _divide_cores(processes: Sequence[int]) -> None:
+    """Give each process cores of its own where there are enough: small cells do not fill several."""
+    from transmamba_jax.runtime import hardware
+
+    cores = hardware.usable_cores()
+    share = len(cores) // len(processes)
+    if sys.platform == "linux" and share:
+        for number, process in enumerate(processes):
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.sched_setaffinity(process, cores[number * share : (number + 1) * share])
 
 
 def _list(study: Study, out: Path, selection: "Selection") -> None:

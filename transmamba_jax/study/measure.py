@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib.metadata
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -16,6 +15,7 @@ from transmamba_jax import __version__, schedule
 from transmamba_jax.cache import cache_bytes
 from transmamba_jax.config import Config, ModelConfig
 from transmamba_jax.model import TransMamba
+from transmamba_jax.runtime import hardware
 from transmamba_jax.training.metrics import flops_per_token
 
 
@@ -56,7 +56,7 @@ def environment() -> dict[str, Any]:
     return {
         "commit": _commit(),
         "versions": {"transmamba_jax": __version__, "python": platform.python_version(), **versions},
-        "machine": f"{jax.device_count()} x {device.device_kind}, {platform.machine()}, {os.cpu_count()} CPU cores",
+        "machine": f"{jax.device_count()} x {device.device_kind}, {hardware.processor()}",
     }
 
 
