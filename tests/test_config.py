@@ -1,11 +1,13 @@
 """Configuration: what is accepted, what is refused, and what a refusal says."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import yaml
 
@@ -143,7 +145,18 @@ def test_differences_name_the_fields() -> None:
         ),
         ("model: {d_model: 8, num_layers: 8, d_model: 8}", "'d_model' is given here"),
         ("model: {d_model: 0}", "model.d_model must be >= 1, found 0"),
-        ("data: {source: txt:a}", "data.source must be .* found 'txt:a'; did you mean 'text'?"),
+        ("data: {source: 'books/*.txt'}", "data.source must be .* found 'books/\\*.txt'"),
+        ("model: {num_layers: 1_000_000_000}", "model.num_layers must be <= 10000, found 1000000000"),
+        ("model: {vocab_size: 10000000000}", "model.vocab_size must be <= 2147483647, found 10000000000"),
+        (
+            "model: {d_model: 2000000000, mlp_dim: 2000000000}",
+            "d_model=2000000000 times the widest layer .* 3.2e",
+        ),
+        ("model: {num_heads: 2000000000, num_groups: 3}", r"must divide .*use one of \[1, 2, 4, .*2000000000\]"),
+        ("model: {transpoints: [99999999999]}", r"model.transpoints\[0\] must be below 2\*\*31"),
+        ("model: {norm_eps: .nan}", "model.norm_eps must be positive and finite, found nan"),
+        ("model: {rope_theta: .inf}", "model.rope_theta must be positive and finite, found inf"),
+        ("data: {seq_len: 10000000000}", "data.seq_len must be <= 2147483647, found 10000000000"),
         ("data: {source: 'text:'}", "data.source must be"),
         ("data: {end_of_document: </s>}", "data.end_of_document is for a tokenizer.json: .* found '</s>'"),
         (
@@ -167,6 +180,58 @@ def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         tm.load_config(write(tmp_path, text))
     assert "experiment.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tm.ModelConfig(num_layers=True), "model.num_layers must be of type int .*, found True of type bool"),
+        (lambda: tm.ModelConfig(d_model=np.int64(64)), r"model.d_model must be of type int .* of type int64"),
+        (lambda: tm.ModelConfig(num_heads=4.0), "model.num_heads must be of type int .*, found 4.0 of type float"),
+        (lambda: tm.ModelConfig(remat="some"), "model.remat must be one of 'none', 'dots', 'full', found 'some'"),
+        (lambda: tm.ModelConfig(dtype="float16"), "model.dtype must be one of 'float32', 'bfloat16', found 'float16'"),
+        (lambda: tm.ModelConfig(transpoints=8), "model.transpoints must be a list, found 8"),
+        (lambda: tm.DataConfig(shuffle=1), "data.shuffle must be of type bool, found 1 of type int"),
+        (
+            lambda: tm.OptimizerConfig(learning_rate="3e-4"),
+            "learning_rate must be of type float, found '3e-4'",
+        ),
+        (lambda: tm.TrainConfig(steps=1e3), "train.steps must be of type int .*, found 1000.0 of type float"),
+        (lambda: tm.Config(model=tm.DataConfig()), "config.model must be of type ModelConfig, found DataConfig"),
+    ],
+)
+def test_wrong_types_in_python_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_python_may_write_lists_whole_floats_and_paths(tmp_path: Path) -> None:
+    config = tm.Config(
+        model=tm.ModelConfig(transpoints=[0, 8], norm_eps=1),
+        data=tm.DataConfig(tokenizer=tmp_path / "tokenizer.json"),
+        workdir=tmp_path,
+    )
+    assert config.model.transpoints == (0, 8)
+    assert isinstance(config.model.norm_eps, float)
+    assert (config.data.tokenizer, config.workdir) == (str(tmp_path / "tokenizer.json"), str(tmp_path))
+    assert config_io.from_yaml(config_io.to_yaml(config)) == config
+    assert hash(config.model) == hash(dataclasses.replace(config.model))
+
+
+def test_the_source_of_another_program_is_read_and_not_trained_on(tmp_path: Path) -> None:
+    """A config names the source of the program that wrote it; only opening its documents needs that program."""
+    path = write(tmp_path, "data: {source: 'txt:a'}")
+    assert config_io.from_yaml(config_io.to_yaml(tm.load_config(path))).data.source == "txt:a"
+    message = (
+        r"data\.source must be .* found 'txt:a'; did you mean 'text'\?"
+        r".*call transmamba_jax\.register_source\('txt', \.\.\.\) in this process first"
+    )
+    with pytest.raises(ValueError, match=message):
+        training_command.parse(["--config", str(path)])
+    workdir = tmp_path / "run"
+    with pytest.raises(ValueError, match=message):
+        tm.train(tm.load_config(path, ["--workdir", str(workdir)]))
+    assert not workdir.exists()
 
 
 def test_missing_file_lists_what_is_there(tmp_path: Path) -> None:

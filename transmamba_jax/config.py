@@ -7,7 +7,7 @@ from typing import Literal
 from transmamba_jax import schedule
 from transmamba_jax.data import registry
 from transmamba_jax.model_config import KernelsConfig, ModelConfig
-from transmamba_jax.runtime.checks import at_least, divisors, require
+from transmamba_jax.runtime.checks import INT32_MAX, at_least, at_most, check_types, divisors, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +48,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        check_types("data", self)
         at_least("data", self, 1, "seq_len", "batch_size")
+        at_most("data", self, INT32_MAX, "seq_len", "batch_size")
         at_least("data", self, 0, "num_workers", "seed", "streams")
         require(
             self.end_of_document is None or self.tokenizer != "bytes",
             f"data.end_of_document is for a tokenizer.json: data.tokenizer='bytes' ends a document with byte 0, found "
             f"{self.end_of_document!r}",
         )
-        registry.check_source(self.source)
+        registry.check_form(self.source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        check_types("optimizer", self)
         for name in ("learning_rate", "muon_learning_rate", "learning_rate_scale", "eps"):
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, f"optimizer.{name} must be positive, found {value}")
@@ -143,6 +146,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        check_types("train", self)
         at_least("train", self, 1, "steps", "accumulation", "loss_chunk", "log_every", "max_nonfinite_steps")
         at_least("train", self, 0, "seed", "sample_tokens")
         require(
@@ -170,6 +174,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        check_types("mesh", self)
         sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name, size in sizes.items():
             require(size == -1 or size >= 1, f"mesh.{name} must be >= 1, or -1 for what is left, found {size}")
@@ -193,6 +198,7 @@ class HostsConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        check_types("hosts", self)
         at_least("hosts", self, 1, "timeout", "heartbeat")
         processes = math.inf if self.num_processes is None else self.num_processes
         require(processes >= 1, f"hosts.num_processes must be >= 1, found {self.num_processes}")
@@ -224,6 +230,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        check_types("checkpoint", self)
         at_least("checkpoint", self, 0, "every", "keep_best")
         at_least("checkpoint", self, 1, "keep_latest")
 
@@ -244,6 +251,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        check_types("eval", self)
         at_least("eval", self, 0, "every", "windows")
         at_least("eval", self, 1, "batch_size")
 
@@ -266,6 +274,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check the rules between sections."""
+        check_types("the config", self)
         require(
             self.data.batch_size % self.train.accumulation == 0,
             f"train.accumulation={self.train.accumulation} must divide data.batch_size={self.data.batch_size}; "

@@ -7,18 +7,17 @@ import contextlib
 import dataclasses
 import io
 import re
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import tyro
 import yaml
 
 from transmamba_jax import schedule as schedules
 from transmamba_jax.config import Config, KernelsConfig
-from transmamba_jax.runtime.checks import require, suggestion
+from transmamba_jax.runtime.checks import require, suggestion, typed
 from transmamba_jax.runtime.paths import expand_path
 
 Options = TypeVar("Options")
@@ -250,30 +249,11 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
     """Return `value` as the annotated type or raise a ValueError that names the option."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        require(value in arguments, f"{where} must be one of {', '.join(map(repr, arguments))}, found {value!r}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _typed(inner, value, where)
-    if origin is tuple:
-        require(isinstance(value, list | tuple), f"{where} must be a list, found {value!r}")
-        return tuple(_typed(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads 3e-4 (no dot) as a string; the option's type says what was meant.
         with contextlib.suppress(ValueError):
             return float(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    decimal = " (decimal, without leading zeros)" if hint is int else ""
-    require(
-        matches, f"{where} must be of type {hint.__name__}{decimal}, found {value!r} of type {type(value).__name__}"
-    )
-    return value
+    return typed(hint, value, where)
 
 
 def _join(prefix: str, name: str) -> str:

@@ -6,7 +6,11 @@ from typing import Literal
 
 from pallas_kernels.ssd import implementations
 from transmamba_jax import attention, schedule
-from transmamba_jax.runtime.checks import at_least, divisors, require, suggestion
+from transmamba_jax.runtime.checks import INT32_MAX, at_least, at_most, check_types, divisors, require, suggestion
+
+_MAX_LAYERS = 10_000
+_MAX_ARRAY = 10**14
+"""Numbers of one array: 400 TB in float32, beyond every machine that there is."""
 
 DTypeName = Literal["float32", "bfloat16"]
 
@@ -68,20 +72,32 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges and the rules between fields."""
-        at_least("model", self, 1, "vocab_size", "num_layers", "d_model", "num_heads", "num_groups")
-        at_least("model", self, 1, "head_dim", "state_dim", "conv_width")
+        check_types("model", self)
+        sizes = ("vocab_size", "num_layers", "d_model", "num_heads", "num_groups", "head_dim", "state_dim")
+        at_least("model", self, 1, *sizes, "conv_width")
         at_least("model", self, 0, "mlp_dim")
+        at_most("model", self, _MAX_LAYERS, "num_layers")
+        at_most("model", self, INT32_MAX, *sizes, "conv_width", "mlp_dim")
         require(
             self.num_heads % self.num_groups == 0,
             f"model.num_groups must divide model.num_heads, found num_groups={self.num_groups}, "
             f"num_heads={self.num_heads}; use one of {divisors(self.num_heads)}",
         )
+        widest = max(self.num_layers * max(self.d_inner, self.d_key, self.mlp_dim), self.vocab_size)
+        require(
+            self.d_model * widest <= _MAX_ARRAY,
+            f"model.d_model={self.d_model} times the widest layer or the vocabulary makes an array of "
+            f"{self.d_model * widest:.1e} numbers, more than {_MAX_ARRAY:.0e}; found num_layers={self.num_layers}, "
+            f"vocab_size={self.vocab_size}, num_heads * head_dim={self.d_inner}, num_groups * state_dim={self.d_key}, "
+            f"mlp_dim={self.mlp_dim}",
+        )
         require(
             self.state_dim % 2 == 0,
             f"model.state_dim must be even (rotary embedding turns pairs of channels), found {self.state_dim}",
         )
-        require(self.rope_theta > 0, f"model.rope_theta must be positive, found {self.rope_theta}")
-        require(self.norm_eps > 0, f"model.norm_eps must be positive, found {self.norm_eps}")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"model.{name} must be positive and finite, found {value}")
         limit = self.dt_limit
         require(
             len(limit) == 2 and 0 <= limit[0] < limit[1],
@@ -116,6 +132,7 @@ class KernelsConfig:
 
     def __post_init__(self) -> None:
         """Check the names and the range."""
+        check_types("kernels", self)
         at_least("kernels", self, 1, "chunk_size")
         for field, names in (("ssd", implementations()), ("attention", attention.implementations())):
             name = getattr(self, field)

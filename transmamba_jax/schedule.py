@@ -122,6 +122,8 @@ def validate(transpoints: Sequence[int]) -> Schedule:
             raise ValueError(f"transpoints[{index}] must be an int, found {point!r} of type {type(point).__name__}")
         if point < 0:
             raise ValueError(f"transpoints[{index}] must be >= 0 (a number of tokens), found {point}")
+        if point >= 2**31:
+            raise ValueError(f"transpoints[{index}] must be below 2**31 (positions are int32), found {point}")
     return tuple(transpoints)
 
 

@@ -226,6 +226,17 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "not a number": ("tied", edit_json(num_heads="6"), "num_heads must be an integer, found '6'"),
     "layers": ("tied", edit_json(num_hidden_layers=1000), "has 1000 layers, and the files only 20 tensors"),
     "groups": ("tied", edit_json(n_groups=4), "num_groups must divide"),
+    "quantized": (
+        "tied",
+        edit_json(quantization_config={"bits": 4}),
+        "quantization_config must be None, found .*'bits': 4.*: there is no counterpart",
+    ),
+    "billion layers": ("tied", edit_json(num_hidden_layers=10**9), "num_layers must be <= 10000, found 1000000000"),
+    "negative": ("tied", edit_json(hidden_size=-16), "model.d_model must be >= 1, found -16"),
+    "no heads": ("tied", edit_json(num_heads=0), "model.num_heads must be >= 1, found 0"),
+    "true layers": ("tied", edit_json(num_hidden_layers=True), "num_hidden_layers must be an integer, found True"),
+    "no epsilon": ("tied", edit_json(layer_norm_epsilon=None), "layer_norm_epsilon must be a number, found None"),
+    "infinite epsilon": ("tied", edit_json(layer_norm_epsilon=1e999), "model.norm_eps must be positive and finite"),
 }  # fmt: skip
 
 
@@ -250,6 +261,12 @@ STATE_SPACES = {"d_model": 16, "n_layer": 2, "vocab_size": 50277, "ssm_cfg": {"l
         ({"ssm_cfg": {**STATE_SPACES["ssm_cfg"], "new": 1}}, "unknown options in ssm_cfg: new"),
         ({"attn_layer_idx": [1]}, r"attn_layer_idx must be \[\], found \[1\]"),
         ({"d_intermediate": 32}, "d_intermediate must be 0, found 32"),
+        ({"ssm_cfg": {**STATE_SPACES["ssm_cfg"], "headdim": 0}}, "headdim must be at least 1, found 0"),
+        ({"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple must be at least 1, found 0"),
+        ({"d_model": -16}, "d_model must be at least 1, found -16"),
+        ({"n_layer": 10**9}, "model.num_layers must be <= 10000, found 1000000000"),
+        ({"vocab_size": -8}, "model.vocab_size must be >= 1, found -8"),
+        ({"ssm_cfg": "Mamba2"}, "ssm_cfg must be an object, found 'Mamba2'"),
     ],
 )
 def test_what_state_spaces_has_and_this_package_has_not_is_refused(changed: dict, message: str, tmp_path: Path) -> None:

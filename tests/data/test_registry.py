@@ -72,11 +72,23 @@ def test_names_are_identifiers(name: str):
         data.register_source(name, open_numbers)
 
 
-@pytest.mark.parametrize("source", ["numbrs", "numbers2:a", "text", "stdlib:x", "tfds:", ""])
-def test_unknown_names_and_forms_are_refused_by_the_config(source: str):
+REFUSED = r"data\.source must be 'stdlib', 'text:<glob>', .*'numbers\[:<anything>\]'"
+
+
+@pytest.mark.parametrize("source", ["text", "stdlib:x", "tfds:", "", "a b:c", "folder/file.txt", "ünder"])
+def test_other_forms_are_refused_by_the_config(source: str):
     data.register_source("numbers", open_numbers)
-    with pytest.raises(ValueError, match=r"data\.source must be 'stdlib', 'text:<glob>', .*'numbers\[:<anything>\]'"):
+    with pytest.raises(ValueError, match=REFUSED):
         DataConfig(source=source)
+
+
+@pytest.mark.parametrize("source", ["numbrs", "numbers2:a", "numbers3"])
+def test_unknown_names_are_refused_when_documents_are_opened(source: str):
+    data.register_source("numbers", open_numbers)
+    config = DataConfig(source=source)
+    name = source.partition(":")[0]
+    with pytest.raises(ValueError, match=rf"{REFUSED}.*did you mean 'numbers'.*register_source\('{name}', \.\.\.\)"):
+        open_documents(config, "train")
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,20 @@ def test_a_job_that_is_requeued_on_another_machine_waits_for_the_lease_and_start
     assert "last renewed its lock 3 s ago, more than 3 s: taking it over" in caplog.text
 
 
+def test_a_request_to_stop_ends_the_wait_and_leaves_the_lock_to_its_owner(start, tmp_path):
+    start("elsewhere").signal(signal.SIGKILL)
+    content = (tmp_path / run_lock.FILE).read_text(encoding="utf-8")
+    requests = iter([False, True])
+    begin = time.monotonic()
+    with run_lock.hold(tmp_path, LEASE, stopped=lambda: next(requests)) as lock:
+        assert lock is None
+        assert time.monotonic() - begin < LEASE / 2
+    assert (tmp_path / run_lock.FILE).read_text(encoding="utf-8") == content
+    with run_lock.hold(tmp_path, LEASE) as lock:  # whoever comes next waits on
+        assert time.monotonic() - begin > LEASE / 2
+        lock.check()
+
+
 def test_a_lock_whose_time_lies_in_the_future_is_waited_for_as_long(start, hold, tmp_path):
     start("elsewhere", "no").signal(signal.SIGKILL)
     os.utime(tmp_path / run_lock.FILE, (2**32, 2**32))

@@ -37,6 +37,7 @@ _TRANSFORMERS: dict[str, Any] = {
     "time_step_limit": [0.0, math.inf],
     "chunk_size": _CHUNK_SIZE,
     "tie_word_embeddings": False,
+    "quantization_config": None,
 }
 _STATE_SPACES: dict[str, Any] = {
     "d_intermediate": 0,
@@ -130,7 +131,7 @@ def write(config: ModelConfig, naming: Naming, dtype: str, end_of_document: int 
 
 def _from_transformers(found: Mapping[str, Any]) -> ModelConfig:
     tree = {**_TRANSFORMERS, **found}
-    _refuse_others(tree, {"use_bias": (False,), "hidden_act": ("silu", "swish")})
+    _refuse_others(tree, {"use_bias": (False,), "hidden_act": ("silu", "swish"), "quantization_config": (None,)})
     return ModelConfig(
         vocab_size=_integer(tree, "vocab_size"),
         num_layers=_integer(tree, "num_hidden_layers"),
@@ -141,7 +142,7 @@ def _from_transformers(found: Mapping[str, Any]) -> ModelConfig:
         state_dim=_integer(tree, "state_size"),
         conv_width=_integer(tree, "conv_kernel"),
         tie_embeddings=_flag(tree, "tie_word_embeddings"),
-        norm_eps=float(tree["layer_norm_epsilon"]),
+        norm_eps=_number(tree, "layer_norm_epsilon"),
         conv_bias=_flag(tree, "use_conv_bias"),
         dt_limit=_limit(tree, "time_step_limit"),
         residual_in_fp32=_flag(tree, "residual_in_fp32"),
@@ -150,11 +151,12 @@ def _from_transformers(found: Mapping[str, Any]) -> ModelConfig:
 
 
 def _from_state_spaces(found: Mapping[str, Any]) -> ModelConfig:
+    require(isinstance(found["ssm_cfg"], dict), f"ssm_cfg must be an object, found {found['ssm_cfg']!r}")
     tree, layer = {**_STATE_SPACES, **found}, {**_STATE_SPACES_LAYER, **found["ssm_cfg"]}
     unknown = sorted(set(layer) - set(_STATE_SPACES_LAYER) - _STATE_SPACES_INITIAL)
     require(not unknown, f"unknown options in ssm_cfg: {', '.join(unknown)}")
     _refuse_others(tree, {"d_intermediate": (0,), "attn_layer_idx": ([],), "rms_norm": (True,)})
-    width = _integer(layer, "expand") * _integer(tree, "d_model")
+    width = _count(layer, "expand") * _count(tree, "d_model")
     _refuse_others(
         layer,
         {
@@ -166,7 +168,7 @@ def _from_state_spaces(found: Mapping[str, Any]) -> ModelConfig:
             "bias": (False,),
         },
     )
-    head_dim, multiple = _integer(layer, "headdim"), _integer(tree, "pad_vocab_size_multiple")
+    head_dim, multiple = _count(layer, "headdim"), _count(tree, "pad_vocab_size_multiple")
     require(width % head_dim == 0, f"headdim must divide expand * d_model = {width}, found {head_dim}")
     return ModelConfig(
         vocab_size=-(-_integer(tree, "vocab_size") // multiple) * multiple,
@@ -259,6 +261,19 @@ def _integer(tree: Mapping[str, Any], name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be an integer, found {value!r}")
     return value
+
+
+def _count(tree: Mapping[str, Any], name: str) -> int:
+    value = _integer(tree, name)
+    require(value >= 1, f"{name} must be at least 1, found {value}")
+    return value
+
+
+def _number(tree: Mapping[str, Any], name: str) -> float:
+    value = tree[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, found {value!r}")
+    return float(value)
 
 
 def _flag(tree: Mapping[str, Any], name: str) -> bool:

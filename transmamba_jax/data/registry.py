@@ -34,6 +34,7 @@ _SOURCES = {
     "documents": _Source("documents:<name>", "given:open_given"),
 }
 _BUILT_IN = frozenset(_SOURCES)
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def register_source(name: str, opener: Opener) -> None:
@@ -59,28 +60,51 @@ def register_source(name: str, opener: Opener) -> None:
     Raises:
         ValueError: `name` is that of a built-in source, or not an identifier.
     """
-    if re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) is None:
+    if _NAME.fullmatch(name) is None:
         raise ValueError(f"a source's name must be letters, digits and _, found {name!r}")
     if name in _BUILT_IN:
         raise ValueError(f"{name!r} is a built-in source ({', '.join(sorted(_BUILT_IN))}); register another name")
     _SOURCES[name] = _Source(f"{name}[:<anything>]", opener)
 
 
-def check_source(source: str) -> None:
-    """Refuse a `data.source` that names no source, or not in the form that it needs.
+def check_form(source: str) -> None:
+    """Refuse a `data.source` that is no name, or a built-in one in another form than it needs.
+
+    A name that this process does not know is accepted: a config is read without the program that registered its source.
 
     Raises:
         ValueError: the message has every form and the nearest name.
     """
     name, _, rest = source.partition(":")
-    known = _SOURCES.get(name)
-    if known is not None and (name not in _BUILT_IN or (rest != "") == (":" in known.form)):
-        return
+    if (name not in _BUILT_IN and _NAME.fullmatch(name) is None) or (
+        name in _BUILT_IN and (rest != "") != (":" in _SOURCES[name].form)
+    ):
+        raise ValueError(_unknown(source))
+
+
+def check_source(source: str) -> None:
+    """Refuse a `data.source` that cannot be opened: `check_form`, and the name has to be known in this process.
+
+    Raises:
+        ValueError: the message has every form and the nearest name.
+    """
+    check_form(source)
+    if source.partition(":")[0] not in _SOURCES:
+        raise ValueError(_unknown(source))
+
+
+def _unknown(source: str) -> str:
+    name = source.partition(":")[0]
     near = difflib.get_close_matches(name, _SOURCES, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-        f"data.source must be {', '.join(repr(each.form) for each in _SOURCES.values())}, or a name that "
-        f"transmamba_jax.data.register_source was given in this process, found {source!r}{hint}"
+    if _NAME.fullmatch(name) and name not in _BUILT_IN:
+        hint += (
+            f" If {name!r} is a source of your own, call transmamba_jax.register_source({name!r}, ...) in this process "
+            "first"
+        )
+    return (
+        f"data.source must be {', '.join(repr(each.form) for each in _SOURCES.values())}, or a name that was "
+        f"registered in this process, found {source!r}{hint}"
     )
 
 

@@ -16,6 +16,7 @@ import tyro
 
 from transmamba_jax import config_io
 from transmamba_jax.config import Config, ModelConfig
+from transmamba_jax.data import registry
 from transmamba_jax.runtime import host_memory, hosts, logs
 
 
@@ -73,6 +74,8 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Options:
     options = config_io.parse_command_line(Options(read.config), arguments, program, __doc__, read.schedule)
     if options.compile_only != bool(options.topology):
         raise ValueError("--compile-only and --topology NAME (v5e:16x16, v5p:8x8x8, cpu:8, ...) go together")
+    if not options.compile_only:
+        registry.check_source(options.experiment.data.source)
     return options
 
 

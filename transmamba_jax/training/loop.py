@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from transmamba_jax import config_io, data, sharding
 from transmamba_jax.checkpoint import Checkpointer, SaveError
 from transmamba_jax.config import Config
+from transmamba_jax.data import registry
 from transmamba_jax.data.synthetic import is_synthetic
 from transmamba_jax.evaluate import EvaluationStopped, Evaluator
 from transmamba_jax.model import TransMamba
@@ -70,8 +71,13 @@ def train(
     config = dataclasses.replace(config, workdir=str(expand_path(config.workdir)))
     if documents is not None:
         config = dataclasses.replace(config, data=data.give_documents(config.data, config.workdir, documents))
+    registry.check_source(config.data.source)
     with Preemption() as preemption, contextlib.ExitStack() as cleanup:
-        run, state, start = _open_run(config, model, preemption, cleanup)
+        opened = _open_run(config, model, preemption, cleanup)
+        if opened is None:
+            hosts.log_first("stopped before the first step; the same command starts the run")
+            return EXIT_PREEMPTED
+        run, state, start = opened
         # 3. Steps, then the report.
         state, step = run.train(state, start)
         if run.checkpointer.newest != step:
@@ -86,8 +92,11 @@ def train(
 
 def _open_run(
     config: Config, model: nn.Module | None, preemption: Preemption, cleanup: contextlib.ExitStack
-) -> tuple["_Run", TrainState, int]:
-    """Check and open everything that a run needs; return it with the state and the step that it starts from."""
+) -> tuple["_Run", TrainState, int] | None:
+    """Check and open everything that a run needs; return it with the state and the step that it starts from.
+
+    None: a signal asked to stop while the run waited for the lock of its work directory.
+    """
     # 1. What can be refused cheaply is refused first, everywhere: other hosts, devices, the earlier run, the data.
     mesh = _agreed_mesh(config)
     cleanup.enter_context(jax.set_mesh(mesh))
@@ -96,7 +105,9 @@ def _open_run(
     lock = None
     with hosts.collective_errors():
         if hosts.is_first():
-            lock = cleanup.enter_context(run_lock.hold(workdir))
+            lock = cleanup.enter_context(run_lock.hold(workdir, stopped=lambda: preemption.requested))
+    if hosts.broadcast_from_first(lock is None):
+        return None
     hosts.require_same({f"workdir {workdir}, which all processes share": run_lock.shown(workdir)})
     with hosts.collective_errors():
         schedule_sampling.models(config, model)

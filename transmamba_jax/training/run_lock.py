@@ -21,7 +21,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -69,10 +69,13 @@ class RunLock:
 
 
 @contextlib.contextmanager
-def hold(workdir: Path, lease: float = LEASE_SECONDS) -> Iterator[RunLock]:
+def hold(
+    workdir: Path, lease: float = LEASE_SECONDS, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[RunLock | None]:
     """Hold the lock of `workdir`, which is made if it is not there; `lease` in seconds, the same for all runs.
 
-    Waits for the lease of a run on another machine to end.
+    Waits for the lease of a run on another machine to end, or until `stopped()`: the lock is not held then, and None
+    is yielded.
 
     Raises:
         ValueError: another run has it, and the message says which one and what to do; or it cannot be written.
@@ -82,11 +85,15 @@ def hold(workdir: Path, lease: float = LEASE_SECONDS) -> Iterator[RunLock]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stream = stack.enter_context(path.open("a+", encoding="utf-8"))
-            _acquire(path, stream, lease)
+            held = _acquire(path, stream, lease, stopped)
             content = json.dumps(owner)
-            _write(stream, content)
+            if held:
+                _write(stream, content)
         except OSError as error:
             raise ValueError(f"workdir {workdir} cannot be written: {error.strerror}; use another --workdir") from None
+        if not held:
+            yield None
+            return
         lock = RunLock(path, content, lease / 6)
         try:
             yield lock
@@ -106,8 +113,11 @@ def shown(workdir: Path) -> str:
         return f"{error.strerror}"
 
 
-def _acquire(path: Path, stream: TextIO, lease: float) -> None:
-    """Return when the lock is free or its owner dead; the flock is held then, where the file system has one."""
+def _acquire(path: Path, stream: TextIO, lease: float, stopped: Callable[[], bool]) -> bool:
+    """Return True when the lock is free or its owner dead; the flock is held then, where the file system has one.
+
+    False: `stopped()` while it waited.
+    """
     seen: float | None = None
     begin = time.monotonic()
     while True:
@@ -119,11 +129,11 @@ def _acquire(path: Path, stream: TextIO, lease: float) -> None:
                 raise ValueError(f"{path.parent} belongs to another run that starts or ends now; try again")
             if content:
                 _log.warning("%s is not readable (%r): taking it over", path, content[:40])
-            return
+            return True
         if free is not None and owner["machine"] == _machine():
             if free:
                 _log.warning("%s: %s, no longer runs: taking the lock over", path, _who(owner))
-                return
+                return True
             raise ValueError(
                 f"{path.parent} belongs to another run: {_who(owner)}, is still running; stop it, or use another "
                 "--workdir"
@@ -134,7 +144,7 @@ def _acquire(path: Path, stream: TextIO, lease: float) -> None:
         if age > lease or time.monotonic() - begin > lease:
             limit = f"more than {lease:.0f} s: taking it over"
             _log.warning("%s: %s, last renewed its lock %.0f s ago, %s", path, _who(owner), age, limit)
-            return
+            return True
         if seen is None:
             seen = renewed
             until = f"waiting until it is renewed again, or until {lease:.0f} s have passed without"
@@ -144,6 +154,8 @@ def _acquire(path: Path, stream: TextIO, lease: float) -> None:
                 f"{path.parent} belongs to another run: {_who(owner)}, renewed its lock {max(age, 0):.0f} s ago and "
                 f"loses it after {lease:.0f} s without: it is running; stop it, or use another --workdir"
             )
+        if stopped():
+            return False
         time.sleep(min(1.0, lease / 20))
 
 
