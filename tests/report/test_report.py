@@ -1,6 +1,7 @@
 """The report: the numbers beside the pictures are the run's own, whatever a killed run left behind."""
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import image
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -168,6 +170,17 @@ def test_transpoints_stand_where_they_are_and_labels_do_not_overlap(name, width)
     whole = figure.get_window_extent().width
     assert min(box.x0 for box in boxes) >= 0
     assert max(box.x1 for box in boxes) <= whole
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_nothing_is_cut_off_at_the_edges_of_a_picture(name):
+    points, seq_len = SCHEDULES[name]
+    file = io.BytesIO()
+    charts.save(charts.loss_by_position([(0, 1, 2.6), (1, 2, 2.2), (2, seq_len, 1.5)], points), file)
+    file.seek(0)
+    pixels = image.imread(file)
+    for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]):
+        assert (edge == 1).all()
 
 
 def test_labels_name_the_layers():

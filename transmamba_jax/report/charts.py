@@ -55,7 +55,9 @@ def save(chart: Chart, file: "Path | IO[str]", kind: str = "png", width: int = W
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_style(chart.name, width < WIDE)):
-        figure = Figure(figsize=(width / 72, chart.height / 72), layout="constrained")
+        # Labels are laid out at the resolution that they are drawn at: hinting changes their lengths.
+        dpi = 72 if kind == "svg" else 110
+        figure = Figure(figsize=(width / 72, chart.height / 72), dpi=dpi, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         tips = chart.draw(axes, width < WIDE)
@@ -66,7 +68,7 @@ def save(chart: Chart, file: "Path | IO[str]", kind: str = "png", width: int = W
             box = axes.get_position()
             axes.set_position((left / width, box.y0, 1 - (left + right) / width, box.height))
         metadata = {"Date": None, "Creator": None} if kind == "svg" else None
-        figure.savefig(file, format=kind, dpi=110, transparent=kind == "svg", metadata=metadata)
+        figure.savefig(file, format=kind, dpi=dpi, transparent=kind == "svg", metadata=metadata)
     return tips
 
 
