@@ -88,6 +88,22 @@ def test_yaml_merges_are_no_second_key(tmp_path: Path) -> None:
     assert (config.eval.every, config.checkpoint.every, config.checkpoint.keep_latest) == (5, 6, 3)
 
 
+def test_a_mapping_of_names_reads_from_yaml_and_options_and_goes_back(tmp_path: Path) -> None:
+    path = write(tmp_path, "optimizer: {lr_multipliers: {embedding: 1, 'layers/*': 5e-1}}\n")
+    config = tm.load_config(path)
+    assert config.optimizer.lr_multipliers == (("embedding", 1.0), ("layers/*", 0.5))
+    assert hash(config) == hash(tm.load_config(path))
+    assert tm.OptimizerConfig(lr_multipliers={"embedding": 1, "layers/*": 0.5}) == config.optimizer
+    assert yaml.safe_load(config_io.to_yaml(config))["optimizer"]["lr_multipliers"] == {"embedding": 1, "layers/*": 0.5}
+    assert config_io.from_yaml(config_io.to_yaml(config)) == config
+    assert config_io.from_tree(config_io.to_tree(tm.Config())) == tm.Config()
+    other = tm.load_config(path, ["--optimizer.lr-multipliers", "*", "2", "embedding", "0.1"])
+    assert other.optimizer.lr_multipliers == (("*", 2.0), ("embedding", 0.1))
+    assert config_io.differences(tm.Config(workdir=config.workdir), config) == [
+        "optimizer.lr_multipliers: {} -> {'embedding': 1.0, 'layers/*': 0.5}"
+    ]
+
+
 def test_yaml_round_trip(tmp_path: Path) -> None:
     config = tm.load_config(write(tmp_path, "kernels: {ssd: reference, chunk_size: 16}\ndata: {source: 'text:*.md'}\n"))
     assert tm.load_config(write(tmp_path, config_io.to_yaml(config))) == config
@@ -163,6 +179,8 @@ def test_differences_name_the_fields() -> None:
             "data: {batch_size: 6}\ntrain: {accumulation: 4}",
             r"train.accumulation=4 must divide data.batch_size=6; .*\[1, 2, 3, 6\]",
         ),
+        ("optimizer: {lr_multipliers: [a]}", r"optimizer.lr_multipliers must be a mapping, found \['a'\]"),
+        ("optimizer: {lr_multipliers: {a: x}}", r"optimizer.lr_multipliers\['a'\] must be of type float, found 'x'"),
         ("optimizer: {learning_rate: -1}", "optimizer.learning_rate must be positive, found -1"),
         ("optimizer: {final_learning_rate: 1}", "final_learning_rate=1.0 must not exceed"),
         ("optimizer: {beta1: 1}", r"optimizer.beta1 must be in \[0, 1\), found 1"),

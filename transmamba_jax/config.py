@@ -94,10 +94,19 @@ class OptimizerConfig:
     """Decoupled weight decay; never on A_log, D, the Δ bias, convolution biases or norms."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    lr_multipliers: tuple[tuple[str, float], ...] = ()
+    """Factors of the learning rate, weight decay included, by shell patterns over parameter paths:
+    {embedding: 0.1, "layers/mlp/*": 0.5}. Of several patterns that match, the last counts."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_types("optimizer", self)
+        for pattern, factor in self.lr_multipliers:
+            require(
+                math.isfinite(factor) and factor > 0,
+                f"optimizer.lr_multipliers[{pattern!r}] must be positive, found {factor}; train.freeze keeps "
+                "parameters as they are",
+            )
         for name in ("learning_rate", "muon_learning_rate", "learning_rate_scale", "eps"):
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, f"optimizer.{name} must be positive, found {value}")
@@ -129,6 +138,9 @@ class TrainConfig:
     """Seed of the parameters and of the samples."""
     accumulation: int = 1
     """Microbatches of one step; the gradient equals that of the whole batch."""
+    freeze: tuple[str, ...] = ()
+    """Shell patterns over parameter paths, such as embedding and layers/mlp/*: these parameters do not move and have
+    no optimizer state."""
     loss_chunk: int = 8192
     """Tokens of a device whose logits exist at one time in the loss."""
     schedule_sampling: Literal["none", "pool", "rows"] = "none"

@@ -17,7 +17,7 @@ import yaml
 
 from transmamba_jax import schedule as schedules
 from transmamba_jax.config import Config, KernelsConfig
-from transmamba_jax.runtime.checks import require, suggestion, typed
+from transmamba_jax.runtime.checks import is_mapping, require, suggestion, typed
 from transmamba_jax.runtime.paths import expand_path
 
 Options = TypeVar("Options")
@@ -97,7 +97,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
 
 def to_tree(config: Config) -> dict[str, Any]:
     """Return a resolved config as a mapping that `from_tree` reads back to an equal config."""
-    return typing.cast(dict[str, Any], _plain(config))
+    return _plain(config)
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -128,7 +128,7 @@ def checkpoint_yaml(config: Config) -> str:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Name every field that differs, as `section.key: old -> new`."""
-    before, after = _flatten(_plain(old)), _flatten(_plain(new))
+    before, after = _flatten(old), _flatten(new)
     return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in after if before[key] != after[key]]
 
 
@@ -253,6 +253,13 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         # YAML 1.1 reads 3e-4 (no dot) as a string; the option's type says what was meant.
         with contextlib.suppress(ValueError):
             return float(value)
+    arguments = typing.get_args(hint)
+    if is_mapping(hint):
+        if isinstance(value, dict):
+            inner = typing.get_args(arguments[0])[1]
+            value = {key: _typed(inner, item, f"{where}[{key!r}]") for key, item in value.items()}
+    elif typing.get_origin(hint) is tuple and isinstance(value, list):
+        value = [_typed(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
     return typed(hint, value, where)
 
 
@@ -260,15 +267,24 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _plain(config: Any) -> Any:
-    if dataclasses.is_dataclass(config):
-        return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    return list(config) if isinstance(config, tuple) else config
+def _plain(config: Any) -> dict[str, Any]:
+    """Return a dataclass as what YAML holds: mappings, lists and scalars."""
+    hints, tree = typing.get_type_hints(type(config)), {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            tree[field.name] = _plain(value)
+        elif is_mapping(hints[field.name]):
+            tree[field.name] = dict(value)
+        else:
+            tree[field.name] = list(value) if isinstance(value, tuple) else value
+    return tree
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return `section.key` -> what YAML holds for it."""
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = _join(prefix, key)
-        flat.update(_flatten(value, name) if isinstance(value, dict) else {name: value})
+    for key, value in _plain(config).items():
+        name, field = _join(prefix, key), getattr(config, key)
+        flat.update(_flatten(field, name) if dataclasses.is_dataclass(field) else {name: value})
     return flat

@@ -9,8 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 
+import transmamba_jax as tm
+from tests.training.support import Little
 from transmamba_jax import checkpoint
+from transmamba_jax.config import Config
+from transmamba_jax.runtime import logs
 from transmamba_jax.training.metrics import TIMING
+
+
+def train(settings: Config) -> int:
+    """Train `Little`, and show the lines of the library."""
+    with logs.shown():
+        return tm.train(settings, model=Little(settings.model))
 
 
 def before_call(owner: Any, name: str, count: int, accident: Callable[[], object]) -> None:

@@ -15,40 +15,14 @@ import pytest
 
 import train as command
 import transmamba_jax as tm
-from tests.training.support import Little, little_config
+from tests.training.runs import train
+from tests.training.support import Little
 from transmamba_jax import checkpoint, config_io, data, export, sharding
 from transmamba_jax.compile_only import compiler
 from transmamba_jax.config import Config, KernelsConfig
 from transmamba_jax.convert.mamba2 import start_run
 from transmamba_jax.data import train_tokenizer
-from transmamba_jax.runtime import logs
 from transmamba_jax.training import loop, run_lock, step_log
-
-
-@pytest.fixture(name="make")
-def _make(tmp_path):
-    """Return a maker of configs for `Little` on a small text."""
-    for index in range(40):
-        (tmp_path / f"{index:02}.txt").write_text(f"document {index} of a small text\n" * 4, encoding="utf-8")
-
-    def make(**sections) -> Config:
-        defaults = {
-            "model": {"vocab_size": 256},
-            "data": {"source": f"text:{tmp_path / '*.txt'}"},
-            "eval": {"every": 5, "windows": 8},
-            "checkpoint": {"every": 4},
-        }
-        names = {*defaults, *sections}
-        merged = {name: {**defaults.get(name, {}), **sections.get(name, {})} for name in names}
-        return little_config(**merged, workdir=str(tmp_path / "run"))
-
-    return make
-
-
-def train(settings: Config) -> int:
-    """Train `Little`, and show the lines of the library."""
-    with logs.shown():
-        return tm.train(settings, model=Little(settings.model))
 
 
 def _lines(settings: Config):

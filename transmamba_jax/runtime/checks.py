@@ -6,7 +6,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 INT32_MAX = 2**31 - 1
@@ -22,7 +22,7 @@ def require(condition: bool, message: str) -> None:
 def check_types(section: str, config: Any) -> None:
     """Raise a ValueError unless every field of a section of the config has the type of its annotation.
 
-    An int for a float, a list for a tuple and a path for a str are replaced by the annotated type.
+    An int for a float, a list for a tuple, a mapping for pairs and a path for a str become the annotated type.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -31,7 +31,9 @@ def check_types(section: str, config: Any) -> None:
 
 
 def typed(hint: Any, value: Any, where: str) -> Any:
-    """Return `value` as the annotated type: an int becomes a float, a list a tuple, a path a str; nothing else is cast.
+    """Return `value` as the annotated type: an int becomes a float, a list a tuple, a path a str.
+
+    A mapping becomes a tuple of pairs; nothing else is cast.
 
     Raises:
         ValueError: it has another type; the message begins with `where`.
@@ -45,6 +47,16 @@ def typed(hint: Any, value: Any, where: str) -> Any:
             return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return typed(inner, value, where)
+    if is_mapping(hint):
+        pairs = list(value.items()) if isinstance(value, Mapping) else value
+        of_two = isinstance(pairs, list | tuple) and all(
+            isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+        )
+        require(of_two, f"{where} must be a mapping, found {value!r}")
+        name, inner = typing.get_args(arguments[0])
+        return tuple(
+            (typed(name, key, f"a name in {where}"), typed(inner, item, f"{where}[{key!r}]")) for key, item in pairs
+        )
     if origin is tuple:
         require(isinstance(value, list | tuple), f"{where} must be a list, found {value!r}")
         return tuple(typed(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
@@ -58,6 +70,12 @@ def typed(hint: Any, value: Any, where: str) -> Any:
         matches, f"{where} must be of type {hint.__name__}{decimal}, found {value!r} of type {type(value).__name__}"
     )
     return value
+
+
+def is_mapping(hint: Any) -> bool:
+    """Tell whether a field of this type holds pairs of a name and a value: a mapping that is ordered and hashable."""
+    arguments = typing.get_args(hint)
+    return typing.get_origin(hint) is tuple and typing.get_origin(arguments[0]) is tuple
 
 
 def at_least(section: str, config: Any, minimum: int, *names: str) -> None:

@@ -24,7 +24,7 @@ from transmamba_jax.model import TransMamba
 from transmamba_jax.report import read_metrics, write_report
 from transmamba_jax.runtime import hosts
 from transmamba_jax.runtime.paths import expand_path
-from transmamba_jax.training import resume, run_lock, schedule_sampling
+from transmamba_jax.training import parameter_groups, resume, run_lock, schedule_sampling
 from transmamba_jax.training.console import Console
 from transmamba_jax.training.metrics import MetricsWriter, Record
 from transmamba_jax.training.optimizer import make_optimizer
@@ -303,6 +303,7 @@ class _Run:
 
     def _compile(self, state: TrainState, log: StepLog) -> Sequence[_Step]:
         """Compile the step of every schedule before any data is consumed, so that a stop during it loses nothing."""
+        self.console.say(parameter_groups.describe(self.config, state.params, state.opt_state))
         self.console.say(f"compiling for {jax.device_count()} x {jax.devices()[0].device_kind}")
         tx = make_optimizer(self.config)
         begin, batch = time.perf_counter(), abstract_batch(self.config, self.mesh)

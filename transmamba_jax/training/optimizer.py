@@ -1,8 +1,8 @@
 """The update rule: clipping, then AdamW, or Muon for the layers' matrices and AdamW for the rest.
 
-Learning rates follow an optax schedule of the number of updates. Weight decay is decoupled and multiplied by the
-learning rate; leaves that are not matrices of a product (A_log, D, the Δ bias, convolution biases, norm scales) have
-none.
+Learning rates follow an optax schedule of the number of updates, times `optimizer.lr_multipliers`. Weight decay is
+decoupled and multiplied by the learning rate; leaves that are not matrices of a product (A_log, D, the Δ bias,
+convolution biases, norm scales) have none.
 """
 
 import re
@@ -14,6 +14,7 @@ from optax import contrib
 
 from transmamba_jax.config import Config, OptimizerConfig
 from transmamba_jax.runtime.tree_paths import path_name
+from transmamba_jax.training import parameter_groups
 
 NO_DECAY = re.compile(r"(.*/)?(a_log|skip|dt_bias|bias|[a-z_]*norm/scale)")
 # Matrices that multiply hidden states, stacked [L, in, out]; convolution taps are depthwise and not among them.
@@ -63,7 +64,10 @@ def _cycle(cfg: OptimizerConfig, peak: float, steps: int, start: float) -> optax
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Build the update rule of `config.optimizer`."""
+    """Build the update rule of `config.optimizer` for the parameters that `train.freeze` leaves.
+
+    Clipping counts the gradients of those alone. `init` raises ValueError where a pattern matches no parameter.
+    """
     cfg = config.optimizer
     rest = optax.adamw(
         learning_rate_schedule(config, cfg.learning_rate),
@@ -74,8 +78,10 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         mask=decay_mask,
     )
     rule = optax.partition({"muon": _muon(config), "adamw": rest}, _labels) if cfg.name == "muon" else rest
+    # One structure of the state: clipping and multipliers may change in a run.
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm > 0 else optax.identity()
-    return optax.chain(clip, rule)  # one structure of the state: clipping may change in a run
+    factors = [parameter_groups.scale_by_factors(config)] if cfg.lr_multipliers else []
+    return parameter_groups.without_frozen(config, optax.chain(clip, rule, *factors))
 
 
 def decay_mask(params: Any) -> Any:

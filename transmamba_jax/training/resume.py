@@ -50,7 +50,7 @@ def compare_with_earlier_run(config: Config, model: nn.Module, mesh: Mesh, workd
     changed = [path for path in {**stored, **wanted} if stored.get(path) != wanted.get(path)]
     if changed:
         path = changed[0]
-        named = [line for line in differences if line.startswith(("model.", "optimizer."))]
+        named = [line for line in differences if line.startswith(("model.", "optimizer.", "train.freeze"))]
         raise ValueError(
             f"the checkpoints in {workdir} belong to another architecture or optimizer: "
             f"{'; '.join(named) or 'no option differs, the model itself does'}; {len(changed)} arrays differ, the "

@@ -25,6 +25,7 @@ from transmamba_jax.runtime import tree_paths
 from transmamba_jax.runtime.token_loss import chunked_cross_entropy
 from transmamba_jax.shapes import Array, Float32, Int
 from transmamba_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from transmamba_jax.training.parameter_groups import zero_frozen
 
 Batch = dict[str, jax.Array]
 """`tokens` int32 [B, T+1]; `segment_ids` of that shape where rows are packed; `weights` float32 of that shape where
@@ -192,6 +193,7 @@ def make_train_step(
         loss, gradient = loss_and_gradient(
             state.params, model, batch, config.train.accumulation, config.train.loss_chunk
         )
+        gradient = zero_frozen(config, gradient)
         squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradient)])
         grad_norm = jnp.sqrt(jnp.sum(squares))
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
