@@ -269,7 +269,8 @@ def _join(prefix: str, name: str) -> str:
 
 def _plain(config: Any) -> dict[str, Any]:
     """Return a dataclass as what YAML holds: mappings, lists and scalars."""
-    hints, tree = typing.get_type_hints(type(config)), {}
+    hints = typing.get_type_hints(type(config))
+    tree: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
