@@ -18,7 +18,8 @@ class DataConfig:
     """`stdlib`, `text:<glob>`, `tfds:<name>[/config][:version]`, `array_record:<glob>`, a task such as
     `synthetic:recall?keys=32`, or a registered source."""
     cache_dir: str | None = None
-    """Folder of prepared data sets; None: ~/.cache/transmamba_jax (a tfds: source: TFDS's own default)."""
+    """Folder of prepared data sets; None: $XDG_CACHE_HOME/transmamba_jax, by default in ~/.cache (a tfds:
+    source: TFDS's own default)."""
     text_field: str = "text"
     """Name of the text feature of a tfds: source."""
     train_split: str = "train"

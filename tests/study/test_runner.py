@@ -185,4 +185,3 @@ def test_a_cell_is_an_ordinary_run_and_is_reproduced_to_the_digit(tmp_path):
         record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         curves.append((lines, record["metrics"], record["curve"]))
     assert curves[0] == curves[1]
-    assert list((tmp_path / "one" / "compiled").iterdir())

@@ -12,9 +12,7 @@ from transmamba_jax.data import prepared
 from transmamba_jax.data.documents import Documents
 from transmamba_jax.data.records import RecordRange, Records
 from transmamba_jax.data.splits import SPLITS, require_name
-from transmamba_jax.runtime.paths import expand_path, show_path
-
-DEFAULT_CACHE = "~/.cache/transmamba_jax"
+from transmamba_jax.runtime.paths import expand_path, show_path, user_cache
 
 
 class TfdsDocuments(Records):
@@ -65,7 +63,7 @@ def open_stdlib(config: DataConfig, _: str, split: str) -> Documents:
     require_name("split", split, SPLITS, "of data.source='stdlib'")
     from transmamba_jax.data import stdlib_dataset  # imports TFDS
 
-    cache = expand_path(DEFAULT_CACHE if config.cache_dir is None else config.cache_dir)
+    cache = user_cache() if config.cache_dir is None else expand_path(config.cache_dir)
     try:
         directory = stdlib_dataset.prepare(cache)
     except OSError as error:

@@ -13,7 +13,7 @@ from transmamba_jax.checkpoint import command_options
 from transmamba_jax.config import Config
 from transmamba_jax.evaluate.evaluator import EvalResult, Evaluator
 from transmamba_jax.model import TransMamba
-from transmamba_jax.runtime import logs, serving_mesh
+from transmamba_jax.runtime import compile_cache, logs, serving_mesh
 from transmamba_jax.runtime.paths import option_path
 
 
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate a checkpoint and print loss, bits per byte, baselines and the loss by position, as text or JSON."""
     options = _parser().parse_args(arguments)
+    compile_cache.keep_programs()
     try:
         saved = command_options.restore(options.checkpoint, options.step)
         config = _configured(saved.config, options)

@@ -23,6 +23,15 @@ def expand_path(path: str | os.PathLike[str]) -> Path:
     return Path(expanded)
 
 
+def user_cache() -> Path:
+    """Return the folder of what can be made again: `$XDG_CACHE_HOME/transmamba_jax`, by default in `~/.cache`.
+
+    Raises:
+        ValueError: the user has no home folder.
+    """
+    return expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "transmamba_jax"
+
+
 def option_path(text: str) -> Path:
     """Return `expand_path` of an argument: the `type` of every path in an argparse parser."""
     try:

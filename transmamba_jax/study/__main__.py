@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from transmamba_jax.runtime import host_memory, logs
+from transmamba_jax.runtime import compile_cache, host_memory, logs
 from transmamba_jax.study.spec import Cell, Study, find_study, keep_file, load_study
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def _report(arguments: Sequence[str]) -> int:
 
 def _run(study: Study, out: Path, options: argparse.Namespace) -> int:
     host_memory.keep_freed()
+    compile_cache.keep_programs()
     from transmamba_jax.study import report, runner  # these import JAX, orbax and Grain
 
     shard, shards = options.shard

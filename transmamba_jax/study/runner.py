@@ -5,7 +5,6 @@ reported cells follow when its learning rate is chosen. A finished cell is never
 continues from its checkpoint.
 """
 
-import contextlib
 import dataclasses
 import fnmatch
 import logging
@@ -13,10 +12,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 from transmamba_jax import config_io
@@ -61,7 +58,7 @@ def run_study(
 
     Args:
         study: the study.
-        out: its folder: work directories in `cells/`, compiled programs in `compiled/`.
+        out: its folder, with work directories in `cells/`.
         selection: which cells.
         retry: run cells that failed again.
         train_cell: trains one config and returns an exit code; replaced in tests.
@@ -72,15 +69,14 @@ def run_study(
     """
     begin = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    with _shared_programs(out / "compiled"):
-        for stage in ("search", "report") if selection.stage is None else (selection.stage,):
-            cells = [cell for cell in selection.of(stage_cells(study, out, stage)) if _is_due(study, out, cell, retry)]
-            for cell in _bar(cells, stage):
-                if time.perf_counter() - begin > 3600 * study.budget_hours:
-                    logs.write_line(f"budget_hours={study.budget_hours:g} are spent; the same command continues")
-                    return UNFINISHED
-                if not run_cell(study, out, cell, retry, train_cell):
-                    return UNFINISHED
+    for stage in ("search", "report") if selection.stage is None else (selection.stage,):
+        cells = [cell for cell in selection.of(stage_cells(study, out, stage)) if _is_due(study, out, cell, retry)]
+        for cell in _bar(cells, stage):
+            if time.perf_counter() - begin > 3600 * study.budget_hours:
+                logs.write_line(f"budget_hours={study.budget_hours:g} are spent; the same command continues")
+                return UNFINISHED
+            if not run_cell(study, out, cell, retry, train_cell):
+                return UNFINISHED
     return UNFINISHED if selection.stage != "search" and _waiting(study, out, selection) else COMPLETE
 
 
@@ -194,25 +190,3 @@ def _bar(cells: Sequence[Cell], stage: str) -> Iterator[Cell]:
     """Show a bar over cells on a terminal; the runs' own lines are hidden, except what needs a person."""
     with logs.shown(logging.ERROR):
         yield from tqdm(cells, desc=stage, unit="cell", dynamic_ncols=True, disable=None)
-
-
-@contextlib.contextmanager
-def _shared_programs(folder: Path) -> Iterator[None]:
-    """Keep compiled programs on disk: cells that differ in the seed alone have the same ones."""
-    options = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-
-    def use(values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # JAX decides at the first program of a process whether there is one
-
-    use(options)
-    try:
-        yield
-    finally:
-        use(before)

@@ -17,7 +17,7 @@ import tyro
 from transmamba_jax import config_io
 from transmamba_jax.config import Config, ModelConfig
 from transmamba_jax.data import registry
-from transmamba_jax.runtime import host_memory, hosts, logs
+from transmamba_jax.runtime import compile_cache, host_memory, hosts, logs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,7 @@ def _run(options: Options, model: Callable[[ModelConfig], Any] | None, program: 
         with logs.shown():
             if options.compile_only:
                 return compile_only(config, options.topology)
+            compile_cache.keep_programs()
             hosts.start(config.hosts)
             return train(config, None if model is None else model(config.model))
     except ValueError as error:
