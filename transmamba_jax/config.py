@@ -135,6 +135,12 @@ class TrainConfig:
 
     steps: int = 1000
     """Optimizer steps of the whole run, resumed or not."""
+    init_from: str | None = None
+    """Parameters that a new run starts from: a run, a checkpoint (PATH@STEP; the newest without @STEP), an exported
+    folder, or a folder of Mamba-2 safetensors. Optimizer, step and data start anew. A resumed run does not read it."""
+    init_partial: bool = False
+    """Take from init_from what fits, with the rows of the embedding that two vocabularies share; the rest keeps its
+    initial values."""
     seed: int = 0
     """Seed of the parameters and of the samples."""
     accumulation: int = 1

@@ -18,7 +18,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -235,10 +235,17 @@ class Checkpointer:
         return SaveError(f"checkpoint {step} was not saved: {hosts.one_line(error)}")
 
 
-def restore(directory: str | Path, step: int | None = None, *, params_only: bool = False) -> Checkpoint:
+def restore(
+    directory: str | Path,
+    step: int | None = None,
+    *,
+    params_only: bool = False,
+    like: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+) -> Checkpoint:
     """Read a checkpoint onto the devices of this process: the newest that is what was saved, or that of `step`.
 
-    The arrays are replicated over all devices, whatever devices they were saved from. With `params_only` the optimizer
+    The arrays are replicated over all devices, whatever devices they were saved from; a parameter whose path and shape
+    are those of an entry of `like` gets its sharding. With `params_only` the optimizer
     state is not read and `state` is empty. A random key in `state` is {kind: its uint32 data}. A damaged step is
     skipped, with a line.
 
@@ -250,7 +257,7 @@ def restore(directory: str | Path, step: int | None = None, *, params_only: bool
     older = [newest.parent / str(each) for each in reversed(complete_steps(directory))] if step is None else [newest]
     for folder in older:
         try:
-            return _read(folder, params_only)
+            return _read(folder, params_only, {} if like is None else like)
         except DamagedError as error:
             if folder == older[-1]:
                 raise ValueError(f"checkpoint {folder} is not what was saved: {error}") from None
@@ -323,13 +330,14 @@ def _restore(folder: Path, abstract_state: Any, partial: bool) -> Restored:
     )
 
 
-def _read(folder: Path, params_only: bool) -> Checkpoint:
+def _read(folder: Path, params_only: bool, like: Mapping[str, jax.ShapeDtypeStruct]) -> Checkpoint:
     manifest = _open(folder)
     wanted = {path: leaf for path, leaf in manifest.leaves.items() if path.startswith("params/") or not params_only}
-    on_all = trees.everywhere()
-    targets = {
-        path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype), sharding=on_all) for path, leaf in wanted.items()
-    }
+    shardings = {(f"params/{path}", each.shape): each.sharding for path, each in like.items()}
+    on_all, targets = trees.everywhere(), {}
+    for path, leaf in wanted.items():
+        sharding = shardings.get((path, leaf.shape), on_all)
+        targets[path] = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype), sharding=sharding)
     arrays = trees.nested(_load_verified(folder, manifest, targets))
     return Checkpoint(
         step=manifest.step,

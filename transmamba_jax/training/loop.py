@@ -24,7 +24,7 @@ from transmamba_jax.model import TransMamba
 from transmamba_jax.report import read_metrics, write_report
 from transmamba_jax.runtime import hosts
 from transmamba_jax.runtime.paths import expand_path
-from transmamba_jax.training import parameter_groups, resume, run_lock, schedule_sampling
+from transmamba_jax.training import parameter_groups, resume, run_lock, schedule_sampling, starting_points
 from transmamba_jax.training.console import Console
 from transmamba_jax.training.metrics import MetricsWriter, Record
 from transmamba_jax.training.optimizer import make_optimizer
@@ -110,6 +110,7 @@ def _open_run(
         return None
     hosts.require_same({f"workdir {workdir}, which all processes share": run_lock.shown(workdir)})
     with hosts.collective_errors():
+        config = starting_points.with_origin(config, workdir)
         schedule_sampling.models(config, model)
         resume.compare_with_earlier_run(config, model, mesh, workdir)
         tokenizer, batches = _open_data(config, mesh)

@@ -16,6 +16,7 @@ from transmamba_jax import config_io, data
 from transmamba_jax.checkpoint import Checkpointer, DamagedError, Restored, complete_steps, manifest, tree
 from transmamba_jax.config import Config
 from transmamba_jax.runtime import hosts, tree_paths
+from transmamba_jax.training import starting_points
 from transmamba_jax.training.optimizer import learning_rate_schedule
 from transmamba_jax.training.step import TrainState, abstract_state, master_weights
 
@@ -94,13 +95,17 @@ def newest_state(
 ) -> tuple[TrainState, int]:
     """Return the state of the newest checkpoint and its step, and put the batches behind it; else a new state.
 
+    A new state has the parameters of `train.init_from`, where that names a starting point.
+
     Parameters are float32, whatever dtype they are stored in.
     """
     stored = _stored_leaves(Path(config.workdir) / "checkpoints")
-    asked = _as_stored(abstract_state(config, model, mesh), stored)
-    restored = checkpointer.restore_newest(asked, partial=config.checkpoint.partial)
+    abstract = abstract_state(config, model, mesh)
+    restored = checkpointer.restore_newest(_as_stored(abstract, stored), partial=config.checkpoint.partial)
     if restored is None:
-        return TrainState.create(config, model, mesh), 0
+        leaves = starting_points.read(config, abstract.params, tokenizer)
+        state = TrainState.create(config, model, mesh)
+        return state if leaves is None else starting_points.apply(state, leaves, str(config.train.init_from)), 0
     with hosts.collective_errors():
         _proceed(restored, batches, tokenizer, config)
     state = restored.state
