@@ -10,10 +10,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("orbax", "grain", "tensorflow_datasets", "tensorflow", "torch", "matplotlib", "jax_triton", "triton")
+HEAVY = (
+    "orbax",
+    "grain",
+    "pyarrow",
+    "tensorflow_datasets",
+    "tensorflow",
+    "torch",
+    "matplotlib",
+    "jax_triton",
+    "triton",
+)
 OWNERS = {
     "orbax": ["transmamba_jax/checkpoint/"],
     "grain": ["transmamba_jax/data/"],
+    "pyarrow": ["transmamba_jax/data/"],
     "tensorflow_datasets": ["transmamba_jax/data/"],
     "jax_triton": ["pallas_kernels/ssd/triton/"],
     "triton": ["pallas_kernels/ssd/triton/"],

@@ -15,13 +15,23 @@ class DataConfig:
     """Text to read, and the way from there to tokens and rows."""
 
     source: str = "stdlib"
-    """`stdlib`, `text:<glob>`, `tfds:<name>[/config][:version]`, `array_record:<glob>`, a task such as
-    `synthetic:recall?keys=32`, or a registered source."""
+    """`stdlib`, `text:<glob>`, `jsonl:<glob>`, `parquet:<glob>`, `hf:<folder>`, `tfds:<name>[/config][:version]`,
+    `array_record:<glob>`, a task such as `synthetic:recall?keys=32`, or a registered source."""
     cache_dir: str | None = None
-    """Folder of prepared data sets; None: $XDG_CACHE_HOME/transmamba_jax, by default in ~/.cache (a tfds:
+    """Folder of prepared data sets and indexes; None: $XDG_CACHE_HOME/transmamba_jax, by default in ~/.cache (a tfds:
     source: TFDS's own default)."""
     text_field: str = "text"
-    """Name of the text feature of a tfds: source."""
+    """Field with the text of a row: jsonl, parquet, hf and tfds sources."""
+    prompt_field: str | None = None
+    """Field with the prompt of a row, to train on completions alone: jsonl, parquet, hf and array_record sources."""
+    completion_field: str | None = None
+    """Field with the completion, which follows the prompt without anything between them."""
+    messages_field: str | None = None
+    """Field with a chat, a list of {role, content}: what the assistant says is trained on, the rest is read."""
+    chat_template: Literal["chatml", "plain"] = "chatml"
+    """Text of a chat: `<|im_start|>role`, content and `<|im_end|>`, or `Role: content`, a line each."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """A broken line or row of jsonl, parquet and hf sources is an error, or is skipped and counted."""
     train_split: str = "train"
     """Split that is trained on."""
     eval_split: str = "validation"
@@ -58,7 +68,30 @@ class DataConfig:
             f"data.end_of_document is for a tokenizer.json: data.tokenizer='bytes' ends a document with byte 0, found "
             f"{self.end_of_document!r}",
         )
+        require(
+            (self.prompt_field is None) == (self.completion_field is None),
+            f"data.prompt_field and data.completion_field go together, found {self.prompt_field!r} and "
+            f"{self.completion_field!r}",
+        )
+        require(
+            self.prompt_field is None or self.prompt_field != self.completion_field,
+            f"data.prompt_field and data.completion_field must differ, found {self.prompt_field!r} twice",
+        )
+        require(
+            None in (self.prompt_field, self.messages_field),
+            f"give data.prompt_field or data.messages_field, found {self.prompt_field!r} and {self.messages_field!r}",
+        )
         registry.check_form(self.source)
+        require(
+            not self.completions_only or registry.has_fields(self.source),
+            f"data.prompt_field and data.messages_field are for rows with fields (jsonl, parquet, hf or array_record), "
+            f"found data.source={self.source!r}",
+        )
+
+    @property
+    def completions_only(self) -> bool:
+        """Tell whether completions, or what an assistant says, are trained on alone: rows have weights then."""
+        return self.prompt_field is not None or self.messages_field is not None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,12 @@ from transmamba_jax.data.sources import open_documents
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("a.jsonl", "write each document of it into a .txt file"),
-        ("a.JSONL.gz", "write each document of it into a .txt file"),
+        ("a.jsonl", r"write 'jsonl:.*/\*'"),
+        ("a.JSONL.gz", r"write 'jsonl:.*/\*'"),
+        ("a.ndjson.zst", r"write 'jsonl:.*/\*'"),
         ("a.json", "write each document of it into a .txt file"),
-        ("a.parquet", "write each document of it into a .txt file"),
+        ("a.parquet", r"write 'parquet:.*/\*'"),
+        ("a.arrow", "write 'hf:<folder>' for a data set that save_to_disk"),
         ("a.txt.gz", r"unpack it first \(gunzip .*/a\.txt\.gz\) and name what comes out"),
         ("a.zst", r"unpack it first \(zstd -d .*/a\.zst\)"),
         ("a.tar", r"unpack it first \(tar -xf .*/a\.tar\)"),

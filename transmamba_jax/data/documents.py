@@ -1,7 +1,7 @@
 """Documents: a random-access sequence of UTF-8 texts, whichever source they come from."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,11 @@ class Documents:
             formats = [name for signature, name in _SIGNATURES.items() if offset == 0 and data.startswith(signature)]
             hint = f"; it looks like {formats[0]}" if formats else ""
             raise ValueError(f"{self.where(index)} is not UTF-8: {message}{hint}") from None
+
+    @property
+    def skipped_rows(self) -> int:
+        """Return the number of broken rows of the source, all splits together, that `data.on_error: skip` left out."""
+        return 0
 
     @property
     def has_long(self) -> bool:
@@ -141,6 +146,29 @@ class TokenDocument(bytes):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle both."""
         return TokenDocument, (bytes(self), self.ids)
+
+
+class CompletionDocument(bytes):
+    """A document of which parts are trained on, such as a completion, and others are read alone, such as its prompt.
+
+    Its bytes are those of the parts one after another. The parts are encoded one by one, as a prompt is encoded alone
+    where text is generated. The end of the document is trained on where its last part is.
+    """
+
+    segments: tuple[tuple[bytes, bool], ...]
+    """Bytes of each part, and whether it is trained on."""
+
+    @classmethod
+    def of(cls, segments: Iterable[tuple[bytes, bool]]) -> "CompletionDocument":
+        """Join the parts."""
+        parts = tuple(segments)
+        document = cls(b"".join(text for text, _ in parts))
+        document.segments = parts
+        return document
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the parts."""
+        return CompletionDocument.of, (self.segments,)
 
 
 class GivenDocuments(Documents):

@@ -1,4 +1,4 @@
-"""The source `array_record:<glob>`: a record is a document. Also the records that a TFDS data set lies in."""
+"""The source `array_record:<glob>`: a record is a document, or an object in JSON. TFDS data sets lie in records too."""
 
 import bisect
 import dataclasses
@@ -10,6 +10,7 @@ from array_record.python import array_record_module
 
 from transmamba_jax.config import DataConfig
 from transmamba_jax.data.documents import Documents, LazyDocuments
+from transmamba_jax.data.fields import Fields, RowError
 from transmamba_jax.data.file_patterns import find_files
 from transmamba_jax.data.splits import SPLITS, RecordNumbers, records_of_split, require_name, too_few
 from transmamba_jax.runtime.paths import show_path
@@ -60,6 +61,21 @@ class Records(LazyDocuments):
         return data
 
 
+class FieldRecords(Records):
+    """Records that are objects in JSON, whose fields make a prompt and its completion, or a chat."""
+
+    def __init__(self, ranges: Sequence[RecordRange], numbers: RecordNumbers | range, fields: Fields):
+        """Take records as `Records` does."""
+        super().__init__(ranges, numbers)
+        self._fields = fields
+
+    def _read(self, index: int) -> bytes:
+        try:
+            return self._fields.read_json(super()._read(index))
+        except RowError as error:
+            raise ValueError(f"{self.where(index)} {error}") from None
+
+
 def open_records(config: DataConfig, pattern: str, split: str) -> Documents:
     """Return the records of one split: of every 20 records one is for validation and one for test.
 
@@ -73,6 +89,8 @@ def open_records(config: DataConfig, pattern: str, split: str) -> Documents:
     if len(numbers) == 0:
         counts = {each: len(records_of_split(count, each)) for each in SPLITS}
         raise ValueError(too_few(config, split, "records", counts))
+    if config.completions_only:
+        return FieldRecords(ranges, numbers, Fields.of(config))
     return Records(ranges, numbers)
 
 

@@ -28,6 +28,9 @@ class _Source:
 _SOURCES = {
     "stdlib": _Source("stdlib", "tfds_source:open_stdlib"),
     "text": _Source("text:<glob>", "text_files:open_text"),
+    "jsonl": _Source("jsonl:<glob>", "json_rows:open_jsonl"),
+    "parquet": _Source("parquet:<glob>", "arrow_rows:open_parquet"),
+    "hf": _Source("hf:<folder>", "arrow_rows:open_hf"),
     "tfds": _Source("tfds:<name>[/config][:version]", "tfds_source:open_tfds"),
     "array_record": _Source("array_record:<glob>", "records:open_records"),
     "synthetic": _Source("synthetic:<task>[?key=value&...]", "task_batches:open_task"),
@@ -35,6 +38,7 @@ _SOURCES = {
 }
 _BUILT_IN = frozenset(_SOURCES)
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_WITH_FIELDS = frozenset({"jsonl", "parquet", "hf", "array_record"})
 
 
 def register_source(name: str, opener: Opener) -> None:
@@ -111,6 +115,11 @@ def _unknown(source: str) -> str:
 def is_registered(name: str) -> bool:
     """Return whether `data.source` may begin with `name`."""
     return name in _SOURCES
+
+
+def has_fields(source: str) -> bool:
+    """Return whether the rows of a `data.source` may have a prompt and a completion, or a chat."""
+    return source.partition(":")[0] in _WITH_FIELDS
 
 
 def find_opener(name: str) -> Opener:

@@ -1,7 +1,6 @@
 """The Python standard library's own source files as a TFDS data set in array_record: real text without a download."""
 
 import contextlib
-import fcntl
 import io
 import shutil
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from transmamba_jax.data import prepared
+from transmamba_jax.data.cache_folder import locked
 from transmamba_jax.data.splits import SPLITS, split_of
 
 _EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -70,9 +70,7 @@ def prepare(cache_dir: Path) -> Path:
     directory = cache_dir / name / str(PythonStdlib.VERSION)
     if prepared.is_complete(directory):
         return directory
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with open(cache_dir / f"{name}.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system when the process ends, however it ends
+    with locked(cache_dir / f"{name}.lock"):
         if not prepared.is_complete(directory):
             for leftover in [directory, *directory.parent.glob(f"incomplete.*_{directory.name}")]:
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -23,7 +23,6 @@ _SOURCE_OF = {
     "jsonl": "jsonl",
     "ndjson": "jsonl",
     "parquet": "parquet",
-    "arrow": "hf",
     "array_record": "array_record",
     "arrayrecord": "array_record",
     "tfrecord": "tfds",
@@ -116,6 +115,8 @@ def _refuse_other_formats(pattern: str, paths: Sequence[str]) -> None:
 
 
 def _other_source(pattern: str, form: str) -> str:
+    if form == "arrow":
+        return "write 'hf:<folder>' for a data set that save_to_disk of Hugging Face datasets wrote"
     source = _SOURCE_OF.get(form, "")
     if source == "tfds":
         return "write 'tfds:<name>' for a data set that TFDS prepared with --file_format=array_record"

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from transmamba_jax.config import DataConfig
 from transmamba_jax.data import prepared
+from transmamba_jax.data.cache_folder import cache_folder
 from transmamba_jax.data.documents import Documents
 from transmamba_jax.data.records import RecordRange, Records
 from transmamba_jax.data.splits import SPLITS, require_name
-from transmamba_jax.runtime.paths import expand_path, show_path, user_cache
+from transmamba_jax.runtime.paths import expand_path, show_path
 
 
 class TfdsDocuments(Records):
@@ -63,7 +64,7 @@ def open_stdlib(config: DataConfig, _: str, split: str) -> Documents:
     require_name("split", split, SPLITS, "of data.source='stdlib'")
     from transmamba_jax.data import stdlib_dataset  # imports TFDS
 
-    cache = user_cache() if config.cache_dir is None else expand_path(config.cache_dir)
+    cache = cache_folder(config)
     try:
         directory = stdlib_dataset.prepare(cache)
     except OSError as error:
