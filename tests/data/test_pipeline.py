@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from transmamba_jax.config import DataConfig
 from transmamba_jax.data import (
     eval_batches,
+    held_out,
     held_out_text,
     load_tokenizer,
     pipeline,
@@ -368,7 +369,7 @@ def test_a_held_out_text_that_is_too_short_is_refused(tmp_path):
 
 def test_held_out_stream_of_a_large_split_is_spread(tmp_path, write_corpus, monkeypatch):
     texts = write_corpus(20)
-    monkeypatch.setattr(pipeline, "HELD_OUT_DOCUMENTS", 6)
+    monkeypatch.setattr(held_out, "HELD_OUT_DOCUMENTS", 6)
     assert held_out_text(settings_for(tmp_path)) == b"".join(text + b"\0" for text in texts[::4])
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transmamba_jax.data.batch_iterator import BatchIterator
-    from transmamba_jax.data.byte_models import baselines
+    from transmamba_jax.data.byte_models import baselines, has_baselines
     from transmamba_jax.data.given import give_documents
-    from transmamba_jax.data.pipeline import eval_batches, held_out_text, train_batches, training_text
+    from transmamba_jax.data.held_out import eval_batches, held_out_text, training_text
+    from transmamba_jax.data.pipeline import train_batches
     from transmamba_jax.data.registry import register_source
     from transmamba_jax.data.task_batches import open_tokenizer
     from transmamba_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_from_json
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 _MODULES = {
     "baselines": "byte_models",
     "BatchIterator": "batch_iterator",
-    "eval_batches": "pipeline",
+    "eval_batches": "held_out",
     "give_documents": "given",
-    "held_out_text": "pipeline",
+    "has_baselines": "byte_models",
+    "held_out_text": "held_out",
     "train_batches": "pipeline",
-    "training_text": "pipeline",
+    "training_text": "held_out",
     "register_source": "registry",
     "open_tokenizer": "task_batches",
     "Tokenizer": "tokenizers",
@@ -38,6 +40,7 @@ __all__ = [
     "check_vocabulary",
     "eval_batches",
     "give_documents",
+    "has_baselines",
     "held_out_text",
     "load_tokenizer",
     "open_tokenizer",

@@ -4,6 +4,14 @@ import zlib
 
 import numpy as np
 
+from transmamba_jax.config import DataConfig
+from transmamba_jax.data.synthetic import is_synthetic
+
+
+def has_baselines(config: DataConfig) -> bool:
+    """Tell whether baselines compare with the held-out loss: it is that of all the text."""
+    return not (is_synthetic(config.source) or config.completions_only)
+
 
 def baselines(train: bytes, held_out: bytes) -> dict[str, float]:
     """Return bits per byte of `held_out` under an order-2 byte model of `train` and under gzip -9.

@@ -6,11 +6,14 @@ from typing import overload
 import numpy as np
 from grain.experimental import FlatMapTransform
 
-from transmamba_jax.data.documents import PART_BYTES, Documents, TokenDocument
+from transmamba_jax.data.documents import PART_BYTES, CompletionDocument, Documents, TokenDocument
 from transmamba_jax.data.tokenizers import Tokenizer
 
 TOKEN = np.dtype([("id", np.int32), ("bytes", np.int32)])
-"""A token and the bytes of the document that it stands for; the end of a document counts as one byte."""
+"""A token and the bytes of the document that it stands for; the end of a document counts as one byte.
+
+The bytes n of a token that is not trained on are written as ~n = -1 - n.
+"""
 
 _LEFT_BYTES = 2**12
 """Text before a cut within which the tokenizer has to agree that it is one."""
@@ -24,13 +27,33 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[bytes]) -> list[n
 
     One number per token: libraries that carry arrays look at the fields of a structured dtype each time.
     """
-    counted = tokenizer.encode_counted(documents)
-    return [
-        _join(
-            *(_given_ids(text, *found) if isinstance(text, TokenDocument) else found), text, tokenizer.end_of_document
-        )
-        for text, found in zip(documents, counted, strict=True)
-    ]
+    texts = [text for document in documents for text in _texts(document)]
+    counted = iter(tokenizer.encode_counted(texts))
+    encoded, end = [], tokenizer.end_of_document
+    for document in documents:
+        found = [next(counted) for _ in _texts(document)]
+        if isinstance(document, CompletionDocument):
+            encoded.append(_join_segments(document, found, end))
+        else:
+            found = [_given_ids(document, *found[0])] if isinstance(document, TokenDocument) else found
+            encoded.append(_join(*found[0], document, end))
+    return encoded
+
+
+def _texts(document: bytes) -> list[bytes]:
+    return [text for text, _ in document.segments] if isinstance(document, CompletionDocument) else [document]
+
+
+def _join_segments(
+    document: CompletionDocument, found: Sequence[tuple[np.ndarray, np.ndarray]], end: int
+) -> np.ndarray:
+    """Return the tokens of parts that were encoded one by one; the end is trained on where the last part is."""
+    ids, lengths = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    tokens = _join(ids, lengths, document, end).view(TOKEN)
+    learned = np.repeat([learned for _, learned in document.segments], [len(each) for each, _ in found])
+    learned = np.append(learned, document.segments[-1][1])
+    tokens["bytes"] = np.where(learned, tokens["bytes"], ~tokens["bytes"])
+    return tokens.view(np.int64)
 
 
 def encode_document(tokenizer: Tokenizer, document: bytes) -> np.ndarray:

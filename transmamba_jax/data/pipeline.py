@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -48,12 +48,6 @@ CHECKED_DOCUMENTS = 2**14
 GROUP_BYTES = 2**14
 """Text that is encoded at a time: of short documents several, so that the pipeline's work for each is small."""
 
-HELD_OUT_DOCUMENTS = 2**14
-"""Documents of the held-out stream; of a larger split it takes this many, evenly spread."""
-
-HELD_OUT_BYTES = 2**26
-"""Bytes after which the held-out stream takes no further document."""
-
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
@@ -64,9 +58,12 @@ def train_batches(
 
     Each batch has `tokens` int32 [batch_size / process_count, seq_len + 1] and, of the same shape, `bytes`: the UTF-8
     bytes of the document that each token stands for, 1 for its end; with first-fit packing also `segment_ids`: 1, 2,
-    ... for the documents of a row in order, 0 for padding. Rows do not overlap. With `concat` packing every token of
-    every document is in exactly one row per epoch; with `first_fit` a document longer than a row is cut into pieces,
-    each a segment. In every epoch a document belongs to exactly one process.
+    ... for the documents of a row in order, 0 for padding. Where completions alone are trained on it has `weights`
+    float32: 1 for their tokens and the end of the document behind them, else 0.
+
+    Rows do not overlap. With `concat` packing every token of every document is in exactly one row per epoch; with
+    `first_fit` a document longer than a row is cut into pieces, each a segment. In every epoch a document belongs to
+    exactly one process.
 
     Raises:
         ValueError: the source cannot be read, is too short for one row, has fewer documents than streams, or
@@ -162,7 +159,7 @@ def _batches(
         windows = windows.map(_name_segments).batch(window)
     if config.shuffle:
         windows = windows.random_map(_permute_rows, seed=seed)
-    windows = windows.map(_name_fields)
+    windows = windows.map(functools.partial(name_fields, config.completions_only))
     return FlatMapIterDataset(windows, _Pieces(rows))
 
 
@@ -181,10 +178,13 @@ def _name_segments(packed: Batch) -> Batch:
     return {"tokens": packed["tokens"], "segment_ids": packed["tokens_segment_ids"]}
 
 
-def _name_fields(window: Batch) -> Batch:
+def name_fields(weighted: bool, window: Batch) -> Batch:
     """Take tokens apart into the arrays that a batch has."""
     tokens = window["tokens"].view(TOKEN)
-    fields = {"tokens": tokens["id"].copy(), "bytes": tokens["bytes"].copy()}
+    fields = {"tokens": tokens["id"].copy(), "bytes": np.maximum(tokens["bytes"], ~tokens["bytes"])}
+    if weighted:
+        real = window["segment_ids"] > 0 if "segment_ids" in window else True
+        fields["weights"] = ((tokens["bytes"] >= 0) & real).astype(np.float32)
     return fields | {name: value for name, value in window.items() if name != "tokens"}
 
 
@@ -237,67 +237,20 @@ def _check(documents: Documents, config: DataConfig, tokenizer: Tokenizer, strea
             bytes_encoded += len(sample) + 1
         if count >= CHECKED_DOCUMENTS and bytes_read >= WINDOW_BYTES:
             break
-    _require_row(tokens, config, split)
+    require_row(tokens, config, split)
     # With 1, the length that Grain gives the endless data set overflows.
     group = max(2, min(len(documents), GROUP_BYTES * count // bytes_read))
     return max(1, min(WINDOW_BYTES, bytes_read) * tokens // bytes_encoded), group
 
 
-def _require_row(tokens: int, config: DataConfig, split: str) -> None:
+def require_row(tokens: int, config: DataConfig, split: str) -> None:
+    """Refuse a split that has not the tokens of one row.
+
+    Raises:
+        ValueError: the message says how many there are.
+    """
     if tokens <= config.seq_len:
         raise ValueError(
             f"split {split!r} of data.source {config.source!r} has {tokens} tokens, fewer than one row of "
             f"data.seq_len + 1 = {config.seq_len + 1}; give more text or lower data.seq_len"
         )
-
-
-def eval_batches(config: DataConfig, tokenizer: Tokenizer, windows: int, batch_size: int) -> list[Batch]:
-    """Return rows of the held-out stream as batches of one shape; the same every time.
-
-    The stream is every held-out document followed by its end-of-document id. Its windows start every seq_len tokens
-    and are seq_len + 1 long, so that each token is predicted once; `windows` of them are taken, evenly spread, or all
-    (0, or more than there are). Each batch has `tokens` and `bytes` int32 [batch_size, seq_len + 1], `weights` float32
-    [batch_size], 0 for the rows that fill up the last batch, and with first-fit packing `segment_ids` like the
-    training batches.
-
-    Raises:
-        ValueError: the source cannot be read or is too short for one window.
-    """
-    if is_synthetic(config.source):
-        return task_batches.held_out_batches(config, windows, batch_size)
-    documents = [encode_document(tokenizer, document) for document in _held_out(config)]
-    stream = np.concatenate(documents)
-    _require_row(len(stream), config, config.eval_split)
-    count = (len(stream) - 1) // config.seq_len
-    taken = windows if 0 < windows < count else count
-    chosen = np.arange(taken) * count // taken
-    places = chosen[:, None] * config.seq_len + np.arange(config.seq_len + 1)
-    rows = {**_name_fields({"tokens": stream[places]}), "weights": np.ones(len(chosen), np.float32)}
-    if config.packing == "first_fit":
-        numbers = np.repeat(np.arange(len(documents)), [len(document) for document in documents])[places]
-        rows["segment_ids"] = (numbers - numbers[:, :1] + 1).astype(np.int32)
-    padding = -len(chosen) % batch_size
-    full = {name: np.pad(value, [(0, padding)] + [(0, 0)] * (value.ndim - 1)) for name, value in rows.items()}
-    return [
-        {name: value[start : start + batch_size] for name, value in full.items()}
-        for start in range(0, len(chosen), batch_size)
-    ]
-
-
-def held_out_text(config: DataConfig) -> bytes:
-    """Return the held-out stream as bytes: every document, NUL as space, followed by one NUL."""
-    return _joined(_held_out(config))
-
-
-def training_text(config: DataConfig, max_bytes: int = 2**26) -> bytes:
-    """Return training documents in the same form, in order, until `max_bytes` are reached."""
-    return _joined(take(open_documents(config, config.train_split), max_bytes))
-
-
-def _held_out(config: DataConfig) -> Iterator[bytes]:
-    documents = open_documents(config, config.eval_split)
-    return take(documents, HELD_OUT_BYTES, stride=-(-len(documents) // HELD_OUT_DOCUMENTS))
-
-
-def _joined(documents: Iterator[bytes]) -> bytes:
-    return b"".join(document.replace(b"\0", b" ") + b"\0" for document in documents)

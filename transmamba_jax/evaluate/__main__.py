@@ -59,6 +59,7 @@ def _report(
         "tokens": result.tokens,
         "loss": finite(result.loss),
         "bits_per_byte": finite(result.bits_per_byte),
+        **({} if result.accuracy is None else {"accuracy": result.accuracy}),
         "baselines": dict(peers),
         "by_position": spans,
     }
@@ -97,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         params, mesh = serving_mesh.place(saved.params)  # on several devices each reads some of the windows
         with serving_mesh.use(mesh):
             result = Evaluator(TransMamba(config.model, config.kernels), config, tokenizer, mesh)(params)
-        peers = data.baselines(data.training_text(config.data), data.held_out_text(config.data))
+        peers = {}
+        if data.has_baselines(config.data):
+            peers = data.baselines(data.training_text(config.data), data.held_out_text(config.data))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -108,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"step {saved.step} of {options.checkpoint}, {config.data.source} {config.data.eval_split}")
     print(f"TransPoints {', '.join(map(str, points))} of {config.data.seq_len} tokens")
     print(f"{result.tokens:,} tokens: loss {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits per byte")
+    if result.accuracy is not None:
+        print(f"accuracy on the tokens that are trained on: {result.accuracy:.4f}")
     for name, value in peers.items():
         print(f"{name.replace('_', ' ')}: {value:.4f}")
     print("\n".join(_table(result, points)))

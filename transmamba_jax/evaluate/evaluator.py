@@ -53,6 +53,8 @@ class EvalResult:
     tokens: int
     """Predictions that the figures average over."""
     by_position: tuple[PositionLoss, ...]
+    accuracy: float | None = None
+    """Share of the weighted tokens that are the model's most likely ones; None: all tokens weigh the same."""
     answers: AnswerResult | None = None
     """Accuracy on the answers of a synthetic task."""
 
@@ -63,6 +65,7 @@ class EvalResult:
             "eval/bits_per_byte": self.bits_per_byte,
             "eval/tokens": self.tokens,
             "eval/by_position": [[span.start, span.stop, span.loss] for span in self.by_position],
+            **({} if self.accuracy is None else {"eval/accuracy": self.accuracy}),
             **({} if self.answers is None else self.answers.metrics()),
         }
 
@@ -108,7 +111,7 @@ class Evaluator:
             EvaluationStopped: `should_stop()` turned true between two batches.
         """
         nll, counts = np.zeros((2, self._seq_len), np.float64)  # [T]
-        byte_count, answers = 0.0, AnswerCounter()
+        byte_count, correct, answers = 0.0, 0.0, AnswerCounter()
         for index, batch in enumerate(self._batches):
             if should_stop():
                 raise EvaluationStopped(f"evaluation stopped after {index} of {len(self._batches)} batches")
@@ -116,6 +119,7 @@ class Evaluator:
             inputs = {name: self._place(batch[name]) for name in ("tokens", "segment_ids") if name in batch}
             losses, right = self._score(params, inputs, self._place(weights))
             nll += np.asarray(losses, np.float64)
+            correct += float(np.sum(np.asarray(right) * weights, dtype=np.float64))
             if "answers" in batch:
                 answers.add(np.asarray(right), batch["answers"], batch["facts"])
             counts += weights.sum(axis=0, dtype=np.float64)
@@ -129,6 +133,7 @@ class Evaluator:
                 for start, stop in spans(nll.size)
                 if counts[start:stop].any()
             ),
+            accuracy=correct / float(counts.sum()) if self._batches[0]["weights"].ndim == 2 else None,
             answers=answers.result(self._seq_len, self._transpoints) if "answers" in self._batches[0] else None,
         )
 
@@ -143,9 +148,7 @@ def _target_weights(batch: dict[str, np.ndarray]) -> np.ndarray:
     The batch has a weight for each row, or for each token.
     """
     tokens, weights = batch["tokens"], batch["weights"]
-    if weights.ndim == 2:
-        return weights[:, 1:]
-    weights = np.broadcast_to(weights[:, None], (len(tokens), tokens.shape[1] - 1))
+    weights = np.broadcast_to(weights[:, 1:] if weights.ndim == 2 else weights[:, None], tokens[:, 1:].shape)
     if "segment_ids" not in batch:
         return weights
     ids = batch["segment_ids"]

@@ -328,7 +328,7 @@ class _Run:
         record = {"step": step, **result.metrics()}
         for name, other in others.items():
             record |= {key.replace("eval/", f"eval/{name}/", 1): value for key, value in other.metrics().items()}
-        if step == self.config.train.steps and hosts.is_first() and not is_synthetic(self.config.data.source):
+        if step == self.config.train.steps and hosts.is_first() and data.has_baselines(self.config.data):
             texts = data.training_text(self.config.data), data.held_out_text(self.config.data)
             record |= {f"baseline/{name}": value for name, value in data.baselines(*texts).items()}
         self.write(record)

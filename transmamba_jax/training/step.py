@@ -29,7 +29,8 @@ from transmamba_jax.training.parameter_groups import zero_frozen
 
 Batch = dict[str, jax.Array]
 """`tokens` int32 [B, T+1]; `segment_ids` of that shape where rows are packed; `weights` float32 of that shape where
-tokens are not all to be learned, such as the answers of a task; `transpoints` int32 [B, L] where rows draw them."""
+tokens are not all to be learned, such as the answers of a task or completions; `transpoints` int32 [B, L] where rows
+draw them."""
 Metrics = dict[str, jax.Array]
 
 
@@ -102,9 +103,10 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     shape = (config.data.batch_size, config.data.seq_len + 1)
     array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
     arrays = {name: array(shape, jnp.int32) for name in ("tokens", "bytes")}
-    if is_synthetic(config.data.source):
+    synthetic = is_synthetic(config.data.source)
+    if synthetic or config.data.completions_only:
         arrays["weights"] = array(shape, jnp.float32)
-    elif config.data.packing == "first_fit":
+    if config.data.packing == "first_fit" and not synthetic:
         arrays["segment_ids"] = array(shape, jnp.int32)
     if config.train.schedule_sampling == "rows":
         arrays["transpoints"] = array((shape[0], config.model.num_layers), jnp.int32)
