@@ -93,7 +93,8 @@ from transmamba_jax import sharding
 from transmamba_jax.config import Config, DataConfig, KernelsConfig, MeshConfig, ModelConfig, TrainConfig
 from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import tree_paths
-from transmamba_jax.training.step import TrainState, loss_and_gradient
+from transmamba_jax.training.loss import loss_and_gradient
+from transmamba_jax.training.step import TrainState
 
 ROWS, TIME = 16, 32
 model_config = ModelConfig(vocab_size=64, num_layers=2, d_model=16, num_heads=8, num_groups=4, head_dim=4, state_dim=4,

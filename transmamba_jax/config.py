@@ -189,6 +189,11 @@ class TrainConfig:
     schedule_pool: tuple[str, ...] = ()
     """Schedules to draw from: names (v9, transformer, ...) or TransPoints ("0 64 128"). Without any, `rows` draws for
     every layer from 0, the powers of two, and data.seq_len."""
+    schedule_distillation: float = 0.0
+    """Share s of self-distillation. Above 0, each step also runs schedule_teacher, and the step's schedule learns from
+    its soft targets: (teacher's loss + (1 - s) · loss + s · KL) / 2. 0: none; 1: soft targets alone."""
+    schedule_teacher: str = "transformer"
+    """Schedule whose predictions are the soft targets: a name or TransPoints."""
     log_every: int = 10
     """Steps between training lines in metrics.jsonl."""
     max_nonfinite_steps: int = 10
@@ -201,6 +206,10 @@ class TrainConfig:
         check_types("train", self)
         at_least("train", self, 1, "steps", "accumulation", "loss_chunk", "log_every", "max_nonfinite_steps")
         at_least("train", self, 0, "seed", "sample_tokens")
+        require(
+            0 <= self.schedule_distillation <= 1,
+            f"train.schedule_distillation must be in [0, 1], found {self.schedule_distillation}",
+        )
         require(
             self.schedule_sampling != "pool" or len(self.schedule_pool) > 0,
             "train.schedule_sampling=pool needs train.schedule_pool: names or lists of TransPoints, found none",
@@ -335,6 +344,12 @@ class Config:
         require(
             self.optimizer.restart_step == 0 or self.optimizer.restart_step < self.train.steps,
             f"optimizer.restart_step={self.optimizer.restart_step} must be below train.steps={self.train.steps}, or 0",
+        )
+
+        require(
+            self.model.ablation == "none" or self.train.sample_tokens == 0,
+            f"train.sample_tokens must be 0 with model.ablation={self.model.ablation}, which cannot decode, "
+            f"found {self.train.sample_tokens}",
         )
 
     def warnings(self) -> list[str]:

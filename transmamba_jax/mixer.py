@@ -302,11 +302,16 @@ class Mixer(nn.Module):
         return partial(causal_attention, implementation=self.kernels.attention)
 
     def _attend(self, q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None) -> Float[Array, "B T HP"]:
+        y = self._attend_unnormalised(q, k, v, segment_ids)
+        return self.norm(y) if self.config.attention_norm else y
+
+    def _attend_unnormalised(
+        self, q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None
+    ) -> Float[Array, "B T HP"]:
         if self.config.rotary == "attention":
             q, k = self._rotate(q, k)
         y = parallel.attend(q, k, v, segment_ids, self._attention())
-        y = y.reshape(*y.shape[:2], -1)
-        return self.norm(y) if self.config.attention_norm else y
+        return y.reshape(*y.shape[:2], -1)
 
     def _convert(
         self, k: QueryKey, v: Value, dt: Dt, segment_ids: SegmentIds | None, state: State | None = None

@@ -17,6 +17,7 @@ import numpy as np
 from pallas_kernels import target
 from pallas_kernels.ssd import kernel_vjp
 from transmamba_jax import schedule, sharding
+from transmamba_jax.ablations import AblatedMixer
 from transmamba_jax.attention import NAME, Attention
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import KernelsConfig, ModelConfig
@@ -101,7 +102,8 @@ class Block(nn.Module):
         cfg = self.config
         plain = self.kernels.any_derivative
         norm = partial(RMSNorm, cfg.norm_eps, cfg.dtype, cfg.param_dtype, plain=plain)
-        self.mixer_norm, self.mixer = norm(), Mixer(cfg, self.kernels, self.attention)
+        mixer = Mixer if cfg.ablation == "none" else AblatedMixer
+        self.mixer_norm, self.mixer = norm(), mixer(cfg, self.kernels, self.attention)
         if cfg.mlp_dim:
             self.mlp_norm, self.mlp = norm(), GatedMLP(cfg, plain)
 

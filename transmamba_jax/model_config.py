@@ -54,6 +54,9 @@ class ModelConfig:
     conv_width 1 and no conv_bias besides, attention is that of a plain Transformer (a scale a channel is left)."""
     conv_bias: bool = True
     """Biases in the short convolutions."""
+    ablation: Literal["none", "zero_state", "converter_without_dt", "gated_attention", "separate_weights"] = "none"
+    """One part of the mixer changed, for studies (see `ablations`). Any but none runs both branches over the whole row
+    and cannot decode."""
     dt_limit: tuple[float, float] = (0.0, math.inf)
     """Smallest and largest Δ; a Δ beyond is clipped, after softplus."""
     residual_in_fp32: bool = False

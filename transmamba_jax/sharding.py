@@ -28,12 +28,12 @@ from transmamba_jax.runtime.tree_paths import path_name
 PARAMETERS: tuple[tuple[str, P], ...] = (
     (r"embedding", P("tensor", "fsdp")),
     (r"lm_head", P("fsdp", "tensor")),
-    (r"layers/mixer/(q|k|v|z|dt)/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/mixer/(attention_)?(q|k|v|z|dt)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/mixer/out/kernel", P(None, "tensor", "fsdp")),
     (r"layers/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/mlp/down/kernel", P(None, "tensor", "fsdp")),
-    (r"layers/mixer/conv_(q|k|v)/kernel", P(None, None, "tensor")),
-    (r"layers/mixer/conv_(q|k|v)/bias|layers/mixer/(a_log|dt_bias|skip|norm/scale)", P(None, "tensor")),
+    (r"layers/mixer/(attention_)?conv_(q|k|v)/kernel", P(None, None, "tensor")),
+    (r"layers/mixer/(attention_)?conv_(q|k|v)/bias|layers/mixer/(a_log|dt_bias|skip|norm/scale)", P(None, "tensor")),
     (r"(layers/(mixer|mlp)_norm|final_norm)/scale", P()),
 )
 

@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType
 
 from tests.training.support import relative
-from transmamba_jax.runtime.token_loss import chunked_cross_entropy, chunked_log_likelihoods
+from transmamba_jax.runtime.token_loss import chunked_cross_entropy, chunked_distillation, chunked_log_likelihoods
 
 
 def _oracle(hidden, kernel, targets, weights):
@@ -43,10 +43,44 @@ def test_chunked_loss_and_gradients_equal_float64(chunk):
     assert relative((dhidden, dkernel), expected_gradients) < 1e-6
 
 
+def _softmax(z):
+    z = np.exp(z - z.max(-1, keepdims=True))
+    return z / z.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 10_000])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_chunked_distillation_equals_float64(chunk, share):
+    rng = np.random.default_rng(0)
+    hidden, teacher, kernel = rng.normal(size=(3, 11, 5)), rng.normal(size=(3, 11, 5)), rng.normal(size=(5, 7)) * 3
+    targets, weights = rng.integers(0, 7, (3, 11)), (rng.random((3, 11)) < 0.7) * rng.random((3, 11))
+
+    (nll, kl), (dkernel, dhidden) = chunked_distillation(
+        lambda kernel, part: part @ kernel,
+        *(jnp.float32(array) for array in (kernel, hidden, teacher)),
+        jnp.asarray(targets),
+        jnp.float32(weights),
+        chunk,
+        share,
+    )
+    q, p, one = _softmax(hidden @ kernel), _softmax(teacher @ kernel), np.eye(7)[targets]
+    assert float(nll) == pytest.approx(-(weights * np.log((q * one).sum(-1))).sum(), rel=1e-6)
+    assert float(kl) == pytest.approx((weights * (p * np.log(p / q)).sum(-1)).sum(), rel=1e-6)
+    dz = weights[..., None] * (q - (1 - share) * one - share * p)
+    assert relative((dhidden, dkernel), (dz @ kernel.T, np.einsum("btd,btv->dv", hidden, dz))) < 1e-6
+
+
 def _largest_array(jaxpr):
     sizes = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
     inner = [_largest_array(sub) for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params)]
     return max([*sizes, *inner], default=0)
+
+
+def test_logits_of_two_schedules_never_exist_at_once():
+    hidden, kernel = jnp.ones((2, 64, 4)), jnp.ones((4, 512))
+    targets, weights = jnp.zeros((2, 64), jnp.int32), jnp.ones((2, 64))
+    run = lambda k, h, t: chunked_distillation(lambda k, part: part @ k, k, h, t, targets, weights, 16, 0.5)
+    assert _largest_array(jax.make_jaxpr(run)(kernel, hidden, hidden).jaxpr) <= 16 * 512
 
 
 def test_logits_of_the_whole_batch_never_exist_at_once():

@@ -20,7 +20,7 @@ from transmamba_jax.config import (
     TrainConfig,
 )
 from transmamba_jax.training import schedule_sampling
-from transmamba_jax.training.step import loss_and_gradient
+from transmamba_jax.training.loss import distilled_loss_and_gradient, loss_and_gradient
 
 MODEL = ModelConfig(
     vocab_size=8, num_layers=2, d_model=16, num_heads=2, num_groups=1, head_dim=8, state_dim=8, mlp_dim=0,
@@ -96,12 +96,76 @@ def test_rows_of_a_batch_run_under_their_own_transpoints(accumulation):
     assert relative(mixed, jax.tree.map(lambda *parts: sum(parts) / 4, *alone)) < 1e-5
 
 
-@pytest.mark.parametrize("sampling", ["pool", "rows"])
-def test_a_resumed_run_equals_the_run_without_a_break(tmp_path, sampling):
+def _rows_of_schedules():
+    model, rng = tm.TransMamba(MODEL), np.random.default_rng(0)
+    tokens, weights = rng.integers(0, 8, (4, 17), dtype=np.int32), rng.random((4, 17), np.float32)
+    points = np.array([[0, 16], [16, 16], [4, 8], [0, 0]], np.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = {**params, "embedding": 10 * params["embedding"]}  # so that the schedules differ
+    return model, params, {"tokens": tokens, "weights": weights, "transpoints": points}
+
+
+def _distilled(chunk=24):
+    model, params, batch = _rows_of_schedules()
+    teacher = model.clone(config=dataclasses.replace(MODEL, transpoints=(16,)))
+    run = lambda params, batch, count: distilled_loss_and_gradient(params, teacher, model, batch, count, chunk, 0.25)
+    return jax.jit(run, static_argnums=2), params, batch
+
+
+def test_distillation_equals_its_definition_in_float64():
+    run, params, batch = _distilled()
+    losses, gradient = run(params, batch, 1)
+    model, tokens, points = tm.TransMamba(MODEL), batch["tokens"], batch["transpoints"]
+    logits = jax.jit(lambda params, points: model.apply({"params": params}, tokens[:, :-1], points))
+    student = np.asarray(logits(params, points.T), np.float64)
+    taught = np.asarray(logits(params, np.full((2, 4), 16, np.int32)), np.float64)
+    log_q, log_p = (z - np.log(np.exp(z).sum(-1, keepdims=True)) for z in (student, taught))
+    weights = batch["weights"][:, 1:].astype(np.float64)
+    mean = lambda values: float((values * weights).sum() / weights.sum())
+    nll = lambda log: mean(-np.take_along_axis(log, tokens[:, 1:, None], axis=-1)[..., 0])
+    expected = {
+        "loss": nll(log_q),
+        "teacher_loss": nll(log_p),
+        "distillation": mean((np.exp(log_p) * (log_p - log_q)).sum(-1)),
+    }
+    assert {name: float(value) for name, value in losses.items()} == pytest.approx(expected, rel=1e-5)
+    assert expected["distillation"] > 0.01
+
+    def objective(params):
+        log_q, log_p = (jax.nn.log_softmax(logits(params, p)) for p in (points.T, np.full((2, 4), 16, np.int32)))
+        target, soft = jax.nn.one_hot(tokens[:, 1:], 8), jax.lax.stop_gradient(jax.numpy.exp(log_p))
+        by_token = -((target * log_p).sum(-1) + ((0.75 * target + 0.25 * soft) * log_q).sum(-1)) / 2
+        return (by_token * batch["weights"][:, 1:]).sum() / batch["weights"][:, 1:].sum()
+
+    assert relative(gradient, jax.jit(jax.grad(objective))(params)) < 1e-5
+
+
+def test_distillation_over_microbatches_equals_the_large_batch():
+    run, params, batch = _distilled()
+    assert relative(run(params, batch, 2), run(params, batch, 1)) < 1e-6
+
+
+def test_a_teacher_must_be_a_schedule_of_the_model():
+    def config(**options):
+        return dataclasses.replace(config_of(), train=dataclasses.replace(config_of().train, **options))
+
+    model = tm.TransMamba(MODEL)
+    teacher = schedule_sampling.teacher(config(schedule_distillation=0.5), model)
+    assert (teacher.config.transpoints, teacher.config.d_model) == ((16, 16), 16)
+    with pytest.raises(ValueError, match=r"train\.schedule_teacher: 'v9': v9 has 8 TransPoints"):
+        schedule_sampling.models(config(schedule_distillation=0.5, schedule_teacher="v9"), model)
+    with pytest.raises(ValueError, match=r"train\.schedule_distillation must be in \[0, 1\], found 2"):
+        config(schedule_distillation=2)
+
+
+@pytest.mark.parametrize(("sampling", "share"), [("pool", 0.0), ("rows", 0.0), ("pool", 0.5)])
+def test_a_resumed_run_equals_the_run_without_a_break(tmp_path, sampling, share):
     schedules = EvalConfig(every=6, windows=8, schedules=("transformer", "mamba2") if sampling == "pool" else ())
+    config = config_of(sampling, eval=schedules)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, schedule_distillation=share))
 
     def train(name):
-        assert tm.train(config_of(sampling, eval=schedules, workdir=str(tmp_path / name))) == 0
+        assert tm.train(dataclasses.replace(config, workdir=str(tmp_path / name))) == 0
         text = (tmp_path / name / "metrics.jsonl").read_text()
         return [json.loads(line) for line in text.splitlines()], tm.restore(tmp_path / name / "checkpoints").params
 
@@ -113,6 +177,8 @@ def test_a_resumed_run_equals_the_run_without_a_break(tmp_path, sampling):
     losses = lambda lines: {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert losses(lines) == losses(whole)
     assert len(losses(whole)) == 6
+    # 0 where the drawn schedule is the teacher's.
+    assert max(line["distillation"] if share else 1 for line in whole if "loss" in line) > 1e-5
     if sampling == "pool":
         (result,) = [line for line in whole if "eval/loss" in line]
         # The config's own schedule is (0, T): neither of the others.

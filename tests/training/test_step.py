@@ -13,15 +13,9 @@ import transmamba_jax as tm
 from tests import precision
 from tests.training.support import Little, little_config, packed_batch, relative
 from transmamba_jax import sharding
+from transmamba_jax.training.loss import loss_and_gradient, token_weights
 from transmamba_jax.training.optimizer import make_optimizer
-from transmamba_jax.training.step import (
-    TrainState,
-    first_nonfinite,
-    leaf_name,
-    loss_and_gradient,
-    make_train_step,
-    token_weights,
-)
+from transmamba_jax.training.step import TrainState, first_nonfinite, leaf_name, make_train_step
 
 
 def test_weights_leave_out_padding_and_the_first_token_of_another_document():

@@ -114,6 +114,7 @@ def write(config: ModelConfig, naming: Naming, dtype: str, end_of_document: int 
         ("use_d_skip", True, "Mamba-2 has D"),
         ("rotary", "attention", "Mamba-2 rotates nothing"),
         ("conv_activation", "silu", "Mamba-2 has SiLU behind its convolution"),
+        ("ablation", "none", "Mamba-2 has the mixer's own parameters"),
     ):
         found = getattr(config, name)
         require(found == needed, f"model.{name} must be {needed!r} to be written as Mamba-2, found {found!r}: {hint}")

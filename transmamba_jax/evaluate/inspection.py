@@ -73,10 +73,12 @@ def inspect(
 
     Raises:
         ValueError: a layer that the model does not have, attention maps of a model with an attention function of its
-            own, or as for the model.
+            own, a model with an ablation, or as for the model.
     """
     config = model.config
     check_tokens(tokens, segment_ids)
+    if config.ablation != "none":
+        raise ValueError(f"inspect needs a model with model.ablation='none', found {config.ablation!r}")
     chosen = _layers(layers, config.num_layers)
     if attention and model.attention is not None:
         raise ValueError("attention=True needs a model with softmax attention, found TransMamba(attention=...)")

@@ -48,7 +48,7 @@ def check_model(model: Any) -> None:
     """Refuse a model that cannot decode.
 
     Raises:
-        ValueError: it is no TransMamba, or has an attention function of its own.
+        ValueError: it is no TransMamba, has an attention function of its own, or a mixer with an ablation.
     """
     if not isinstance(model, TransMamba):
         raise ValueError(
@@ -59,6 +59,11 @@ def check_model(model: Any) -> None:
         raise ValueError(
             "model must attend by softmax, which is how the cache is read, found TransMamba(attention=...); "
             "call the model on the whole row for each token instead"
+        )
+    if model.config.ablation != "none":
+        raise ValueError(
+            f"model.ablation must be 'none' to decode, found {model.config.ablation!r}; call the model on the whole "
+            "row for each token instead"
         )
 
 

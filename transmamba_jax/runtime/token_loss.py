@@ -79,17 +79,63 @@ def chunked_cross_entropy(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits(head, hidden), targets)
         return jnp.sum(losses * weights)
 
-    chunks = TimeChunks.of(targets, chunk)
-    if chunks.count == 1:
-        return summed(head, hidden, targets, weights)
+    return _sum_over_chunks(summed, head, (hidden, targets, weights), jnp.float32(0), chunk)
 
-    def body(sums: tuple[Array, Any], xs: tuple[Array, Array, Array]) -> tuple[tuple[Array, Any], Array]:
+
+def chunked_distillation(
+    logits: Callable[[Any, Float[Array, "B Q D"]], Float32[Array, "B Q V"]],
+    head: Any,
+    hidden: Hidden,
+    teacher_hidden: Hidden,
+    targets: Int[Array, "B T"],
+    weights: Float32[Array, "B T"],
+    chunk: int,
+    share: float,
+) -> tuple[tuple[Float32[Array, ""], Float32[Array, ""]], tuple[Any, Hidden]]:
+    """Sum weighted cross-entropies and divergences from a teacher, in nats, with gradients of their mixture.
+
+        nll = sum_i w_i · (logsumexp(s_i) - s_i[target_i])        s = logits of `hidden`
+        kl  = sum_i w_i · sum_v p_iv · (log p_iv - log softmax(s_i)_v)      p = softmax of the teacher's logits
+
+    Returns (nll, kl) and the gradients of (1 - share) · nll + share · kl by `head` and `hidden`. None goes through the
+    teacher's logits, which have the same head. Logits of both exist for a chunk at a time; see `chunked_cross_entropy`.
+    """
+
+    def mixed(
+        head: Any, hidden: Array, targets: Array, weights: Array, teacher_hidden: Array
+    ) -> tuple[Array, tuple[Array, Array]]:
+        log_q = jax.nn.log_softmax(logits(head, hidden))
+        log_p = jax.lax.stop_gradient(jax.nn.log_softmax(logits(head, teacher_hidden)))
+        picked = jnp.take_along_axis(log_q, targets[..., None], axis=-1)[..., 0]
+        nll = -jnp.sum(picked * weights)
+        kl = jnp.sum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) * weights)
+        return (1 - share) * nll + share * kl, (nll, kl)
+
+    def summed(*arguments: Any) -> Any:
+        (_, sums), gradients = jax.value_and_grad(mixed, argnums=(0, 1), has_aux=True)(*arguments)
+        return sums, gradients
+
+    arrays = hidden, targets, weights, teacher_hidden
+    return _sum_over_chunks(summed, head, arrays, (jnp.float32(0), jnp.float32(0)), chunk)
+
+
+def _sum_over_chunks(
+    summed: Callable[..., Any], head: Any, arrays: tuple[Array, ...], zero: Any, chunk: int
+) -> tuple[Any, tuple[Any, Hidden]]:
+    """Add up sums and gradients of `summed(head, *arrays)` over chunks of [B, T, ...] arrays: hidden, targets, others.
+
+    `summed` returns sums like `zero`, and gradients by the head and the hidden states.
+    """
+    chunks = TimeChunks.of(arrays[1], chunk)
+    if chunks.count == 1:
+        return summed(head, *arrays)
+
+    def body(sums: tuple[Any, Any], xs: tuple[Array, ...]) -> tuple[tuple[Any, Any], Array]:
         loss, (dhead, dhidden) = summed(head, *xs)
         return jax.tree.map(jnp.add, sums, (loss, dhead)), dhidden
 
-    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, head)
-    parts = chunks.cut(hidden), chunks.cut(targets), chunks.cut(weights)  # padding has weight 0
-    (loss, dhead), dhidden = jax.lax.scan(body, zeros, parts)
+    zeros = zero, jax.tree.map(jnp.zeros_like, head)
+    (loss, dhead), dhidden = jax.lax.scan(body, zeros, tuple(map(chunks.cut, arrays)))  # padding has weight 0
     return loss, (dhead, chunks.join(dhidden))
 
 

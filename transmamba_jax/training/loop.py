@@ -26,17 +26,12 @@ from transmamba_jax.runtime import hosts
 from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.training import parameter_groups, resume, run_lock, schedule_sampling, starting_points
 from transmamba_jax.training.console import Console
+from transmamba_jax.training.loss import Batch, Metrics
 from transmamba_jax.training.metrics import MetricsWriter, Record
 from transmamba_jax.training.optimizer import make_optimizer
 from transmamba_jax.training.preemption import EXIT_PREEMPTED, Preemption
 from transmamba_jax.training.sample import sample_text
-from transmamba_jax.training.step import (
-    Batch,
-    Metrics,
-    TrainState,
-    abstract_batch,
-    make_train_step,
-)
+from transmamba_jax.training.step import TrainState, abstract_batch, make_train_step
 from transmamba_jax.training.step_log import StepLog
 
 EXIT_NOT_SAVED = 74

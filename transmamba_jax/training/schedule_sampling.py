@@ -4,6 +4,9 @@
     pool    every step runs one schedule of `train.schedule_pool`: sliced, one compiled program each
     rows    every row has TransPoints of its own: one compiled program, which computes both branches everywhere
 
+With `train.schedule_distillation` each step also runs the fixed schedule `train.schedule_teacher`, whose predictions
+the drawn one learns from; see `loss`.
+
 A draw is a function of (train.seed, step), made on the host: it is the same on every process, and a resumed run draws
 what the run without a break draws.
 """
@@ -58,10 +61,26 @@ def models(config: Config, model: nn.Module) -> list[nn.Module]:
     """
     if config.train.schedule_sampling != "none":
         require_transmamba(model, f"train.schedule_sampling={config.train.schedule_sampling}")
+    if config.train.schedule_distillation:
+        teacher(config, model)
     if config.train.schedule_sampling != "pool":
         return [model]
-    under = lambda points: model.clone(config=dataclasses.replace(config.model, transpoints=points))
-    return [under(points) for points in pool(config)]
+    return [_under(config, model, points) for points in pool(config)]
+
+
+def teacher(config: Config, model: nn.Module) -> nn.Module:
+    """Return the model under `train.schedule_teacher`, whose predictions are the soft targets of distillation.
+
+    Raises:
+        ValueError: the schedule does not fit, or the model is no `TransMamba`.
+    """
+    require_transmamba(model, f"train.schedule_distillation={config.train.schedule_distillation:g}")
+    (points,) = resolve(config, (config.train.schedule_teacher,), "train.schedule_teacher")
+    return _under(config, model, points)
+
+
+def _under(config: Config, model: nn.Module, points: schedule.Schedule) -> nn.Module:
+    return model.clone(config=dataclasses.replace(config.model, transpoints=points))
 
 
 def of_step(config: Config, step: int) -> int:

@@ -1,9 +1,4 @@
-"""The train step: loss over token chunks, gradients over microbatches, and an update that a NaN cannot reach.
-
-    loss = sum_i w_i · (logsumexp(z_i) - z_i[target_i]) / sum_i w_i      z = logits in float32, nats per token
-
-The weight of a token is that of the batch or 1, and 0 where its target belongs to another document or is padding.
-"""
+"""The train step: the state, and an update that a NaN cannot reach; the loss is in `loss`."""
 
 import dataclasses
 import functools
@@ -22,16 +17,10 @@ from transmamba_jax import sharding
 from transmamba_jax.config import Config
 from transmamba_jax.data.synthetic import is_synthetic
 from transmamba_jax.runtime import tree_paths
-from transmamba_jax.runtime.token_loss import chunked_cross_entropy
 from transmamba_jax.shapes import Array, Float32, Int
+from transmamba_jax.training.loss import Batch, Metrics, make_objective, token_weights
 from transmamba_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from transmamba_jax.training.parameter_groups import zero_frozen
-
-Batch = dict[str, jax.Array]
-"""`tokens` int32 [B, T+1]; `segment_ids` of that shape where rows are packed; `weights` float32 of that shape where
-tokens are not all to be learned, such as the answers of a task or completions; `transpoints` int32 [B, L] where rows
-draw them."""
-Metrics = dict[str, jax.Array]
 
 
 @partial(
@@ -113,60 +102,6 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     return arrays
 
 
-def token_weights(batch: Batch) -> Float32[Array, "B T"]:
-    """Weigh the targets of a batch: its own weights or 1, and 0 for padding and the first token of a document."""
-    given = batch["weights"][:, 1:] if "weights" in batch else None
-    weights = jnp.ones(batch["tokens"][:, 1:].shape, jnp.float32) if given is None else given
-    if "segment_ids" not in batch:
-        return weights
-    ids = batch["segment_ids"]
-    return jnp.where((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != 0), weights, 0)
-
-
-def _loss_and_gradient(
-    params: Any, model: nn.Module, batch: Batch, weights: Float32[Array, "B T"], chunk: int
-) -> tuple[Float32[Array, ""], Any]:
-    """Return the weighted sum of the cross-entropies of a batch in nats, and its gradient."""
-    inputs: Batch = {name: batch[name][:, :-1] for name in ("tokens", "segment_ids") if name in batch}
-    if "transpoints" in batch:
-        inputs["transpoints"] = batch["transpoints"].T
-    run = partial(model.apply, **inputs, method="hidden")
-    hidden, pullback = jax.vjp(lambda params: run({"params": params}), params)
-    name = "lm_head" if "lm_head" in params else "embedding"
-    logits = lambda head, part: model.apply({"params": {**params, name: head}}, part, method="logits")
-    loss, (dhead, dhidden) = chunked_cross_entropy(logits, params[name], hidden, batch["tokens"][:, 1:], weights, chunk)
-    (gradient,) = pullback(dhidden)
-    return loss, {**gradient, name: gradient[name] + dhead}
-
-
-def loss_and_gradient(
-    params: Any, model: nn.Module, batch: Batch, accumulation: int, chunk: int
-) -> tuple[Float32[Array, ""], Any]:
-    """Return the mean loss over the whole batch and its gradient, from `accumulation` microbatches one after another.
-
-    Each microbatch's weights are divided by the token count of the *batch*, so the sums add up to the batch's own mean
-    and gradient however unevenly the tokens are spread.
-    """
-    total = jnp.sum(token_weights(batch))
-    total = jnp.where(total > 0, total, 1.0)
-    objective = lambda params, part: _loss_and_gradient(params, model, part, token_weights(part) / total, chunk)
-    if accumulation == 1:
-        return objective(params, batch)
-
-    def cut(rows: Array) -> Array:
-        # Rows a, a + A, a + 2A, ... are microbatch a: every device contributes rows it already has.
-        parts = rows.reshape(-1, accumulation, rows.shape[1]).swapaxes(0, 1)
-        return sharding.constrain(parts, (None, "rows", None))
-
-    def body(sums: tuple[Array, Any], part: Batch) -> tuple[tuple[Array, Any], None]:
-        loss, gradient = objective(params, part)
-        return (sums[0] + loss, jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums[1], gradient)), None
-
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-    (loss, gradient), _ = jax.lax.scan(body, (jnp.float32(0), zeros), jax.tree.map(cut, batch))
-    return loss, jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradient, params)
-
-
 def make_train_step(
     config: Config,
     model: nn.Module,
@@ -179,7 +114,8 @@ def make_train_step(
     packed, `segment_ids` of the same shape.
 
     A step whose loss or gradient is not finite leaves parameters and optimizer state as they are and counts itself.
-    Metrics are scalars: loss (nats per token), bits_per_byte where the batch has the `bytes` of its tokens,
+    Metrics are scalars: loss (nats per token; with train.schedule_distillation also teacher_loss and distillation, the
+    divergence from the teacher), bits_per_byte where the batch has the `bytes` of its tokens,
     grad_norm (before clipping), param_norm, learning_rate, tokens (that the loss weighs), skipped_steps,
     nonfinite_steps, and nonfinite_leaf: the index in tree order of the first gradient leaf that is not finite (the
     number of leaves: none).
@@ -190,15 +126,15 @@ def make_train_step(
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
     sharding.check_divides(config, mesh)
     rate = learning_rate_schedule(config, config.optimizer.learning_rate)
+    objective = make_objective(config, model)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, gradient = loss_and_gradient(
-            state.params, model, batch, config.train.accumulation, config.train.loss_chunk
-        )
+        losses, gradient = objective(state.params, batch)
+        loss = losses["loss"]
         gradient = zero_frozen(config, gradient)
         squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradient)])
         grad_norm = jnp.sqrt(jnp.sum(squares))
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        good = functools.reduce(jnp.logical_and, map(jnp.isfinite, (*losses.values(), grad_norm)))
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = _select(good, optax.apply_updates(state.params, updates), state.params)
         new_state = TrainState(
@@ -210,7 +146,7 @@ def make_train_step(
             nonfinite_steps=jnp.where(good, 0, state.nonfinite_steps + 1),
         )
         metrics = {
-            "loss": loss,
+            **losses,
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),
             # The rate of the update that was made: skipped steps do not move the schedule.

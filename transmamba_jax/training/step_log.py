@@ -6,8 +6,9 @@ import jax
 
 from transmamba_jax.config import Config
 from transmamba_jax.training.console import Console
+from transmamba_jax.training.loss import Metrics
 from transmamba_jax.training.metrics import Record, Throughput, peak_memory_bytes
-from transmamba_jax.training.step import Metrics, TrainState, first_nonfinite, leaf_name
+from transmamba_jax.training.step import TrainState, first_nonfinite, leaf_name
 
 
 class NonFiniteError(ArithmeticError):
