@@ -24,6 +24,13 @@ def ablated(name):
     return dataclasses.replace(CONFIG, ablation=name)
 
 
+def parameters(name):
+    params, x, _ = make(CONFIG)
+    other = make(CONFIG, 1)[0] if name == "separate_weights" else {}
+    parts = ("q", "k", "v", "conv_q", "conv_k", "conv_v") if other else ()
+    return {**params, **{f"attention_{part}": other[part] for part in parts}}, x
+
+
 def projected(params, x, prefix=""):
     ids = jnp.ones(x.shape[:2], jnp.int32)
     project = lambda part: oracle.silu(
@@ -65,7 +72,7 @@ def expected(name, params, x, point=POINT):
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_is_its_definition(name):
-    params, x, _ = make(ablated(name))
+    params, x = parameters(name)
     mixer = AblatedMixer(ablated(name), KERNELS)
     apply = jax.jit(lambda point: mixer.apply({"params": params}, x, point))
     with jax.enable_x64(True):
@@ -88,9 +95,8 @@ def test_an_ablation_is_its_definition(name):
     ],
 )
 def test_an_ablation_of_the_passage_changes_nothing_where_there_is_none(name, equal_points):
-    params, x, _ = make(ablated(name))
-    own = make(CONFIG)[0]
-    shared = {key: leaf for key, leaf in params.items() if key in own}
+    params, x = parameters(name)
+    shared = make(CONFIG)[0]
     mixer = AblatedMixer(ablated(name), KERNELS)
     run = jax.jit(lambda point: mixer.apply({"params": params}, x, point))
     for point in equal_points:
@@ -99,7 +105,7 @@ def test_an_ablation_of_the_passage_changes_nothing_where_there_is_none(name, eq
 
 
 def test_a_document_that_begins_behind_the_transpoint_is_not_ablated():
-    params, x, _ = make(ablated("zero_state"))
+    params, x = parameters("zero_state")
     ids = jnp.where(jnp.arange(SEQ_LEN) < POINT, 1, 2)[None].repeat(BATCH, 0)
     whole = Mixer(CONFIG, KERNELS).apply({"params": params}, x, POINT, ids)
     found = AblatedMixer(ablated("zero_state"), KERNELS).apply({"params": params}, x, POINT, ids)

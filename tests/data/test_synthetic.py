@@ -112,6 +112,9 @@ def test_ids_fit_the_vocabulary_and_rows_the_length(name):
             assert row.tokens.shape == row.weights.shape == (length,)
             assert row.tokens.dtype == np.int32
             assert 0 <= row.tokens.min() <= row.tokens.max() < task.vocab_size
+            asked = int(np.count_nonzero(row.weights))
+            assert asked <= task.most_answers(length)
+            assert asked == task.most_answers(length) or "recall" in name
     with pytest.raises(ValueError, match="needs rows of at least"):
         Rows(task, task.least_length() - 1, 0, "train", 1)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 import transmamba_jax as tm
 from tests import precision
-from tests.training.support import Little, little_config, packed_batch, relative
+from tests.training.support import LENGTH, VOCABULARY, Little, little_config, packed_batch, relative
 from transmamba_jax import sharding
 from transmamba_jax.training.loss import loss_and_gradient, token_weights
 from transmamba_jax.training.optimizer import make_optimizer
@@ -81,6 +82,27 @@ def test_weights_of_a_batch_scale_its_losses(initial):
     assert relative(run(weighted, 4), run(weighted, 1)) < 1e-6
     ones = {**batch, "weights": np.ones_like(weights)}
     assert relative(run(ones, 1), run(batch, 1)) == 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_logits_at_weighted_positions_alone_give_the_same_loss_and_gradient(initial, accumulation):
+    batch, rng = packed_batch(3), np.random.default_rng(0)
+    del batch["segment_ids"]
+    # Of 12 targets a row, 0 to 3 have weight.
+    order = rng.permuted(np.tile(np.arange(LENGTH + 1), (8, 1)), axis=1)
+    counts = np.arange(8)[:, None] % 4
+    weighted = {**batch, "weights": np.where(order < counts, 0.5 + rng.random(order.shape), 0).astype(np.float32)}
+    run = jax.jit(
+        lambda most: loss_and_gradient(initial.params, MODEL, weighted, accumulation, 8, most), static_argnums=0
+    )
+    assert relative(run(3), run(None)) < 1e-6
+    assert relative(run(2), run(None)) > 1e-3
+    # The largest array with a vocabulary is that of the positions, not of the row.
+    sizes = lambda most: [
+        size for size in re.findall(rf"tensor<(\d+)x(\d+)x{VOCABULARY}xf32>", run.lower(most).as_text())
+    ]
+    rows = 8 // accumulation
+    assert max(int(a) * int(b) for a, b in sizes(3)) <= 3 * rows
 
 
 def _with_a_log(state, value):

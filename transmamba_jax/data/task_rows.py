@@ -24,6 +24,9 @@ class Task(Protocol):
     def least_length(self) -> int:
         """Return the smallest number of tokens of a row, T + 1, that the task fits into."""
 
+    def most_answers(self, length: int) -> int:
+        """Return a bound of the answer tokens of a row of `length` tokens."""
+
     def row(self, generator: np.random.Generator, length: int) -> Row:
         """Draw one row of `length` tokens."""
 

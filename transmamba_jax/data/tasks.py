@@ -47,6 +47,10 @@ class Mqar:
         """Return 4 tokens a pair: the pair, and its question."""
         return 4 * self.pairs
 
+    def most_answers(self, _length: int) -> int:
+        """Return one token for each pair."""
+        return self.pairs
+
     def row(self, generator: np.random.Generator, length: int) -> Row:
         """Draw one row."""
         half, start = self.vocab // 2, 2 * self.pairs
@@ -94,6 +98,10 @@ class Recall:
     def least_length(self) -> int:
         """Return two pairs: one to see, one to ask."""
         return 4
+
+    def most_answers(self, length: int) -> int:
+        """Return one token for each pair but the first."""
+        return length // 2 - 1
 
     def row(self, generator: np.random.Generator, length: int) -> Row:
         """Draw one row."""
@@ -161,6 +169,10 @@ class Phonebook:
         """Return the tokens of the book and its questions."""
         return (self.entries + self.queries) * (self.letters + self.digits + 1)
 
+    def most_answers(self, _length: int) -> int:
+        """Return the digits of the asked numbers."""
+        return self.queries * self.digits
+
     def row(self, generator: np.random.Generator, length: int) -> Row:
         """Draw one row."""
         line, ask, padding = range(_LETTERS + _DIGITS, self.vocab_size)
@@ -200,6 +212,10 @@ class Copy:
         """Return both halves and two markers."""
         return 2 * self.count + 2
 
+    def most_answers(self, _length: int) -> int:
+        """Return the second half."""
+        return self.count
+
     def row(self, generator: np.random.Generator, length: int) -> Row:
         """Draw one row."""
         letters = list(generator.integers(self.alphabet, size=self.count))
@@ -231,6 +247,10 @@ class SelectiveCopy:
     def least_length(self) -> int:
         """Return the tokens twice and the marker."""
         return 2 * self.count + 1
+
+    def most_answers(self, _length: int) -> int:
+        """Return the tokens among the blanks."""
+        return self.count
 
     def row(self, generator: np.random.Generator, length: int) -> Row:
         """Draw one row."""
@@ -265,6 +285,10 @@ class Induction:
     def least_length(self) -> int:
         """Return marker and token, twice."""
         return 4
+
+    def most_answers(self, _length: int) -> int:
+        """Return one."""
+        return 1
 
     def row(self, generator: np.random.Generator, length: int) -> Row:
         """Draw one row."""
@@ -303,6 +327,10 @@ class Needle:
     def least_length(self) -> int:
         """Return fact and question without any text."""
         return 2 * (len(self._STATEMENT) + self.digits) + 1
+
+    def most_answers(self, _length: int) -> int:
+        """Return the digits of the number."""
+        return self.digits
 
     def row(self, generator: np.random.Generator, length: int) -> Row:
         """Draw one row."""

@@ -3,6 +3,7 @@
     loss = sum_i w_i · (logsumexp(z_i) - z_i[target_i]) / sum_i w_i      z = logits in float32, nats per token
 
 The weight of a token is that of the batch or 1, and 0 where its target belongs to another document or is padding.
+Where a task asks for few tokens of a row, logits exist for as many positions a row as it can ask for, and no others.
 
 Self-distillation over schedules (`train.schedule_distillation`, the share s; after slimmable networks, arXiv
 1903.05134): the same parameters run under the schedule of the teacher and under that of the step, and the gradient is
@@ -23,8 +24,9 @@ import jax.numpy as jnp
 
 from transmamba_jax import sharding
 from transmamba_jax.config import Config
+from transmamba_jax.data.synthetic import is_synthetic, parse
 from transmamba_jax.runtime.token_loss import chunked_cross_entropy, chunked_distillation
-from transmamba_jax.shapes import Array, Float32, Hidden
+from transmamba_jax.shapes import Array, Float32, Hidden, Int
 from transmamba_jax.training import schedule_sampling
 
 Batch = dict[str, jax.Array]
@@ -40,15 +42,24 @@ Objective = Callable[[Any, Batch], tuple[Metrics, Any]]
 def make_objective(config: Config, model: nn.Module) -> Objective:
     """Return the losses and the gradient that a step of `config` takes, where `model` runs the step's schedule."""
     count, chunk, share = config.train.accumulation, config.train.loss_chunk, config.train.schedule_distillation
+    most = most_weighted(config)
     if not share:
 
         def from_data(params: Any, batch: Batch) -> tuple[Metrics, Any]:
-            loss, gradient = loss_and_gradient(params, model, batch, count, chunk)
+            loss, gradient = loss_and_gradient(params, model, batch, count, chunk, most)
             return {"loss": loss}, gradient
 
         return from_data
     teacher = schedule_sampling.teacher(config, model)
-    return lambda params, batch: distilled_loss_and_gradient(params, teacher, model, batch, count, chunk, share)
+    return lambda params, batch: distilled_loss_and_gradient(params, teacher, model, batch, count, chunk, share, most)
+
+
+def most_weighted(config: Config) -> int | None:
+    """Return the most tokens of a row that have weight, where the task says so and they are a quarter of it or less."""
+    if not is_synthetic(config.data.source):
+        return None
+    most = parse(config.data.source).most_answers(config.data.seq_len + 1)
+    return most if 4 * most <= config.data.seq_len else None
 
 
 def token_weights(batch: Batch) -> Float32[Array, "B T"]:
@@ -62,25 +73,35 @@ def token_weights(batch: Batch) -> Float32[Array, "B T"]:
 
 
 def loss_and_gradient(
-    params: Any, model: nn.Module, batch: Batch, accumulation: int, chunk: int
+    params: Any, model: nn.Module, batch: Batch, accumulation: int, chunk: int, most: int | None = None
 ) -> tuple[Float32[Array, ""], Any]:
     """Return the mean loss over the whole batch and its gradient, from `accumulation` microbatches one after another.
 
     Each microbatch's weights are divided by the token count of the *batch*, so the sums add up to the batch's own mean
-    and gradient however unevenly the tokens are spread.
+    and gradient however unevenly the tokens are spread. `most` is a bound of the tokens of a row that have weight:
+    logits exist for so many. None: for all.
     """
 
     def objective(part: Batch, weights: Array) -> tuple[Array, Any]:
-        hidden, pullback = _hidden(params, model, part)
         logits, name = _head(params, model)
-        loss, gradients = chunked_cross_entropy(logits, params[name], hidden, part["tokens"][:, 1:], weights, chunk)
+        chosen = None if most is None else _weighted_positions(weights, most)
+        targets, weights = _at(part["tokens"][:, 1:], chosen), _at(weights, chosen)
+        hidden, pullback = _hidden(params, model, part, chosen)
+        loss, gradients = chunked_cross_entropy(logits, params[name], hidden, targets, weights, chunk)
         return loss, _pull_back(pullback, name, *gradients)
 
     return _over_microbatches(objective, params, batch, accumulation, jnp.float32(0))
 
 
 def distilled_loss_and_gradient(
-    params: Any, teacher: nn.Module, model: nn.Module, batch: Batch, accumulation: int, chunk: int, share: float
+    params: Any,
+    teacher: nn.Module,
+    model: nn.Module,
+    batch: Batch,
+    accumulation: int,
+    chunk: int,
+    share: float,
+    most: int | None = None,
 ) -> tuple[Metrics, Any]:
     """Return the mean losses over the whole batch and the gradient of their mixture; see the module.
 
@@ -88,12 +109,14 @@ def distilled_loss_and_gradient(
     """
 
     def objective(part: Batch, weights: Array) -> tuple[Metrics, Any]:
-        targets, (logits, name) = part["tokens"][:, 1:], _head(params, model)
+        logits, name = _head(params, model)
+        chosen = None if most is None else _weighted_positions(weights, most)
+        targets, weights = _at(part["tokens"][:, 1:], chosen), _at(weights, chosen)
         own = {name: rows for name, rows in part.items() if name != "transpoints"}
-        taught, pullback = _hidden(params, teacher, own)
+        taught, pullback = _hidden(params, teacher, own, chosen)
         teacher_loss, gradients = chunked_cross_entropy(logits, params[name], taught, targets, weights, chunk)
         first = _pull_back(pullback, name, *gradients)
-        hidden, pullback = _hidden(params, model, part)
+        hidden, pullback = _hidden(params, model, part, chosen)
         (loss, kl), gradients = chunked_distillation(
             logits, params[name], hidden, taught, targets, weights, chunk, share
         )
@@ -104,13 +127,27 @@ def distilled_loss_and_gradient(
     return _over_microbatches(objective, params, batch, accumulation, zeros)
 
 
-def _hidden(params: Any, model: nn.Module, batch: Batch) -> tuple[Hidden, Callable[[Hidden], Any]]:
-    """Return the normalised output of the last layer, and the function that takes its gradient to the parameters'."""
+def _weighted_positions(weights: Float32[Array, "B T"], most: int) -> Int[Array, "B K"]:
+    """Return the positions of each row that have weight, in order, filled up to `most` with others."""
+    return jnp.argsort(weights == 0, axis=1, stable=True)[:, :most]
+
+
+def _at(rows: Array, chosen: Int[Array, "B K"] | None) -> Array:
+    """Return the chosen positions of [B, T, ...]; None: all."""
+    if chosen is None:
+        return rows
+    return jnp.take_along_axis(rows, chosen.reshape(*chosen.shape, *(1,) * (rows.ndim - 2)), axis=1)
+
+
+def _hidden(
+    params: Any, model: nn.Module, batch: Batch, chosen: Int[Array, "B K"] | None
+) -> tuple[Hidden, Callable[[Hidden], Any]]:
+    """Return the normalised output of the last layer at chosen positions, and what takes its gradient to parameters."""
     inputs: Batch = {name: batch[name][:, :-1] for name in ("tokens", "segment_ids") if name in batch}
     if "transpoints" in batch:
         inputs["transpoints"] = batch["transpoints"].T
     run = partial(model.apply, **inputs, method="hidden")
-    hidden, pullback = jax.vjp(lambda params: run({"params": params}), params)
+    hidden, pullback = jax.vjp(lambda params: _at(run({"params": params}), chosen), params)
     return hidden, lambda dhidden: pullback(dhidden)[0]
 
 
