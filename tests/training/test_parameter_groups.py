@@ -17,9 +17,10 @@ from tests.training.support import Little, little_config, packed_batch
 from transmamba_jax import checkpoint, data, sharding
 from transmamba_jax.report import charts
 from transmamba_jax.runtime.tree_paths import flatten
+from transmamba_jax.training.loss import loss_and_gradient
 from transmamba_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from transmamba_jax.training.preemption import EXIT_PREEMPTED
-from transmamba_jax.training.step import TrainState, loss_and_gradient, make_train_step
+from transmamba_jax.training.step import TrainState, make_train_step
 
 RATES = {"warmup_steps": 0, "learning_rate": 1e-2, "muon_learning_rate": 3e-2, "weight_decay": 0.3}
 FREEZE = ("embedding", "layers/mlp/u*")

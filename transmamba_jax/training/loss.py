@@ -85,8 +85,8 @@ def loss_and_gradient(
     def objective(part: Batch, weights: Array) -> tuple[Array, Any]:
         logits, name = _head(params, model)
         chosen = None if most is None else _weighted_positions(weights, most)
-        targets, weights = _at(part["tokens"][:, 1:], chosen), _at(weights, chosen)
         hidden, pullback = _hidden(params, model, part, chosen)
+        targets, weights = _at(part["tokens"][:, 1:], chosen), _at(weights, chosen)
         loss, gradients = chunked_cross_entropy(logits, params[name], hidden, targets, weights, chunk)
         return loss, _pull_back(pullback, name, *gradients)
 
