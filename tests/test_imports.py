@@ -20,6 +20,8 @@ HEAVY = (
     "matplotlib",
     "jax_triton",
     "triton",
+    "wandb",
+    "mlflow",
 )
 OWNERS = {
     "orbax": ["transmamba_jax/checkpoint/"],
@@ -28,6 +30,9 @@ OWNERS = {
     "tensorflow_datasets": ["transmamba_jax/data/"],
     "jax_triton": ["pallas_kernels/ssd/triton/"],
     "triton": ["pallas_kernels/ssd/triton/"],
+    "tensorboardX": ["transmamba_jax/training/"],
+    "wandb": ["transmamba_jax/training/"],
+    "mlflow": ["transmamba_jax/training/"],
     "flax": ["transmamba_jax/"],
 }
 ABOVE_TRAINING = ("training", "compile_only", "study", "calibrate")

@@ -198,6 +198,12 @@ class TrainConfig:
     """Steps between training lines in metrics.jsonl."""
     max_nonfinite_steps: int = 10
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    tensorboard: bool = True
+    """Write metrics as TensorBoard events, too."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics, too (extra `wandb`); WANDB_MODE=offline sends nothing."""
+    mlflow: str | None = None
+    """Experiment of MLflow that gets the metrics, too (extra `mlflow`); MLFLOW_TRACKING_URI says where."""
     sample_tokens: int = 256
     """Tokens of each sample written at the end; 0: none."""
 

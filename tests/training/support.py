@@ -1,5 +1,6 @@
 """Helpers for the training tests: a model that compiles in a second, configs and batches."""
 
+import errno
 from typing import Any
 
 import flax.linen as nn
@@ -97,6 +98,23 @@ def packed_batch(seed: int, rows: int = 8, length: int = LENGTH, vocabulary: int
     filled = np.linspace(3, length + 1, rows).astype(int)
     ids = np.where(np.arange(length + 1) < filled[:, None], ids, 0)
     return {"tokens": tokens, "segment_ids": ids.astype(np.int32)}
+
+
+class Filling:
+    """A file that takes `room` more bytes, in pieces, and then refuses."""
+
+    def __init__(self, file: Any, room: int = 10) -> None:
+        self.file, self.room = file, room
+
+    def write(self, content: bytes) -> int:
+        if content and self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = content[: min(self.room, 50)]
+        self.room -= len(taken)
+        return self.file.write(taken)
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def relative(found: Any, expected: Any) -> float:

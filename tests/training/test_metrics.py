@@ -1,16 +1,14 @@
 """The lines of metrics.jsonl, and the count of operations."""
 
-import errno
 import json
 import math
-import struct
 
 import pytest
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import RecordWriter
 
+from tests.training.support import Filling
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.training.metrics import MetricsWriter, flops_per_token
+from transmamba_jax.training.writers import Writers
 
 MODEL = {"vocab_size": 50, "num_layers": 1, "d_model": 12, "num_heads": 4, "num_groups": 2, "head_dim": 6}
 MODEL |= {"state_dim": 8, "mlp_dim": 20}
@@ -54,67 +52,49 @@ def test_lines_that_no_run_wrote_are_left_out_with_a_line_and_a_copy(tmp_path, f
     assert (tmp_path / "metrics.jsonl.old").read_bytes() == content
 
 
-def test_lines_are_strict_json_and_tensorboard_gets_the_numbers(tmp_path):
-    with MetricsWriter(tmp_path, 0) as writer:
-        writer.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "eval/by_position": [[0, 1, 2.0]]})
-    assert _lines(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "eval/by_position": [[0, 1, 2.0]]}]
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"train/grad_norm" in events.read_bytes()
+class Kept:
+    """A writer that keeps what it is given."""
 
+    def __init__(self):
+        self.calls, self.closed = [], 0
 
-class Filling:
-    """A file that takes `room` more bytes, in pieces, and then refuses."""
-
-    def __init__(self, file):
-        self.file, self.room = file, 10
-
-    def write(self, content):
-        if content and self.room == 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        taken = content[: min(self.room, 50)]
-        self.room -= len(taken)
-        return self.file.write(taken)
+    def write(self, step, values):
+        self.calls.append((step, values))
 
     def close(self):
-        self.file.close()
+        self.closed += 1
+
+
+def test_lines_are_strict_json_and_writers_get_the_numbers(tmp_path):
+    kept = Kept()
+    with MetricsWriter(tmp_path, 0, Writers({"kept": lambda: kept})) as writer:
+        writer.write({"step": 1, "loss": math.nan, "eval/loss": 2, "eval/by_position": [[0, 1, 2.0]], "note": "text"})
+        assert kept.closed == 0
+    assert _lines(tmp_path) == [
+        {"step": 1, "loss": None, "eval/loss": 2, "eval/by_position": [[0, 1, 2.0]], "note": "text"}
+    ]
+    ((step, values),) = kept.calls
+    assert (step, values.keys(), kept.closed) == (1, {"train/loss", "eval/loss"}, 1)
+    assert (math.isnan(values["train/loss"]), values["eval/loss"]) == (True, 2)
 
 
 def test_what_a_full_disk_refuses_is_written_before_the_next_line(tmp_path):
-    records = [{"step": step, "loss": step / 2} for step in range(1, 4)]
-    with MetricsWriter(tmp_path, 0) as writer:
-        files = [Filling(each._file) for each in (writer._file, writer._board)]
-        writer._file._file, writer._board._file = files
+    records, kept = [{"step": step, "loss": step / 2} for step in range(1, 4)], Kept()
+    with MetricsWriter(tmp_path, 0, Writers({"kept": lambda: kept})) as writer:
+        writer._file._file = Filling(writer._file._file)
         for record in records[:2]:
             with pytest.raises(OSError, match="No space left"):
                 writer.write(record)
-        files[0].room = files[1].room = 10**6
+        writer._file._file.room = 10**6
         writer.write(records[2])
     assert _lines(tmp_path) == records
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert events.read_bytes().count(b"train/loss") == 3
-    writer = MetricsWriter(tmp_path, 0)
+    assert [step for step, _ in kept.calls] == [1, 2, 3]
+    writer = MetricsWriter(tmp_path, 0, Writers({"kept": lambda: kept}))
     writer._file._file = Filling(writer._file._file)
     for attempt in (lambda: writer.write(records[0]), writer.close):
         with pytest.raises(OSError, match="No space left"):
             attempt()
-
-
-def test_tensorboard_reads_the_events_and_hides_what_an_earlier_run_wrote_beyond_the_step(tmp_path):
-    with MetricsWriter(tmp_path, 2) as writer:
-        writer.write({"step": 3, "loss": 0.5, "eval/loss": 1.5})
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    content, events = file.read_bytes(), []
-    copy = RecordWriter(str(tmp_path / "copy"))
-    while content:
-        (length,) = struct.unpack_from("<Q", content)
-        copy.write(content[12 : 12 + length])
-        events.append(event_pb2.Event.FromString(content[12 : 12 + length]))
-        content = content[16 + length :]
-    copy.close()
-    assert (tmp_path / "copy").read_bytes() == file.read_bytes()
-    assert [events[0].file_version, events[1].step, events[1].session_log.status] == ["brain.Event:2", 3, 1]
-    values = {value.tag: value.simple_value for value in events[2].summary.value}
-    assert (events[2].step, values) == (3, {"train/loss": 0.5, "eval/loss": 1.5})
+    assert kept.closed == 2
 
 
 def _by_counting(config, length, chunk):

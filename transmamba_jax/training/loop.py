@@ -33,6 +33,7 @@ from transmamba_jax.training.preemption import EXIT_PREEMPTED, Preemption
 from transmamba_jax.training.sample import sample_text
 from transmamba_jax.training.step import TrainState, abstract_batch, make_train_step
 from transmamba_jax.training.step_log import StepLog
+from transmamba_jax.training.writers import check_installed, open_writers
 
 EXIT_NOT_SAVED = 74
 """Exit code of a run whose last state, or another file that it needs, could not be saved: EX_IOERR."""
@@ -105,6 +106,7 @@ def _open_run(
         return None
     hosts.require_same({f"workdir {workdir}, which all processes share": run_lock.shown(workdir)})
     with hosts.collective_errors():
+        check_installed(config)
         config = starting_points.with_origin(config, workdir)
         schedule_sampling.models(config, model)
         resume.compare_with_earlier_run(config, model, mesh, workdir)
@@ -120,7 +122,7 @@ def _open_run(
     with hosts.collective_errors(OSError):
         if hosts.is_first():
             (workdir / "config.yaml").write_text(config_io.to_yaml(config), encoding="utf-8")
-            writer = cleanup.enter_context(MetricsWriter(workdir, start))
+            writer = cleanup.enter_context(MetricsWriter(workdir, start, open_writers(config, workdir, start)))
     run = _Run(
         config=config,
         workdir=workdir,

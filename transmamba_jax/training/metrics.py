@@ -4,8 +4,6 @@ import json
 import math
 import resource
 import shutil
-import socket
-import struct
 import sys
 import time
 from pathlib import Path
@@ -13,13 +11,12 @@ from types import TracebackType
 from typing import Any
 
 import jax
-from tensorboardX.proto import event_pb2, summary_pb2
-from tensorboardX.record_writer import masked_crc32c
 
 from transmamba_jax import schedule
 from transmamba_jax.config import Config, ModelConfig
 from transmamba_jax.runtime import hardware
 from transmamba_jax.runtime.logs import LOGGER
+from transmamba_jax.training.writers import AppendedFile, Writers
 
 Record = dict[str, Any]
 
@@ -108,48 +105,18 @@ class Throughput:
         return rates if self._peak is None else {**rates, "utilisation": rate * self._flops / self._peak}
 
 
-class _Appended:
-    """A file that bytes are appended to. Bytes that a full disk refuses are kept and written first next time."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
-        self._waiting = b""
-
-    def write(self, content: bytes) -> None:
-        """Add bytes, handed to the system before this returns.
-
-        Raises:
-            OSError: not all of them could be.
-        """
-        self._waiting += content
-        while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
-
-    def close(self) -> None:
-        """Close the file, after one more attempt to write what waits."""
-        try:
-            self.write(b"")
-        finally:
-            self._file.close()
-
-
 class MetricsWriter:
-    """Append records to metrics.jsonl and TensorBoard; remove an earlier run's lines beyond `step`."""
+    """Append records to metrics.jsonl and give their numbers to writers; drop an earlier run's lines beyond `step`."""
 
-    def __init__(self, workdir: Path, step: int) -> None:
-        """Continue after `step`; a line that a killed run left unfinished goes as well."""
-        path, board = workdir / "metrics.jsonl", workdir / "tensorboard"
-        board.mkdir(exist_ok=True)
+    def __init__(self, workdir: Path, step: int, writers: Writers | None = None) -> None:
+        """Continue after `step`; a line that a killed run left unfinished goes as well. `close` closes `writers`."""
+        path = workdir / "metrics.jsonl"
         self.kept = _lines_up_to(path, step)
         rewritten = path.with_suffix(".jsonl.new")
         rewritten.write_text("".join(line + "\n" for line, _ in self.kept), encoding="utf-8")
         rewritten.replace(path)  # atomic: a kill here leaves one or the other
-        self._file = _Appended(path)
-        # Not tensorboardX's writer: its thread dies of a full disk, and whoever fills its queue waits for ever.
-        self._board = _Appended(board / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}")
-        self._event(file_version="brain.Event:2")
-        if step:  # hides what an earlier run wrote from here on
-            self._event(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=step + 1)
+        self._file = AppendedFile(path)
+        self._writers = Writers({}) if writers is None else writers
 
     def has_evaluation(self, step: int) -> bool:
         """Return whether the evaluation of `step` was written before this process started."""
@@ -164,32 +131,22 @@ class MetricsWriter:
         clean = {name: None if _nonfinite(value) else value for name, value in record.items()}
         line = (json.dumps(clean, allow_nan=False) + "\n").encode()
         numbers = {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
-        values = [
-            summary_pb2.Summary.Value(tag=name if "/" in name else f"train/{name}", simple_value=value)
-            for name, value in numbers.items()
-        ]
+        tags = {name if "/" in name else f"train/{name}": value for name, value in numbers.items()}
         try:
-            self._event(summary=summary_pb2.Summary(value=values), step=record["step"])
-        finally:
             self._file.write(line)
+        finally:
+            self._writers.write(record["step"], tags)
 
     def close(self) -> None:
-        """Close both files.
+        """Close the file and the writers.
 
         Raises:
-            OSError: what waited to be written still could not be.
+            OSError: lines that waited to be written still could not be.
         """
         try:
-            self._board.close()
-        finally:
             self._file.close()
-
-    def _event(self, **fields: Any) -> None:
-        """Append to TensorBoard's file: length, its checksum, event, its checksum."""
-        event = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
-        length = struct.pack("<Q", len(event))
-        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, event)]
-        self._board.write(length + checksums[0] + event + checksums[1])
+        finally:
+            self._writers.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
