@@ -1,6 +1,7 @@
 """Configuration: what is accepted, what is refused, and what a refusal says."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,17 @@ def test_the_source_of_another_program_is_read_and_not_trained_on(tmp_path: Path
     with pytest.raises(ValueError, match=message):
         tm.train(tm.load_config(path, ["--workdir", str(workdir)]))
     assert not workdir.exists()
+
+
+def test_help_describes_every_section(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        training_command.parse(["--help"])
+    shown = re.findall(r"\w+", capsys.readouterr().out)
+    for field in dataclasses.fields(tm.Config):
+        if dataclasses.is_dataclass(field.default):
+            heading = [field.name, "options", *re.findall(r"\w+", type(field.default).__doc__ or "")]
+            assert " ".join(heading) in " ".join(shown)
+    assert "noqa" not in shown
 
 
 def test_missing_file_lists_what_is_there(tmp_path: Path) -> None:

@@ -327,8 +327,8 @@ class EvalConfig:
 class Config:
     """One experiment."""
 
-    model: ModelConfig = ModelConfig()  # noqa: RUF009  (frozen)
-    kernels: KernelsConfig = KernelsConfig()  # noqa: RUF009
+    model: ModelConfig = ModelConfig()
+    kernels: KernelsConfig = KernelsConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
