@@ -83,6 +83,8 @@ def test_a_run_its_checkpoints_and_a_step_are_accepted_everywhere(
     assert checkpoint.restore(folder / "3", 3, params_only=True).step == 3
     with pytest.raises(ValueError, match=r"step 8 is asked for, and .*/3 is step 3; name the folder .*/checkpoints"):
         checkpoint.restore(folder / "3", 8)
+    with pytest.raises(ValueError, match="step must be an integer, found str '3'"):
+        checkpoint.restore(folder, "3")  # type: ignore[arg-type]
     (folder / "8" / "manifest.json").unlink()
     assert checkpoint_command.main(["verify", str(folder / "8")]) == 1
     assert "step 8: DAMAGED: it has no manifest.json" in capsys.readouterr().out

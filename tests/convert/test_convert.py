@@ -480,3 +480,7 @@ def test_the_command_goes_there_and_back(tmp_path: Path, capsys: pytest.CaptureF
         assert capsys.readouterr().err.startswith("cannot ")
     assert convert_command.main(start) == 2
     assert "already holds step 0" in capsys.readouterr().err
+    for name in ("metrics.jsonl", "tensorboard", "report"):
+        (tmp_path / f"of {name}" / name).mkdir(parents=True)
+        assert convert_command.main(["start-run", str(middle), str(tmp_path / f"of {name}")]) == 2
+        assert f"already holds {name}; name a new folder" in capsys.readouterr().err

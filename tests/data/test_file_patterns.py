@@ -94,14 +94,33 @@ def test_the_fixed_part_ends_above_the_first_wildcard():
         ("a[1].txt", r"matches no file: \[.* wildcards\. For the file of that name, write 'text:.*/a\[\[\]1\]\.txt'"),
         ("nowhere/*.txt", r"matches no file: there is no folder .*/nowhere \(searched from "),
         ("books/*.{txt,md}", r"matches no file: braces are no wildcards"),
+        ("loop/*.rst", r"matches no file \(searched from .*loop and the folders in it have 1 \.txt"),
         ("books/*.rst", r"matches no file \(searched from .*books and the folders in it have 2 \.txt, 1 \.md"),
     ],
 )
 def test_a_pattern_without_a_file_is_answered_with_one_to_type(tmp_path: Path, pattern: str, message: str):
     plant(tmp_path, "books/in/a.txt", "books/in/b.txt", "books/in/c.md", "a[1].txt")
     (tmp_path / "empty").mkdir()
+    plant(tmp_path, "loop/a.txt")
+    os.symlink("b.txt", tmp_path / "loop" / "c.txt")
+    os.symlink("c.txt", tmp_path / "loop" / "b.txt")
     with pytest.raises(ValueError, match=message):
         find_files("text", f"{tmp_path}/{pattern}")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (
+            "gs://bucket/books/*.txt",
+            "text:gs://bucket/.*' is an address, .*; copy the files here, or mount the bucket",
+        ),
+        ("file:///books/*.txt", r"is an address, and files are read from folders .*; write 'text:/books/\*\.txt'"),
+    ],
+)
+def test_an_address_is_refused_with_what_to_do(pattern: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        find_files("text", pattern)
 
 
 def test_what_a_message_says_to_type_works(tmp_path: Path):

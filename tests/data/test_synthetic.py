@@ -143,6 +143,8 @@ def test_a_row_of_mqar_written_out():
     ("source", "message"),
     [
         ("synthetic:recal", "names no task; did you mean 'recall'?"),
+        ("synthetic:recall?keys=3&keys=4", "gives keys twice; keep one of them"),
+        ("synthetic:recall?keys", "options are written key=value&key=value; bad query field: 'keys'"),
         ("synthetic:recall?key=3", "recall has no option 'key'; did you mean 'keys'?"),
         ("synthetic:recall?keys=3.5", "keys must be an integer, found '3.5'"),
         ("synthetic:recall?keys=0", "Recall: keys must be >= 1, found 0"),

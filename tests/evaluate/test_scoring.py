@@ -56,6 +56,14 @@ def check(found: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -
     np.testing.assert_allclose([score for score, _ in found], [score for score, _ in expected], rtol=1e-6)
 
 
+def test_a_model_that_diverged_has_no_scores(params):
+    broken = {**params, "embedding": params["embedding"].at[104, 0].set(jnp.nan)}
+    scorer = make_scorer(broken)
+    message = "logits are NaN, so texts have no likelihood; the model has parameters that are not finite: embedding"
+    with pytest.raises(ValueError, match=message):
+        scorer.text_log_likelihoods([("The", " hat")])
+
+
 def test_requests_of_unequal_lengths_get_what_each_gets_alone(params):
     likeliest = [token for token in range(256) if answer(params, list(b"The"), [token])[1]]
     pairs = [*PAIRS, (list(b"The"), likeliest)]

@@ -78,6 +78,10 @@ def test_numbers_of_any_type_sample_the_same() -> None:
         ({"params": MODEL}, "params must be the nested dict of a model's parameters, found TransMamba"),
         ({"params": {k: v for k, v in PARAMS.items() if k != "lm_head"}}, r"lm_head \[16, 50\]"),
         ({"params": make(dataclasses.replace(SMALL, d_model=8))[1]}, r"embedding: .*\[50, 16\], .*\[50, 8\]"),
+        (
+            {"params": jax.tree.map(lambda leaf: leaf.astype(np.int32), PARAMS)},
+            "params must be of a floating dtype, found int32 in embedding",
+        ),
         ({"model": SMALL}, r"model must be a TransMamba, found ModelConfig; .* tm.TransMamba\(config\) first"),
         ({"model": PARAMS, "params": MODEL}, "model must be a TransMamba, found dict"),
     ],

@@ -186,6 +186,10 @@ def test_bfloat16_weights_train_in_float32_from_the_start_and_from_a_converted_c
         config = dataclasses.replace(settings, workdir=str(tmp_path / workdir))
         if begin is not None:
             start_run(begin, config.workdir)
+            whole = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, partial=False))
+            message = r"hold weights and no optimizer state, .* add --checkpoint\.partial True"
+            with pytest.raises(ValueError, match=message):
+                tm.train(whole, model=model)
         tm.train(config, model=model)
         saved = checkpoint.restore(tmp_path / workdir / "checkpoints")
         assert saved.step == 20

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import SupportsIndex
 
 from transmamba_jax.checkpoint import manifest as manifests
 from transmamba_jax.checkpoint.manifest import DamagedError
@@ -73,8 +74,10 @@ def step_folder(directory: str | Path, step: int | None = None) -> Path:
     """Return the folder of a complete step, the newest unless `step` or `directory` names one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or `step` is no integer.
     """
+    if step is not None and not isinstance(step, SupportsIndex):
+        raise ValueError(f"step must be an integer, found {type(step).__name__} {step!r}")
     folder, step = locate(directory, step)
     done = complete(folder)
     if not done or (step is not None and step not in done):

@@ -24,6 +24,9 @@ from transmamba_jax.runtime import tensor_files, tree_paths
 from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.runtime.tensor_files import Tensors
 
+_OF_A_RUN = ("metrics.jsonl", "tensorboard", "report")
+"""Outputs of training; those of an earlier run would be mixed with, or cut for, the one that starts."""
+
 _LAYER = "backbone.layers.{layer}."
 NAMINGS = {"transformers": "backbone.embeddings.weight", "state-spaces": "backbone.embedding.weight"}
 _HEAD = "lm_head.weight"
@@ -141,8 +144,8 @@ def start_run(folder: str | Path, workdir: str | Path) -> None:
     There is no optimizer state in it: `train.py --config WORKDIR/config.yaml --checkpoint.partial True` starts that.
 
     Raises:
-        ValueError: the folder cannot be read; a parameter is not finite; or the work directory has checkpoints or one
-            of the files already, or cannot be written to.
+        ValueError: the folder cannot be read; a parameter is not finite; or the work directory has checkpoints, one of
+            the files or outputs of another run already, or cannot be written to.
     """
     from transmamba_jax import checkpoint  # orbax takes seconds to import, and conversion does not need it
 
@@ -152,7 +155,7 @@ def start_run(folder: str | Path, workdir: str | Path) -> None:
     if done:
         raise ValueError(f"{directory} already holds step {done[-1]}; name a new work directory")
     params = tree_paths.nest(tensor_files.cast_finite(tree_paths.flatten(loaded.params)))
-    tensor_files.reserve_outputs(workdir, [export.CONFIG, export.TOKENIZER])
+    tensor_files.reserve_outputs(workdir, [export.CONFIG, export.TOKENIZER, *_OF_A_RUN])
     tensor_files.make(directory)
     writer = checkpoint.Checkpointer(directory, loaded.config.checkpoint)
     tokenizer = data.ByteTokenizer() if loaded.tokenizer is None else loaded.tokenizer

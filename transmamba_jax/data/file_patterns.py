@@ -6,6 +6,7 @@ The glob module follows a link to a folder as often as a path can hold it, so a 
 import collections
 import glob
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -103,6 +104,13 @@ def _one_path_each(paths: Iterable[str], root: str) -> list[str]:
 
 def _nothing_found(kind: str, pattern: str, expanded: str, root: str) -> str:
     source = f"data.source '{kind}:{show_path(pattern)}'"
+    address = re.match(r"([a-z][a-z0-9+.-]*)://", pattern)
+    if address is not None:
+        path = "/" + pattern.removeprefix("file://").lstrip("/")
+        way = (
+            f"write '{kind}:{show_path(path)}'" if address[1] == "file" else "copy the files here, or mount the bucket"
+        )
+        return f"{source} is an address, and files are read from folders of this machine; {way}"
     if os.path.isfile(expanded):  # a literal name that the wildcards in it do not match
         escaped = show_path(glob.escape(pattern))
         return (
@@ -149,7 +157,9 @@ def _count_endings(folders: Sequence[str]) -> collections.Counter[str]:
     """Count the endings of up to 10,000 files: this is for a message."""
     counts: collections.Counter[str] = collections.Counter()
     for folder in _folders_below(folders, folders[0]):
-        names = [entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
+        # isfile: a link that leads to itself is no file, where DirEntry.is_file raises.
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]
+        names = [name for name in names if os.path.isfile(os.path.join(folder, name))]
         counts.update(os.path.splitext(name)[1] for name in names)
         if counts.total() > 10_000:
             break

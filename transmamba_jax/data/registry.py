@@ -99,12 +99,12 @@ def check_source(source: str) -> None:
 
 def _unknown(source: str) -> str:
     name = source.partition(":")[0]
-    near = difflib.get_close_matches(name, _SOURCES, n=1)
+    near = [] if name in _SOURCES else difflib.get_close_matches(name, _SOURCES, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     if _NAME.fullmatch(name) and name not in _BUILT_IN:
         hint += (
-            f" If {name!r} is a source of your own, call transmamba_jax.register_source({name!r}, ...) in this process "
-            "first"
+            f"; if {name!r} is a source of your own, call transmamba_jax.register_source({name!r}, ...) in this "
+            "process first"
         )
     return (
         f"data.source must be {', '.join(repr(each.form) for each in _SOURCES.values())}, or a name that was "

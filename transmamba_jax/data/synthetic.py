@@ -39,7 +39,13 @@ def parse(source: str) -> Task:
         raise ValueError(f"data.source {source!r} names no task{_nearest(name, list(TASKS))}")
     fields = {field.name: field.type for field in dataclasses.fields(TASKS[name])}  # type: ignore[arg-type]
     options: dict[str, float] = {}
-    for key, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError as error:
+        raise ValueError(f"data.source {source!r}: options are written key=value&key=value; {error}") from None
+    for key, text in pairs:
+        if key in options:
+            raise ValueError(f"data.source {source!r} gives {key} twice; keep one of them")
         if key not in fields:
             raise ValueError(f"data.source {source!r}: {name} has no option {key!r}{_nearest(key, list(fields))}")
         try:

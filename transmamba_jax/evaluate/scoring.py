@@ -18,7 +18,7 @@ from jaxtyping import Bool
 
 from transmamba_jax import cache, data
 from transmamba_jax.checkpoint import command_options
-from transmamba_jax.generate.arguments import check_params, whole_number
+from transmamba_jax.generate.arguments import check_params, raise_not_finite, whole_number
 from transmamba_jax.generate.decode import Decoder
 from transmamba_jax.generate.prompts import check_prompt
 from transmamba_jax.generate.sampling import Sampling, fold_rows
@@ -149,7 +149,7 @@ class Scorer:
 
         Raises:
             ValueError: a context or continuation is not a list of token ids, has an id outside the vocabulary, or a
-                context is empty.
+                context is empty; or logits are NaN, and the message names the parameters that are not finite.
         """
         rows, owners = list[tuple[list[int], list[int]]](), list[int]()
         lost = 0
@@ -188,6 +188,8 @@ class Scorer:
                 stop = len(rows[index]) - 1
                 cut = np.s_[place, stop - len(pairs[index][1]) : stop]
                 answers[index] = float(scores[cut].sum(dtype=np.float64)), bool(likeliest[cut].all())
+                if math.isnan(answers[index][0]):
+                    raise_not_finite(self._params, "texts have no likelihood")
         return answers
 
     def text_log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:

@@ -68,10 +68,10 @@ def check_model(model: Any) -> None:
 
 
 def check_params(model: nn.Module, params: Any) -> None:
-    """Compare parameters with those that the model initialises: names and shapes; any dtype fits.
+    """Compare parameters with those that the model initialises: names and shapes; any floating dtype fits.
 
     Raises:
-        ValueError: they are no nested dict, are wrapped in {"params": ...}, are traced, or do not fit.
+        ValueError: they are no nested dict, are wrapped in {"params": ...}, are traced, do not fit, or are no floats.
     """
     if isinstance(params, TransMamba) or params is None or not hasattr(params, "keys"):
         raise ValueError(f"params must be the nested dict of a model's parameters, found {type(params).__name__}")
@@ -84,6 +84,9 @@ def check_params(model: nn.Module, params: Any) -> None:
         )
     shapes = lambda tree: {name: list(leaf.shape) for name, leaf in tree_paths.flatten(tree).items()}
     tree_paths.raise_differences("params do not fit the model", shapes(_initialised(model)), shapes(dict(params)))
+    for name, leaf in tree_paths.flatten(dict(params)).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"params must be of a floating dtype, found {leaf.dtype} in {name}")
 
 
 @functools.lru_cache(maxsize=8)  # tracing the initialisation takes a moment
@@ -108,7 +111,7 @@ def check_schedule(transpoints: Any, model: TransMamba) -> schedule.Schedule:
     return schedule.expand(transpoints, model.config.num_layers)
 
 
-def raise_not_finite(params: Any) -> NoReturn:
+def raise_not_finite(params: Any, consequence: str = "there is no next token") -> NoReturn:
     """Say that logits are NaN, and which parameters are the cause.
 
     Raises:
@@ -117,4 +120,4 @@ def raise_not_finite(params: Any) -> NoReturn:
     leaves = tree_paths.flatten(params).items()
     names = [name for name, leaf in leaves if not bool(jnp.isfinite(leaf).all())]
     found = f"parameters that are not finite: {', '.join(names)}" if names else "finite parameters: an overflow"
-    raise ValueError(f"logits are NaN, so there is no next token; the model has {found}")
+    raise ValueError(f"logits are NaN, so {consequence}; the model has {found}")

@@ -38,8 +38,8 @@ def compare_with_earlier_run(config: Config, model: nn.Module, mesh: Mesh, workd
         lines = config_io.differences(config_io.read_config_file(saved), config)
     except ValueError as error:
         raise ValueError(
-            f"{error}. It is the config of the run in {workdir}: correct it, or delete it to continue without a "
-            "comparison of the options"
+            f"{str(error).removesuffix('?')}. It is the config of the run in {workdir}: correct it, or delete it to "
+            "continue without a comparison of the options"
         ) from None
     differences = [line for line in lines if not line.startswith(("hosts.", "kernels."))]
     if differences:
@@ -49,6 +49,11 @@ def compare_with_earlier_run(config: Config, model: nn.Module, mesh: Mesh, workd
         return
     wanted = _wanted_leaves(abstract_state(config, model, mesh), stored)
     changed = [path for path in {**stored, **wanted} if stored.get(path) != wanted.get(path)]
+    if changed and all(path.startswith("state/") for path in changed) and not any(map(_of_optimizer, stored)):
+        raise ValueError(
+            f"the checkpoints in {workdir} hold weights and no optimizer state, as transmamba_jax.convert start-run "
+            f"writes them; to train from these weights, add {_PARTIAL}"
+        )
     if changed:
         path = changed[0]
         named = [line for line in differences if line.startswith(("model.", "optimizer.", "train.freeze"))]
@@ -59,6 +64,10 @@ def compare_with_earlier_run(config: Config, model: nn.Module, mesh: Mesh, workd
             "earlier values, or another --workdir; or load the arrays that match and start the others from their "
             f"initial values with {_PARTIAL}"
         )
+
+
+def _of_optimizer(path: str) -> bool:
+    return path.startswith("state/opt_state/")
 
 
 def _stored_leaves(directory: Path) -> dict[str, str]:
