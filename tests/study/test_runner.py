@@ -9,7 +9,7 @@ import pytest
 from tests.study.support import Trainer, accuracy, write_study
 from tests.training.support import Little
 from transmamba_jax.report import read_metrics
-from transmamba_jax.study import measure, results, runner
+from transmamba_jax.study import results, runner
 from transmamba_jax.study.runner import COMPLETE, UNFINISHED, Selection, run_study
 from transmamba_jax.study.spec import Cell
 from transmamba_jax.training.loop import EXIT_NOT_SAVED, train
@@ -158,16 +158,6 @@ def test_times_are_estimated_from_the_finished_cells_of_the_arm(tmp_path):
         results.write_result(tmp_path / "out", cell, entry)
     found = dict(zip((cell.arm for cell in cells), runner.estimate(study, tmp_path / "out", cells), strict=True))
     assert found == {"attention/n2": 15, "attention/n4": 30, "ssm/n2": 30, "ssm/n4": 60}
-
-
-def test_the_largest_state_is_found_at_every_length(tmp_path):
-    study = write_study(tmp_path, axes={"schedule": {"mixed": {"model": {"transpoints": ["T/2", "T"]}}}})
-    config = study.cell_config(Cell(("mixed",), "search", 1e-2, 0), tmp_path)
-    every = [
-        sum(measure.cache_bytes(config.model, 1, length, point) for point in config.model.transpoints)
-        for length in range(1, config.data.seq_len + 1)
-    ]
-    assert measure.largest_state_bytes(config) == max(every)
 
 
 def test_a_cell_is_an_ordinary_run_and_is_reproduced_to_the_digit(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 
 from tests.training.support import Filling
 from transmamba_jax.config import ModelConfig
-from transmamba_jax.training.metrics import MetricsWriter, flops_per_token
+from transmamba_jax.report.costs import flops_per_token
+from transmamba_jax.training.metrics import MetricsWriter
 from transmamba_jax.training.writers import Writers
 
 MODEL = {"vocab_size": 50, "num_layers": 1, "d_model": 12, "num_heads": 4, "num_groups": 2, "head_dim": 6}

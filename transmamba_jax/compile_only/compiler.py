@@ -18,9 +18,9 @@ from transmamba_jax import data, sharding
 from transmamba_jax.compile_only.program import Program, read_program
 from transmamba_jax.config import Config
 from transmamba_jax.model import TransMamba
+from transmamba_jax.report.costs import flops_per_token
 from transmamba_jax.runtime import hardware
 from transmamba_jax.runtime.paths import expand_path
-from transmamba_jax.training.metrics import flops_per_token
 from transmamba_jax.training.optimizer import make_optimizer
 from transmamba_jax.training.step import abstract_batch, abstract_state, make_train_step
 

@@ -30,7 +30,8 @@ COLOURS = {
 }  # fmt: skip
 """Name of a colour on the page -> its value in a picture; no two are equal."""
 
-_RUNS = ("#3a74b5", "#b8402f", "#e2a04a", "#4d9a6a", "#8a63b3", "#4aa3b0")  # between light and dark
+RUNS = ("#3a74b5", "#b8402f", "#e2a04a", "#4d9a6a", "#8a63b3", "#4aa3b0")
+"""Colours of runs and schedules, readable on light and on dark."""
 
 _MAX_POINTS = 400  # of a line; more are averaged, which no screen could tell apart
 
@@ -109,8 +110,8 @@ def curves(xlabel: str, series: Sequence[tuple[str, Sequence[Point], Sequence[Po
 
     def draw(axes: Any, narrow: bool) -> Tips:
         for index, (name, training, held_out) in enumerate(series):
-            colour = _RUNS[index % len(_RUNS)]
-            style = ("-", "--", ":")[index // len(_RUNS) % 3]
+            colour = RUNS[index % len(RUNS)]
+            style = ("-", "--", ":")[index // len(RUNS) % 3]
             label = name if len(name) <= 24 or not narrow else f"{name[:11]}...{name[-11:]}"
             if training:
                 xs, ys = zip(*thinned(training), strict=True)

@@ -16,7 +16,7 @@ import numpy as np
 from transmamba_jax import cache, schedule
 from transmamba_jax.config import Config
 from transmamba_jax.model import TransMamba
-from transmamba_jax.report import charts, svg
+from transmamba_jax.report import charts, schedules, svg
 
 Record = dict[str, Any]
 
@@ -172,11 +172,12 @@ def _positions(config: Config, records: Sequence[Record]) -> str:
     points = schedule.expand(config.model.transpoints, config.model.num_layers)
     length = config.data.seq_len
     evaluations = [record for record in records if record.get("eval/by_position")]
-    figure, note = "", "The run has no evaluation, so there is no loss by position. "
+    figure, more, note = "", "", "The run has no evaluation, so there is no loss by position. "
     if evaluations:
         spans = evaluations[-1]["eval/by_position"]
         length = spans[-1][1]
         figure = svg.inline(charts.loss_by_position([tuple(span) for span in spans], points))
+        more = schedules.section(config, evaluations[-1])
         note = f"Held-out loss at step {evaluations[-1]['step']:,}, each dot the mean over a span of positions. "
     note += (
         "Below, the schedule: a layer is attention up to its TransPoint P and a state space model from there on; "
@@ -184,7 +185,7 @@ def _positions(config: Config, records: Sequence[Record]) -> str:
     )
     legend = '<span class="key attention"></span>attention<span class="key ssm"></span>SSM'
     drawn = svg.inline(charts.layers_by_position(points, length))
-    return f'<p>{note}</p><figure>{figure}{drawn}</figure><p class="note">{legend}</p>'
+    return f'<p>{note}</p><figure>{figure}{drawn}</figure><p class="note">{legend}</p>{more}'
 
 
 def _speed(config: Config, records: Sequence[Record]) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from transmamba_jax import schedule
 from transmamba_jax.config import Config
 from transmamba_jax.config_io import load_config
-from transmamba_jax.report import charts
+from transmamba_jax.report import charts, schedules
 from transmamba_jax.report import page as report_page
 from transmamba_jax.runtime import tensor_files
 from transmamba_jax.runtime.paths import expand_path
@@ -95,6 +95,9 @@ def _write_files(
         rows = [(*span, sum(point > span[0] for point in points)) for span in by_position]
         _write_csv(folder / "loss_by_position.csv", ("start", "stop", "loss", "attention_layers_at_start"), rows)
         charts.save(charts.loss_by_position(by_position, points), folder / "loss_by_position.png")
+        found = schedules.measured(config, positions[-1])
+        if len(found) > 1:
+            charts.save(schedules.loss_by_position(found), folder / "loss_by_schedule.png")
     (folder / "index.md").write_text("\n".join(_page(config, records, folder)) + "\n", encoding="utf-8")
 
 

@@ -11,12 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from transmamba_jax import __version__, schedule
-from transmamba_jax.cache import cache_bytes
+from transmamba_jax import __version__
 from transmamba_jax.config import Config, ModelConfig
 from transmamba_jax.model import TransMamba
+from transmamba_jax.report.costs import flops_per_token, largest_cache_bytes
 from transmamba_jax.runtime import hardware
-from transmamba_jax.training.metrics import flops_per_token
 
 
 def model_facts(config: Config) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def model_facts(config: Config) -> dict[str, Any]:
     per_token = flops_per_token(config.model, config.data.seq_len, config.kernels.chunk_size)
     return {
         "parameters": _parameters(dataclasses.replace(config.model, transpoints=(0,))),
-        "state_bytes": largest_state_bytes(config),
+        "state_bytes": largest_cache_bytes(config.model, config.data.seq_len, config.model.transpoints),
         "training_flops": tokens * per_token,
     }
 
@@ -34,17 +33,6 @@ def model_facts(config: Config) -> dict[str, Any]:
 def _parameters(config: ModelConfig) -> int:
     shapes = jax.eval_shape(TransMamba(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
-
-
-def largest_state_bytes(config: Config) -> int:
-    """Return the most bytes that decoding keeps at any position of a row.
-
-    Keys and values grow until a layer's TransPoint and are then dropped, so the maximum is just before one, or at the
-    end of the row.
-    """
-    points = schedule.expand(config.model.transpoints, config.model.num_layers)
-    ends = {config.data.seq_len, *(min(point, config.data.seq_len + 1) - 1 for point in points if point > 0)}
-    return max(sum(cache_bytes(config.model, 1, length, point) for point in points) for length in ends)
 
 
 @functools.cache
