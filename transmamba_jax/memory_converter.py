@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ssd import ssd_state
+from pallas_kernels.ssd import Choice, ssd_state
 from transmamba_jax.shapes import Dt, HeadScalar, QueryKey, SegmentIds, State, TransPoint, Value
 
 
@@ -33,7 +33,7 @@ def memory_converter(
     segment_ids: SegmentIds | None = None,
     *,
     chunk_size: int = 128,
-    implementation: str | None = None,
+    implementation: Choice = None,
 ) -> State:
     """Convert the first `transpoint` tokens of K and V to the SSM state h_P (equation in the module's docstring).
 
@@ -50,7 +50,7 @@ def memory_converter(
         segment_ids: with documents packed into a row, the state is that of the document of the last token before the
             TransPoint that is not padding; what came before that document is forgotten.
         chunk_size: tokens of one chunk of the operator.
-        implementation: name of an SSD implementation; None chooses by device.
+        implementation: as for `pallas_kernels.ssd.ssd`; None chooses by device.
 
     Returns:
         The state, accumulated in float32 whatever the dtype of k and v.
@@ -87,7 +87,7 @@ def _convert(
     segment_ids: SegmentIds | None,
     *,
     chunk_size: int,
-    implementation: str | None,
+    implementation: Choice,
 ) -> State:
     return ssd_state(
         v,

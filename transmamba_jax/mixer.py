@@ -263,7 +263,7 @@ class Mixer(nn.Module):
         before = None if segment_ids is None else segment_ids[:, :point]
         after = None if segment_ids is None else segment_ids[:, point:]
         past, rest = slice(None, point), slice(point, None)
-        if supports_output_start(v, k, self.kernels.ssd):
+        if supports_output_start(v, k, self.kernels.ssd_choice):
             (q, q_past), (k, k_past), (v, v_past) = (_with_first(array, point) for array in (q, k, v))
             attended = self._attend(q_past, k_past, v_past, before)
             y, _ = self._scan(q, k, v, dt, None, segment_ids, point)
@@ -299,7 +299,7 @@ class Mixer(nn.Module):
     def _attention(self) -> Attention:
         if self.attention is not None:
             return self.attention
-        return partial(causal_attention, implementation=self.kernels.attention)
+        return partial(causal_attention, implementation=self.kernels.attention_choice)
 
     def _attend(self, q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None) -> Float[Array, "B T HP"]:
         y = self._attend_unnormalised(q, k, v, segment_ids)
@@ -316,7 +316,7 @@ class Mixer(nn.Module):
     def _convert(
         self, k: QueryKey, v: Value, dt: Dt, segment_ids: SegmentIds | None, state: State | None = None
     ) -> State:
-        options: dict[str, Any] = {"chunk_size": self.kernels.chunk_size, "implementation": self.kernels.ssd}
+        options: dict[str, Any] = {"chunk_size": self.kernels.chunk_size, "implementation": self.kernels.ssd_choice}
         return parallel.convert(k, v, dt, self._decay(), segment_ids, state, **options)
 
     def _scan(
@@ -329,7 +329,7 @@ class Mixer(nn.Module):
         segment_ids: SegmentIds | None,
         start: int = 0,
     ) -> tuple[Value, State]:
-        options: dict[str, Any] = {"chunk_size": self.kernels.chunk_size, "implementation": self.kernels.ssd}
+        options: dict[str, Any] = {"chunk_size": self.kernels.chunk_size, "implementation": self.kernels.ssd_choice}
         skip = self.skip.astype(jnp.float32) if self.config.use_d_skip else None
         return parallel.scan(v, dt, self._decay(), k, q, skip, state, segment_ids, output_start=start, **options)
 

@@ -4,8 +4,10 @@ import dataclasses
 import math
 from typing import Literal
 
-from pallas_kernels.ssd import implementations
+from pallas_kernels.ssd import Choice, implementations
+from pallas_kernels.table import Table
 from transmamba_jax import attention, schedule
+from transmamba_jax.attention import Choice as AttentionChoice
 from transmamba_jax.runtime.checks import INT32_MAX, at_least, at_most, check_types, divisors, require, suggestion
 
 _MAX_LAYERS = 10_000
@@ -127,9 +129,10 @@ class KernelsConfig:
     """Choose the implementations that run: a matter of speed, not of the result, and no part of a checkpoint."""
 
     ssd: str | None = None
-    """SSD operator: reference, associative, sequential, pallas_tpu, pallas_gpu or triton; None: by device and shape."""
+    """SSD operator: reference, associative, sequential, pallas_tpu, pallas_gpu or triton; None: the fastest of this
+    device's calibration, else by device and shape."""
     attention: str | None = None
-    """Causal attention: reference, blockwise, cudnn or splash; None: by device and shape."""
+    """Causal attention: reference, blockwise, cudnn or splash; None: as for ssd."""
     chunk_size: int = 64
     """Tokens of one chunk of the SSD operator."""
 
@@ -149,3 +152,31 @@ class KernelsConfig:
     def any_derivative(self) -> bool:
         """Tell whether the model has every derivative, in both modes; other kernels have reverse mode alone, once."""
         return self.ssd == self.attention == "reference"
+
+    @property
+    def ssd_choice(self) -> Choice:
+        """The `implementation` of the SSD operator."""
+        return self.ssd
+
+    @property
+    def attention_choice(self) -> AttentionChoice:
+        """The `implementation` of attention."""
+        return self.attention
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredKernels(KernelsConfig):
+    """The options, with measurements of this device behind those that are None; see `runtime.calibration`."""
+
+    ssd_table: Table | None = None
+    attention_table: Table | None = None
+
+    @property
+    def ssd_choice(self) -> Choice:
+        """The name given, else the measurements."""
+        return self.ssd_table if self.ssd is None else self.ssd
+
+    @property
+    def attention_choice(self) -> AttentionChoice:
+        """The name given, else the measurements."""
+        return self.attention_table if self.attention is None else self.attention

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ssd import decay, ssd, ssd_state
+from pallas_kernels.ssd import Choice, decay, ssd, ssd_state
 from transmamba_jax.attention import Attention, Keys, Values, cached_attention
 from transmamba_jax.convolution import causal_conv
 from transmamba_jax.memory_converter import memory_converter
@@ -107,7 +107,7 @@ def convert(
     initial_state: State | None = None,
     *,
     chunk_size: int,
-    implementation: str | None,
+    implementation: Choice,
 ) -> State:
     """Apply `memory_converter` to whole rows."""
 
@@ -131,7 +131,7 @@ def scan(
     segment_ids: SegmentIds | None,
     *,
     chunk_size: int,
-    implementation: str | None,
+    implementation: Choice,
     output_start: int = 0,
 ) -> tuple[Value, State]:
     """Apply `ssd`. With the tokens split over devices there is no initial state and no `output_start`.
@@ -167,7 +167,7 @@ def _scan_shard(
     segment_ids: SegmentIds | None,
     *,
     chunk_size: int,
-    implementation: str | None,
+    implementation: Choice,
 ) -> tuple[Value, State]:
     """Run this shard's tokens from the state that the shards before it leave."""
     options: dict[str, Any] = {"segment_ids": segment_ids, "chunk_size": chunk_size, "implementation": implementation}

@@ -31,8 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import timing
 from benchmarks.ssd_inputs import make_inputs
-from pallas_kernels.ssd import ssd
-from tests.kernels import oracle
+from pallas_kernels.ssd import oracle, ssd
 from transmamba_jax.runtime import host_memory
 
 HEADS, HEAD_DIM = 8, 64

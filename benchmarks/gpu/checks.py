@@ -20,8 +20,7 @@ import numpy as np
 
 from benchmarks.gpu import peers as gpu_peers
 from benchmarks.ssd_inputs import make_inputs
-from pallas_kernels.ssd import implementations
-from tests.kernels import checks, oracle
+from pallas_kernels.ssd import checks, implementations, oracle
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS = 16

@@ -12,6 +12,7 @@ from pallas_kernels.ssd.pallas_gpu import implementation as pallas_gpu
 from pallas_kernels.ssd.pallas_tpu import implementation as pallas_tpu
 from pallas_kernels.ssd.protocol import SsdImplementation, SsdInputs
 from pallas_kernels.ssd.triton import implementation as triton
+from pallas_kernels.table import Candidate, Table
 
 IMPLEMENTATIONS: dict[str, SsdImplementation] = {
     "reference": reference,
@@ -22,8 +23,8 @@ IMPLEMENTATIONS: dict[str, SsdImplementation] = {
     "triton": triton,
 }
 
-Choice = str | tuple[str, ...] | None
-"""A name; names in the order of preference; None: the order for the platform."""
+Choice = str | tuple[str, ...] | Table | None
+"""A name; names in the order of preference; measurements, before the order for the platform; None: that order."""
 
 _ORDER = {"cpu": ("sequential",), "tpu": ("pallas_tpu", "associative"), "gpu": ("pallas_gpu", "triton", "associative")}
 """Preference by platform; the last one supports every call."""
@@ -82,8 +83,10 @@ def ssd(
             has none.
         implementation: one of `implementations()`, or a tuple of them, of which the first that supports the call runs.
             None: the order for the hardware of the mesh of `jax.set_mesh`, or of the default backend where none is
-            set: "sequential" on a CPU, "pallas_tpu" then "associative" on a TPU, "associative" elsewhere. The choice
-            is logged once, with the reason for every implementation passed over.
+            set: "sequential" on a CPU, "pallas_tpu" then "associative" on a TPU, "associative" elsewhere. A table of
+            measurements: its fastest that supports the call at the nearest length, with the chunk size that was
+            measured; where there is none, as for None. The choice is logged once, with the reason for every
+            implementation passed over.
         output_start: first token with a y, in 0..T-1. Earlier ones contribute to the state alone, at the cost of the
             state alone, and their c is not read. "pallas_tpu" copies nothing for it, the others slice.
 
@@ -101,7 +104,8 @@ def ssd(
         _check_array("d", d, (x.shape[2],), (jnp.float32, x.dtype))
     if isinstance(output_start, bool) or not isinstance(output_start, int) or not 0 <= output_start < x.shape[1]:
         raise ValueError(f"output_start must be an int in 0..T-1 = 0..{x.shape[1] - 1}, found {output_start!r}")
-    chosen = IMPLEMENTATIONS[_choose(implementation, x, b)]
+    name, chunk_size = _choose(implementation, x, b, chunk_size)
+    chosen = IMPLEMENTATIONS[name]
     dt, log_decay = decay.log_decays(dt, a, segment_ids)
     skip = None if d is None else d.astype(jnp.float32)
     inputs = SsdInputs(x, dt, log_decay, b, c, skip, _state(x, b, initial_state))
@@ -123,7 +127,7 @@ def _enter(chosen: SsdImplementation, inputs: SsdInputs, chunk_size: int, output
 
 def supports_output_start(x: jax.Array, b: jax.Array, implementation: Choice) -> bool:
     """Tell whether `output_start` is free of copies for such a call on one device, or inside `jax.shard_map`."""
-    chosen = IMPLEMENTATIONS[_select(implementation, x, b, unpartitioned=True)[0]]
+    chosen = IMPLEMENTATIONS[_select(implementation, x, b, unpartitioned=True)[0].name]
     return chosen.supports_output_start and chosen.unsupported_reason(x, b) is None
 
 
@@ -144,52 +148,72 @@ def ssd_state(
     Arguments and errors as for `ssd` -> float32 [B, H, P, N]. Differentiable in every float input.
     """
     _check(x, dt, a, b, initial_state, segment_ids, chunk_size)
-    chosen = IMPLEMENTATIONS[_choose(implementation, x, b)]
+    name, chunk_size = _choose(implementation, x, b, chunk_size, state_alone=True)
     dt, log_decay = decay.log_decays(dt, a, segment_ids)
     inputs = SsdInputs(x, dt, log_decay, b, initial_state=_state(x, b, initial_state))
-    return chosen.final_state(inputs, min(chunk_size, decay.MAX_CHUNK))
+    return IMPLEMENTATIONS[name].final_state(inputs, min(chunk_size, decay.MAX_CHUNK))
 
 
-def _choose(implementation: Choice, x: jax.Array, b: jax.Array) -> str:
-    """Name the implementation of a call; log a choice that is not the caller's.
+def _choose(
+    implementation: Choice, x: jax.Array, b: jax.Array, chunk_size: int, state_alone: bool = False
+) -> tuple[str, int]:
+    """Return the implementation of a call and its chunk size; log a choice that is not the caller's.
 
     Raises:
         ValueError: a name is unknown, or nothing named supports the call.
     """
-    name, passed_over = _select(implementation, x, b, target.unpartitioned())
+    chosen, passed_over = _select(implementation, x, b, target.unpartitioned(), state_alone)
+    chunk_size = chunk_size if chosen.chunk_size is None else chosen.chunk_size
     if isinstance(implementation, str):
-        reason = IMPLEMENTATIONS[name].unsupported_reason(x, b)
+        reason = IMPLEMENTATIONS[chosen.name].unsupported_reason(x, b)
         if reason is not None:
-            raise ValueError(f"implementation {name!r} cannot serve this call: {reason}")
-        return name
+            raise ValueError(f"implementation {chosen.name!r} cannot serve this call: {reason}")
+        return chosen.name, chunk_size
     reasons = "".join(f"; passed over {other!r}: {reason}" for other, reason in passed_over.items())
-    _log_choice(f"SSD runs as {name!r}, chosen for {target.platform()!r}{reasons}")
-    return name
+    why = f"chosen for {target.platform()!r}"
+    if isinstance(implementation, Table) and chosen in implementation.order(x.shape[1], state_alone):
+        operation = "the state" if state_alone else "rows"
+        why = f"chunks of {chunk_size}, the fastest for {operation} of {x.shape[1]} tokens in {implementation.source}"
+    _log_choice(f"SSD runs as {chosen.name!r}, {why}{reasons}")
+    return chosen.name, chunk_size
 
 
-def _select(implementation: Choice, x: jax.Array, b: jax.Array, unpartitioned: bool) -> tuple[str, dict[str, str]]:
+def _select(
+    implementation: Choice, x: jax.Array, b: jax.Array, unpartitioned: bool, state_alone: bool = False
+) -> tuple[Candidate, dict[str, str]]:
     """Return the name given, or the first of the order that supports the call and the reasons of those before it."""
     if isinstance(implementation, str):
         _check_names((implementation,), implementation)
-        return implementation, {}
-    excluded: dict[str, str] = {}
-    if implementation is None:
-        order, excluded = _ORDER.get(target.platform(), _ELSEWHERE), _BY_NAME_ONLY
-    else:
-        order = implementation if isinstance(implementation, tuple) else ()
-        _check_names(order, implementation)
+        return Candidate(implementation), {}
     passed_over: dict[str, str] = {}
-    for name in order:
-        reasons = [excluded[name]] if name in excluded else []
+    order = _order(implementation, x.shape[1], state_alone)
+    for candidate, excluded in order:
+        name = candidate.name
+        reasons = [] if excluded is None else [excluded]
         if not unpartitioned and not IMPLEMENTATIONS[name].partitionable:
             reasons.append("the compiler cannot partition a kernel over devices outside jax.shard_map")
         reason = IMPLEMENTATIONS[name].unsupported_reason(x, b)
         reasons += [] if reason is None else [reason]
         if not reasons:
-            return name, passed_over
-        passed_over[name] = "; ".join(reasons)
+            return candidate, passed_over
+        passed_over.setdefault(name, "; ".join(reasons))
+    names = ", ".join(dict.fromkeys(candidate.name for candidate, _ in order))
     every = "; ".join(f"{name!r}: {reason}" for name, reason in passed_over.items())
-    raise ValueError(f"no implementation of {', '.join(order)} can serve this call: {every}")
+    raise ValueError(f"no implementation of {names} can serve this call: {every}")
+
+
+def _order(implementation: Choice, length: object, state_alone: bool) -> list[tuple[Candidate, str | None]]:
+    """Return the candidates of a choice that is not one name, each with the reason against choosing it unasked."""
+    if implementation is None or isinstance(implementation, Table):
+        measured = () if implementation is None else implementation.order(length, state_alone)
+        if measured:
+            _check_names(tuple(candidate.name for candidate in measured), implementation)
+        by_platform = _ORDER.get(target.platform(), _ELSEWHERE)
+        unmeasured = [(Candidate(name), _BY_NAME_ONLY.get(name)) for name in by_platform]
+        return [*((candidate, None) for candidate in measured), *unmeasured]
+    names = implementation if isinstance(implementation, tuple) else ()
+    _check_names(names, implementation)
+    return [(Candidate(name), None) for name in names]
 
 
 def _check_names(names: tuple[str, ...], given: object) -> None:

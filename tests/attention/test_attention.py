@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.table import Candidate, Measured, Table
 from tests import oracle
 from transmamba_jax.attention import api, blockwise, causal_attention
+from transmamba_jax.attention import oracle as numpy_oracle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +136,13 @@ def test_values_and_gradients(spec: Spec) -> None:
 @pytest.mark.parametrize(("length", "packed"), [(512, False), (513, False), (1025, True)])
 def test_real_block_edges(length: int, packed: bool) -> None:
     arrays, ids = Spec(length, heads=2, state_dim=4, head_dim=4, batch=1 + packed, packed=packed).arrays()
-    assert_close(arrays, ids, 1e-6, 3e-6)
+    assert_close(arrays, ids, numpy_oracle.VALUE_TOLERANCE, numpy_oracle.GRADIENT_TOLERANCE)
+
+
+def test_the_numpy_oracle_is_the_dense_formula() -> None:
+    arrays, _ = Spec(33, groups=2, heads=6).arrays(np.float64)
+    for ours, theirs in zip(numpy_oracle.attend(*arrays), dense_with_gradients(arrays, None), strict=True):
+        assert relative(ours, theirs) < 1e-13
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -317,7 +325,7 @@ def test_cudnn_wrapper_fits_the_library(monkeypatch: pytest.MonkeyPatch) -> None
     low = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
     wanted = dense_with_gradients([np.asarray(x, np.float32) for x in low], None)
     for ours, theirs in zip(with_gradients(low, None, implementation="cudnn"), wanted, strict=True):
-        assert relative(ours, theirs) < 0.02
+        assert relative(ours, theirs) < numpy_oracle.BF16_TOLERANCE
     assert set(shapes) == {(2, 22, 4, 104)}
 
 
@@ -397,3 +405,21 @@ def test_refuses_what_the_kernels_cannot_hold() -> None:
     half = jnp.ones((1, 8, 1, 16), jnp.float16)
     with pytest.raises(ValueError, match=r"splash.*needs bfloat16 or float32, found float16"):
         causal_attention(half, half, half, implementation="splash")
+
+
+def test_a_table_of_measurements(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Its fastest that can serve the call at the nearest length, else the platform's order; both are logged once."""
+    (q, _, v, _), _ = Spec(40).arrays()
+    table = Table("record.json", (Measured(64, (Candidate("cudnn"), Candidate("reference"), Candidate("blockwise"))),))
+    monkeypatch.setattr(api, "_log_choice", api._log_choice.__wrapped__)
+    with caplog.at_level("INFO", logger="transmamba_jax.attention"):
+        assert api._choose(q, v, None, table) == "reference"
+        assert api._choose(q, v, None, Table("record.json", (Measured(64, (Candidate("cudnn"),)),))) == "blockwise"
+    measured, fallback = (record.getMessage() for record in caplog.records)
+    assert measured == (
+        "attention runs as 'reference', the fastest for rows of 40 tokens in record.json; passed over 'cudnn': it "
+        "needs bfloat16 or float16, found float32"
+    )
+    assert fallback.startswith("attention runs as 'blockwise', chosen for 'cpu'; passed over 'cudnn': it needs ")
+    found, wanted = (causal_attention(q, q, v, implementation=name) for name in (table, "reference"))
+    np.testing.assert_array_equal(found, wanted)

@@ -1,4 +1,4 @@
-"""One suite over every SSD implementation: the checks of `checks.py` as tests.
+"""One suite over every SSD implementation: the checks of `pallas_kernels.ssd.checks` as tests.
 
 Subclass `SsdSuite` with the name of an implementation.
 """
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from . import checks
+from pallas_kernels.ssd import checks
 
 
 class SsdSuite:

@@ -16,11 +16,11 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as PS
 
-from pallas_kernels.ssd import ssd, ssd_state
+from pallas_kernels.ssd import checks, ssd, ssd_state
 from pallas_kernels.ssd.pallas_gpu import block_sizes
 from pallas_kernels.ssd.pallas_gpu import implementation as pallas_gpu
 
-from . import checks, suite
+from . import suite
 from .test_pallas_tpu import QUICK_COMPILATION
 
 SERVED = jax.__version_info__ >= (0, 11, 2)

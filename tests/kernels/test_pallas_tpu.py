@@ -14,11 +14,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as PS
 
 from pallas_kernels import target
-from pallas_kernels.ssd import api, ssd, ssd_state
+from pallas_kernels.ssd import api, checks, ssd, ssd_state
 from pallas_kernels.ssd.pallas_tpu import backward, block_sizes
 from pallas_kernels.ssd.pallas_tpu import implementation as pallas_tpu
 
-from . import checks, suite
+from . import suite
 
 # The interpreter's programs are large and run once: most of their time would go into optimising them.
 QUICK_COMPILATION: dict[str, bool | int] = {

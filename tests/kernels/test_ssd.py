@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ssd import sequential, ssd
+from pallas_kernels.ssd import checks, sequential, ssd
 
-from . import checks, suite
+from . import suite
 
 
 # The reference has no chunks: what the lengths of the suite are about does not concern it.

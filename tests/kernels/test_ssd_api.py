@@ -10,11 +10,10 @@ import pytest
 from jax.sharding import AbstractDevice
 
 import train
-from pallas_kernels.ssd import api, implementations, ssd, ssd_state, supports_output_start
+from pallas_kernels.ssd import api, checks, implementations, ssd, ssd_state, supports_output_start
 from pallas_kernels.ssd.protocol import SsdImplementation
+from pallas_kernels.table import Candidate, Measured, Table
 from transmamba_jax.training import loop
-
-from . import checks
 
 
 def _arguments(**changes: Any) -> dict[str, Any]:
@@ -100,7 +99,8 @@ def test_automatic_choice_goes_by_the_default_backend(
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     arguments = _arguments()
-    assert api._choose(None, arguments["x"].astype(dtype), arguments["b"].astype(dtype)) == expected
+    x, b = arguments["x"].astype(dtype), arguments["b"].astype(dtype)
+    assert api._choose(None, x, b, 64) == (expected, 64)
 
 
 def _logged(caplog: pytest.LogCaptureFixture, **changes: Any) -> list[str]:
@@ -131,6 +131,36 @@ def test_one_line_says_why_each_implementation_was_passed_over(
     assert line.startswith("SSD runs as 'associative', chosen for 'gpu'; passed over 'pallas_gpu': it has not been ")
     assert "the head dim P of x must be one of 64, 96, 128, found 8" in line
     assert line.endswith("passed over 'triton': it has not been measured on a GPU; name it to use it; no Triton here")
+
+
+def test_a_table_of_measurements(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The fastest at the nearest length that supports the call runs, with its chunk size; else the platform's order."""
+    length = _arguments()["x"].shape[1]
+    fast, slow = Candidate("associative", 8), Candidate("sequential", 16)
+    rows = Measured(2 * length, (fast, slow)), Measured(64 * length, (slow, fast))
+    table = Table("record.json", rows, states=(Measured(length, (slow, fast)),))
+    assert _logged(caplog, implementation=table) == [
+        f"SSD runs as 'associative', chunks of 8, the fastest for rows of {length} tokens in record.json"
+    ]
+    x, b = _arguments()["x"], _arguments()["b"]
+    assert api._choose(table, x, b, 64, state_alone=True) == ("sequential", 16)
+    assert api._choose(Table("record.json", rows[1:]), x, b, 64, state_alone=True) == ("sequential", 16)
+    # Of one length, the caller's chunk size where none was measured; nothing measured, or nothing that can run.
+    assert api._choose(Table("", (Measured(1, (Candidate("associative"),)),)), x, b, 64) == ("associative", 64)
+    assert api._choose(Table("", ()), x, b, 64) == ("sequential", 64)
+    kernel = Table("record.json", (Measured(length, (Candidate("pallas_tpu"),)),))
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    (line,) = _logged(caplog, implementation=kernel)
+    assert line.startswith("SSD runs as 'sequential', chosen for 'cpu'; passed over 'pallas_tpu': the compiler cannot ")
+    with pytest.raises(ValueError, match=r"one of reference, .* found Table"):
+        ssd(**_arguments(), implementation=Table("", (Measured(1, (Candidate("other"),)),)))
+
+
+def test_the_length_of_a_table_is_the_nearest_by_ratio() -> None:
+    a, b = (Candidate("associative"),), (Candidate("sequential"),)
+    table = Table("", (Measured(16, a), Measured(256, b)))
+    assert [table.order(length) for length in (1, 63, 65, 10**6)] == [a, a, b, b]
+    assert table.order("T") == b  # a symbol
 
 
 def test_an_order_of_preference(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ssd import ssd, ssd_state
-
-from . import checks, oracle
+from pallas_kernels.ssd import checks, oracle, ssd, ssd_state
 
 SPEC = checks.Spec(rows=1, length=9, heads=4, groups=2, head_dim=3, state_dim=5)
 TOLERANCE = 2e-5

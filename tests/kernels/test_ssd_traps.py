@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.ssd import decay
-
-from . import checks
+from pallas_kernels.ssd import checks, decay
 
 STRONG = checks.Spec(length=200, regime="strong", chunk_size=64)
 

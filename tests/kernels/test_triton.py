@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels.ssd import ssd
+from pallas_kernels.ssd import checks, ssd
 from pallas_kernels.ssd.triton import block_sizes, implementation
 
-from . import checks, suite
+from . import suite
 
 HAS_TRITON = sys.platform == "linux" and sys.version_info < (3, 12)
 """As in the `dev` extra."""

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from . import checks
+from pallas_kernels.ssd import checks
 
 SPECS = (checks.SPECS[13], checks.Spec(length=40, regime="strong"))
 """Documents with padding; strong decay. Both have several chunks."""

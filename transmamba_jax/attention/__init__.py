@@ -5,12 +5,13 @@ TPUs; `reference` is the formula. Scores are computed once per query/key group: 
 one attention head whose value is the H/G values side by side.
 """
 
-from transmamba_jax.attention.api import Attention, Implementation, causal_attention, implementations
+from transmamba_jax.attention.api import Attention, Choice, Implementation, causal_attention, implementations
 from transmamba_jax.attention.blockwise import NAME, Keys, Values, cached_attention, matmul_dtype
 
 __all__ = [
     "NAME",
     "Attention",
+    "Choice",
     "Implementation",
     "Keys",
     "Values",

@@ -1,5 +1,7 @@
 """Public causal attention: checks the arguments and picks an implementation."""
 
+import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Literal, cast, get_args
@@ -7,6 +9,7 @@ from typing import Literal, cast, get_args
 import jax.numpy as jnp
 
 from pallas_kernels import target
+from pallas_kernels.table import Table
 from transmamba_jax.attention import blockwise, library, reference
 from transmamba_jax.shapes import Array, QueryKey, SegmentIds, Value
 
@@ -14,6 +17,11 @@ Attention = Callable[[Array, Array, Array, Array | None], Array]
 """(q [B, T, G, N], k [B, T, G, N], v [B, T, H, P], segment_ids [B, T] or None) -> y [B, T, H, P]."""
 
 Implementation = Literal["reference", "blockwise", "cudnn", "splash"]
+
+Choice = str | Table | None
+"""A name; measurements, before the order for the platform; None: that order."""
+
+_LOGGER = logging.getLogger("transmamba_jax.attention")
 
 _AUTOMATIC: dict[str, tuple[Implementation, ...]] = {
     "cpu": ("blockwise",),
@@ -33,7 +41,7 @@ def causal_attention(
     v: Value,
     segment_ids: SegmentIds | None = None,
     scale: float | None = None,
-    implementation: str | None = None,
+    implementation: Choice = None,
 ) -> Value:
     """Attend to the tokens of the same document up to and including the current one.
 
@@ -49,7 +57,9 @@ def causal_attention(
             and its output is finite.
         scale: factor on the scores, 1/sqrt(N) when not given.
         implementation: None takes the first that can serve the call: on GPU "cudnn" then "blockwise", on TPU "splash"
-            then "blockwise", elsewhere "blockwise". A named one is taken whatever the default backend is.
+            then "blockwise", elsewhere "blockwise". A table of measurements: its fastest that can serve the call at
+            the nearest length, else as for None. Both are logged once. A named one is taken whatever the default
+            backend is.
 
     Returns:
         [B, T, H, P] in the dtype of `v`. Differentiable once, in reverse mode, in q, k and v; "reference" any number
@@ -89,18 +99,40 @@ def _check(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
         raise ValueError(f"segment_ids must be integers, found {segment_ids.dtype}")
 
 
-def _choose(q: Array, v: Array, segment_ids: Array | None, implementation: str | None) -> Implementation:
+def _choose(q: Array, v: Array, segment_ids: Array | None, implementation: Choice) -> Implementation:
     reasons: dict[str, Callable[[], str | None]] = {
         "reference": lambda: None,
         "blockwise": lambda: None,
         "cudnn": lambda: library.cudnn_unsupported_reason(q, v, segment_ids),
         "splash": lambda: library.splash_unsupported_reason(q),
     }
-    if implementation is None:
-        return next(name for name in _AUTOMATIC.get(target.platform(), ("blockwise",)) if reasons[name]() is None)
+    if implementation is None or isinstance(implementation, Table):
+        return _first(reasons, q.shape[1], implementation)
     if implementation not in reasons:
         raise ValueError(f"unknown implementation {implementation!r}; use one of {', '.join(reasons)} or None")
     reason = reasons[implementation]()
     if reason is not None:
         raise ValueError(f"implementation={implementation!r} cannot serve this call: {reason}")
     return cast(Implementation, implementation)
+
+
+def _first(reasons: dict[str, Callable[[], str | None]], length: object, table: Table | None) -> Implementation:
+    """Return the first implementation of a table, then of the platform, that can serve the call; log it."""
+    measured = () if table is None else tuple(candidate.name for candidate in table.order(length))
+    platform, passed_over = target.platform(), ""
+    for name in (*measured, *_AUTOMATIC.get(platform, ("blockwise",))):
+        reason = reasons[name]()
+        if reason is None:
+            why = f"chosen for {platform!r}"
+            if table is not None and name in measured:
+                why = f"the fastest for rows of {length} tokens in {table.source}"
+            _log_choice(f"attention runs as {name!r}, {why}{passed_over}")
+            return cast(Implementation, name)
+        passed_over += f"; passed over {name!r}: {reason}"
+    raise AssertionError("blockwise serves every call")
+
+
+@functools.cache
+def _log_choice(choice: str) -> None:
+    """Log each distinct choice once a process."""
+    _LOGGER.info("%s", choice)

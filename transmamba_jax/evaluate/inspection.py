@@ -118,7 +118,7 @@ def _inside(
     options: Any = {
         "segment_ids": segment_ids,
         "chunk_size": block.kernels.chunk_size,
-        "implementation": block.kernels.ssd,
+        "implementation": block.kernels.ssd_choice,
     }
     weights = None
     if attention:

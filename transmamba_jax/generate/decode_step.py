@@ -189,7 +189,7 @@ def convert(config: ModelConfig, kernels: KernelsConfig, weights: LayerWeights, 
         # The SSM's keys are not rotated: turn them back, in float32 so that nothing is rounded again.
         keys = rotate(keys.astype(jnp.float32), -jnp.arange(keys.shape[1]), config.rope_theta)
     values = cache.values.swapaxes(1, 2).astype(keys.dtype)
-    options: dict[str, Any] = {"chunk_size": kernels.chunk_size, "implementation": kernels.ssd}
+    options: dict[str, Any] = {"chunk_size": kernels.chunk_size, "implementation": kernels.ssd_choice}
     return parallel.convert(keys, values, cache.dt, weights.a, None, **options)
 
 

@@ -11,16 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.ssd import ssd, ssd_state
-
-from . import oracle
+from pallas_kernels.ssd import oracle, ssd, ssd_state
 
 FORWARD_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 1e-5
 BF16_TOLERANCE = 1e-2
 
 Arrays = dict[str, np.ndarray]
-Fields = dict[str, int]
+Fields = dict[str, Any]
 """Of `Spec`, where its defaults do not suit an implementation."""
 
 
