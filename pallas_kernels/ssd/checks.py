@@ -142,7 +142,7 @@ def evaluate(implementation: str, spec: Spec, inputs: dict[str, Any], ids: Any, 
     return jax.jit(both)(inputs, cotangents)
 
 
-def evaluate_state(implementation: str, spec: Spec, inputs: Arrays, ids: Any, cotangent: Any) -> Any:
+def evaluate_state(implementation: str, spec: Spec, inputs: dict[str, Any], ids: Any, cotangent: Any) -> Any:
     """(state, gradients by name) of `ssd_state`, traced afresh."""
 
     def function(inputs: Any) -> Any:
@@ -179,14 +179,17 @@ def check_against_oracle(implementation: str, spec: Spec) -> None:
         check_close(f"gradient of {name}", gradients[name], expected, GRADIENT_TOLERANCE)
 
 
-def check_state_alone(implementation: str, spec: Spec) -> None:
+def check_state_alone(implementation: str, spec: Spec, bfloat16: bool = False) -> None:
     """Assert the state and every gradient of `ssd_state`."""
     inputs, ids, (dy, dstate) = make_inputs(spec), make_segment_ids(spec), make_cotangents(spec)
-    truth = oracle.ssd(inputs, ids, np.zeros_like(dy), dstate)
-    state, gradients = evaluate_state(implementation, spec, inputs, ids, dstate)
-    check_close("state", state, truth.state, FORWARD_TOLERANCE)
-    for name, gradient in gradients.items():
-        check_close(f"gradient of {name}", gradient, truth.gradients[name], GRADIENT_TOLERANCE)
+    low = {name: jnp.asarray(inputs[name], jnp.bfloat16) for name in ("x", "b") if bfloat16}
+    rounded = inputs | {name: np.asarray(value, np.float32) for name, value in low.items()}
+    truth = oracle.ssd(rounded, ids, np.zeros_like(dy), dstate)
+    state, gradients = evaluate_state(implementation, spec, inputs | low, ids, dstate)
+    value, gradient = (BF16_TOLERANCE,) * 2 if bfloat16 else (FORWARD_TOLERANCE, GRADIENT_TOLERANCE)
+    check_close("state", state, truth.state, value)
+    for name, found in gradients.items():
+        check_close(f"gradient of {name}", np.asarray(found, np.float32), truth.gradients[name], gradient)
 
 
 def check_defaults(implementation: str, fields: Fields) -> None:

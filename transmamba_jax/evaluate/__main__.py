@@ -13,7 +13,7 @@ from transmamba_jax.checkpoint import command_options
 from transmamba_jax.config import Config
 from transmamba_jax.evaluate.evaluator import EvalResult, Evaluator
 from transmamba_jax.model import TransMamba
-from transmamba_jax.runtime import compile_cache, logs, serving_mesh
+from transmamba_jax.runtime import calibration, compile_cache, logs, serving_mesh
 from transmamba_jax.runtime.paths import option_path
 
 
@@ -97,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
         params, mesh = serving_mesh.place(saved.params)  # on several devices each reads some of the windows
         with serving_mesh.use(mesh):
-            result = Evaluator(TransMamba(config.model, config.kernels), config, tokenizer, mesh)(params)
+            kernels = calibration.kernels(config.model, config.kernels, "read")
+            result = Evaluator(TransMamba(config.model, kernels), config, tokenizer, mesh)(params)
         peers = {}
         if data.has_baselines(config.data):
             peers = data.baselines(data.training_text(config.data), data.held_out_text(config.data))

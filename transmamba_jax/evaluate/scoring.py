@@ -18,13 +18,14 @@ from jaxtyping import Bool
 
 from transmamba_jax import cache, data
 from transmamba_jax.checkpoint import command_options
+from transmamba_jax.config import KernelsConfig
 from transmamba_jax.generate.arguments import check_params, raise_not_finite, whole_number
 from transmamba_jax.generate.decode import Decoder
 from transmamba_jax.generate.prompts import check_prompt
 from transmamba_jax.generate.sampling import Sampling, fold_rows
 from transmamba_jax.generate.text import stream_text
 from transmamba_jax.model import TransMamba
-from transmamba_jax.runtime import serving_mesh
+from transmamba_jax.runtime import calibration, serving_mesh
 from transmamba_jax.runtime.token_loss import chunked_log_likelihoods
 from transmamba_jax.shapes import Array, Float32, Int, SegmentIds
 
@@ -297,7 +298,10 @@ def load(
     length = config.data.seq_len if max_length is None else max_length
     model = command_options.with_schedule(config.model, schedule, length, "schedule")
     tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
-    return Scorer(TransMamba(model), saved.params, tokenizer, length, batch_size, config.train.loss_chunk, seed)
+    kernels = calibration.kernels(model, KernelsConfig(), "read")
+    return Scorer(
+        TransMamba(model, kernels), saved.params, tokenizer, length, batch_size, config.train.loss_chunk, seed
+    )
 
 
 def _pair(pair: Any, index: int) -> tuple[Any, Any]:

@@ -13,12 +13,13 @@ import jax
 
 from transmamba_jax import data
 from transmamba_jax.checkpoint import command_options
+from transmamba_jax.config import KernelsConfig
 from transmamba_jax.generate.decode import PREFILL_CHUNK_SIZE, Decoder, DecodeState
 from transmamba_jax.generate.sampling import Sampling
 from transmamba_jax.generate.streaming import stream
 from transmamba_jax.generate.text import TextStream
 from transmamba_jax.model import TransMamba
-from transmamba_jax.runtime import compile_cache, logs
+from transmamba_jax.runtime import calibration, compile_cache, logs
 
 _TURNS = 4  # of a session that :back can forget: each is kept with its keys and values
 
@@ -82,7 +83,8 @@ class Terminal:
         saved = command_options.restore(options.checkpoint, options.step)
         self.options, self.key = options, jax.random.key(options.seed)
         self.tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
-        model = TransMamba(command_options.apply(saved.config, options))
+        config = command_options.apply(saved.config, options)
+        model = TransMamba(config, calibration.kernels(config, KernelsConfig(), "read"))
         self.decoder = Decoder(model, saved.params, vocab_size=self.tokenizer.vocab_size)
 
     def encode(self, text: str, name: str = "the prompt") -> list[int]:

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from transmamba_jax import data, schedule
-from transmamba_jax.config import Config
+from transmamba_jax.config import Config, KernelsConfig, ModelConfig
 from transmamba_jax.generate.decode import Decoder
 from transmamba_jax.generate.sampling import Sampling
 from transmamba_jax.generate.text import stream_text
 from transmamba_jax.model import TransMamba
-from transmamba_jax.runtime import paths, tensor_files
+from transmamba_jax.runtime import calibration, paths, tensor_files
 
 if TYPE_CHECKING:
     from transmamba_jax.evaluate.inspection import Inspection
@@ -242,7 +242,8 @@ def _load_exported(folder: Path, step: int | None) -> LanguageModel:
             "exported folder of them"
         )
     loaded = export.load(folder)
-    return LanguageModel(TransMamba(loaded.config.model), loaded.params, loaded.tokenizer, loaded.config, str(folder))
+    model = _model(loaded.config.model)
+    return LanguageModel(model, loaded.params, loaded.tokenizer, loaded.config, str(folder))
 
 
 def _load_checkpoint(folder: Path, step: int | None) -> LanguageModel:
@@ -262,8 +263,13 @@ def _load_checkpoint(folder: Path, step: int | None) -> LanguageModel:
         )
     saved = checkpoint.restore(directory, step, params_only=True)
     tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
-    model = TransMamba(saved.config.model)
+    model = _model(saved.config.model)
     return LanguageModel(model, saved.params, tokenizer, saved.config, f"{directory}, step {saved.step}")
+
+
+def _model(config: ModelConfig) -> TransMamba:
+    """Make the model with the kernels of this device's calibration record, where there is one."""
+    return TransMamba(config, calibration.kernels(config, KernelsConfig(), "read"))
 
 
 def _nearest(path: Path) -> str:

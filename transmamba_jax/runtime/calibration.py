@@ -18,7 +18,7 @@ import jax
 from pallas_kernels.table import Candidate, Measured, Table
 from transmamba_jax import __version__
 from transmamba_jax.model_config import KernelsConfig, MeasuredKernels, ModelConfig
-from transmamba_jax.runtime import hardware
+from transmamba_jax.runtime import hardware, paths
 from transmamba_jax.runtime.logs import LOGGER
 
 FORMAT = 1
@@ -29,7 +29,8 @@ Purpose = Literal["train", "read"]
 Outcome = Literal["passed", "passed over", "wrong", "failed", "hung", "died"]
 
 _CALLS: dict[Purpose, Operation] = {"train": "forward+backward", "read": "forward"}
-_SHAPES = ("num_heads", "num_groups", "head_dim", "state_dim", "dtype")
+SHAPES = ("num_heads", "num_groups", "head_dim", "state_dim", "dtype")
+"""Options of a model that its record goes by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +94,8 @@ def _names_alone(rows: tuple[Measured, ...]) -> tuple[Measured, ...]:
 
 
 def folder() -> Path:
-    """Return the folder of the records: transmamba_jax/calibration in XDG_CACHE_HOME, or in ~/.cache."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "transmamba_jax" / "calibration"
+    """Return the folder of the records: `calibration` in the user's cache folder."""
+    return paths.user_cache() / "calibration"
 
 
 def device_name() -> str:
@@ -111,7 +111,7 @@ def key_of(model: ModelConfig) -> dict[str, Any]:
         "driver": _driver(),
         "jax": jax.__version__,
         "transmamba_jax": __version__,
-        "shapes": {name: getattr(model, name) for name in _SHAPES},
+        "shapes": {name: getattr(model, name) for name in SHAPES},
     }
 
 

@@ -24,7 +24,7 @@ from transmamba_jax.model import TransMamba
 from transmamba_jax.report import read_metrics, write_report
 from transmamba_jax.runtime import hosts
 from transmamba_jax.runtime.paths import expand_path
-from transmamba_jax.training import parameter_groups, resume, run_lock, schedule_sampling, starting_points
+from transmamba_jax.training import kernels, parameter_groups, resume, run_lock, schedule_sampling, starting_points
 from transmamba_jax.training.console import Console
 from transmamba_jax.training.loss import Batch, Metrics
 from transmamba_jax.training.metrics import MetricsWriter, Record
@@ -53,7 +53,8 @@ def train(
     Args:
         config: the experiment.
         model: a module with the methods of `TransMamba`: `__call__(tokens, segment_ids)`, `hidden` and `logits`, and
-            a parameter `embedding` or `lm_head` that `logits` uses. None: `TransMamba(config.model, config.kernels)`.
+            a parameter `embedding` or `lm_head` that `logits` uses. None: `TransMamba` with the kernels of
+            `config.kernels`, of the run's first start or of this device's calibration.
             Only a `TransMamba` writes samples at the end.
         documents: texts, UTF-8 bytes or lists of token ids, in place of `data.source`; to resume, give them again. Of
             every 20 documents, number 9 is held out for validation and number 19 for test.
@@ -96,7 +97,6 @@ def _open_run(
     # 1. What can be refused cheaply is refused first, everywhere: other hosts, devices, the earlier run, the data.
     mesh = _agreed_mesh(config)
     cleanup.enter_context(jax.set_mesh(mesh))
-    model = TransMamba(config.model, config.kernels) if model is None else model
     workdir = Path(config.workdir)
     lock = None
     with hosts.collective_errors():
@@ -105,6 +105,8 @@ def _open_run(
     if hosts.broadcast_from_first(lock is None):
         return None
     hosts.require_same({f"workdir {workdir}, which all processes share": run_lock.shown(workdir)})
+    chosen = kernels.choose(config.model, config.kernels, workdir) if model is None else config.kernels
+    model = TransMamba(config.model, chosen) if model is None else model
     with hosts.collective_errors():
         check_installed(config)
         config = starting_points.with_origin(config, workdir)
@@ -122,6 +124,7 @@ def _open_run(
     with hosts.collective_errors(OSError):
         if hosts.is_first():
             (workdir / "config.yaml").write_text(config_io.to_yaml(config), encoding="utf-8")
+            kernels.save(chosen, workdir)
             writer = cleanup.enter_context(MetricsWriter(workdir, start, open_writers(config, workdir, start)))
     run = _Run(
         config=config,

@@ -1,0 +1,87 @@
+"""Measure this device: which implementations are right and fast for a model, and which TransPoints.
+
+python -m transmamba_jax.calibrate --config FILE [--section.key value ...]      check, time, keep a record
+python -m transmamba_jax.calibrate show                                         print the records
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from transmamba_jax import config_io
+from transmamba_jax.calibrate import show, trials
+from transmamba_jax.calibrate.candidates import make_job
+from transmamba_jax.config import Config
+from transmamba_jax.runtime import calibration, logs
+from transmamba_jax.runtime.paths import option_path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="transmamba calibrate",
+        description="Check every implementation of SSD and attention that can serve a config's shapes on this device, "
+        "time those that are right, and keep a record, which train, generate and evaluate look for. "
+        "Options of the config (--data.seq-len 8192) may follow.",
+        epilog="`transmamba calibrate show [FILE ...]` prints the records.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="YAML file of an experiment, or the name of one of the package's")
+    add("--quick", action="store_true", help="one length and fewer chunk sizes and rounds")
+    add("--output", type=option_path, metavar="FILE", help="write the record here too")
+    add("--limit", type=float, default=300.0, metavar="SECONDS", help="a candidate that is silent for so long hangs")
+    return parser
+
+
+@logs.command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and keep a record, or print the records."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["show"]:
+        return _show(arguments[1:])
+    options, overrides = _parser().parse_known_args(arguments)
+    try:
+        with logs.shown():
+            return _calibrate(_config(options, overrides), options)
+    except ValueError as error:
+        print(f"transmamba calibrate: {error}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError) as error:
+        print(f"transmamba calibrate: {error}", file=sys.stderr)
+        return 1
+
+
+def _show(arguments: Sequence[str]) -> int:
+    """Print the records in the files given, or all of the cache."""
+    parser = argparse.ArgumentParser(prog="transmamba calibrate show", description="Print records of measurements.")
+    parser.add_argument("files", nargs="*", type=option_path, metavar="FILE", help="record; without any: all there are")
+    files = parser.parse_args(arguments).files or sorted(calibration.folder().glob("*.json"))
+    print("\n".join(show.show(files)) if files else f"there are no records in {calibration.folder()}")
+    return 0
+
+
+def _config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
+    if options.config is None:
+        raise ValueError(f"--config is required: a YAML file or one of {', '.join(config_io.config_names())}")
+    if options.limit <= 0:
+        raise ValueError(f"--limit must be positive, found {options.limit:g}")
+    return config_io.load_config(options.config, overrides)
+
+
+def _calibrate(config: Config, options: argparse.Namespace) -> int:
+    record = trials.make_record(make_job(config, options.quick, options.limit))
+    file = calibration.file_of(record.key)
+    for output in dict.fromkeys((file, options.output)):
+        if output is not None:
+            calibration.write(record, output)
+            print(f"record {output}")
+    record = dataclasses.replace(record, source=str(file))
+    print("\n".join(show.table(record)))
+    for purpose in ("train", "read"):
+        print(f"{purpose}: {calibration.describe(record.kernels(config.kernels, purpose))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
