@@ -56,6 +56,13 @@ def check(found: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -
     np.testing.assert_allclose([score for score, _ in found], [score for score, _ in expected], rtol=1e-6)
 
 
+def test_an_iterator_of_requests_gets_what_a_list_gets(params):
+    scorer = make_scorer(params)
+    assert scorer.log_likelihoods(iter(PAIRS[:3])) == scorer.log_likelihoods(PAIRS[:3])
+    texts = [("The", " hat"), ("a", "b")]
+    assert scorer.text_log_likelihoods(iter(texts)) == scorer.text_log_likelihoods(texts)
+
+
 def test_a_model_that_diverged_has_no_scores(params):
     broken = {**params, "embedding": params["embedding"].at[104, 0].set(jnp.nan)}
     scorer = make_scorer(broken)

@@ -8,7 +8,7 @@ Requests are sorted by length and batched; rows are padded on the right, which l
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ class Scorer:
         """Decoder of the model; made when it is first used, because it holds its own copy of the parameters."""
         return Decoder(self._model, self._params, vocab_size=self.tokenizer.vocab_size)
 
-    def log_likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+    def log_likelihoods(self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """Return, for each (context, continuation), log p and whether greedy decoding would give the continuation.
 
         A continuation longer than `max_length` is scored in `windows`. One without tokens has log p 0.
@@ -152,6 +152,7 @@ class Scorer:
             ValueError: a context or continuation is not a list of token ids, has an id outside the vocabulary, or a
                 context is empty; or logits are NaN, and the message names the parameters that are not finite.
         """
+        pairs = list(pairs)  # an iterator can be read once
         rows, owners = list[tuple[list[int], list[int]]](), list[int]()
         lost = 0
         for index, pair in enumerate(pairs):
@@ -193,11 +194,12 @@ class Scorer:
                     raise_not_finite(self._params, "texts have no likelihood")
         return answers
 
-    def text_log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+    def text_log_likelihoods(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Return log p and greediness of each continuation of a text; see `encode_pair` for its tokens.
 
         A continuation that no token spells, as a tokenizer without spaces has none for " ", gets (-inf, False).
         """
+        pairs = list(pairs)  # an iterator can be read once
         encoded = [encode_pair(self.tokenizer, *_pair(pair, index)) for index, pair in enumerate(pairs)]
         answers = iter(self.log_likelihoods([pair for pair in encoded if pair is not None]))
         missing = [pair for pair, found in zip(pairs, encoded, strict=True) if found is None]
