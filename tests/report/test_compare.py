@@ -55,8 +55,10 @@ def test_the_page_shows_three_curves_and_what_differs(runs: list[Path], tmp_path
     text = compare.write_comparison(runs, tmp_path / "both").read_text()
     page = Page(text)
     labels = [attrs["aria-label"] for attrs in page.all("svg", "narrow")]
-    assert labels == ["Loss over steps", "Loss over tokens", "Loss over hours"]
+    assert labels == ["Loss over steps", "Loss over tokens", "Loss over seconds"]
     assert page.texts.count("one/tiny") >= 6  # in every legend
+    assert "<td>one/tiny</td>" in text
+    assert '<td class="number">2,560</td>' in text
     (changes,) = [each for each in page.texts if "data.batch_size" in each]
     source, size = sorted(changes.splitlines(), reverse=True)
     assert source == f"data.source: {DATA.source!r} -> 'text:a&b'"
@@ -66,8 +68,20 @@ def test_the_page_shows_three_curves_and_what_differs(runs: list[Path], tmp_path
 def test_time_at_a_step_is_interpolated(runs: list[Path]) -> None:
     run = compare.read_run(runs[1])
     assert isinstance(run, Run)
+    assert compare._curve(run, "loss", "seconds") == [(10, 3.0), (20, 3.0)]
     assert compare._curve(run, "loss", "hours") == [(10 / 3600, 3.0), (20 / 3600, 3.0)]
     assert compare._seconds(run, [0, 5, 20]) == [0, 5, 15]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit"), [(1, "seconds"), (119, "seconds"), (120, "minutes"), (7199, "minutes"), (7200, "hours")]
+)
+def test_time_is_in_the_largest_unit_that_the_longest_run_fills_twice(tmp_path: Path, seconds: int, unit: str) -> None:
+    runs = [
+        compare.read_run(write_run(tmp_path / name, [{"step": steps, "loss": 2.0, "tokens_per_second": 128.0}]))
+        for name, steps in (("short", 1), ("long", seconds))  # a step takes a second
+    ]
+    assert compare._time_unit(runs) == unit
 
 
 def test_runs_without_speeds_have_no_curve_over_time(tmp_path: Path) -> None:

@@ -257,6 +257,7 @@ def test_another_tokenizer_is_refused_unless_in_part(make, old, capsys, monkeypa
         ("none", "train.init_from: there is no .*none"),
         ("old@9", r"old@9 must be a run, .* no complete checkpoint of step 9 in .*: its complete steps are 8, 10"),
         (".", "must be a run, a checkpoint, an exported folder or a folder of Mamba-2 safetensors: no complete check"),
+        ("new", "train.init_from=new is the work directory of this run: give another --workdir"),
         (f"{MAMBA2 / 'tied'}@4", "tied is a folder of safetensors, which has no steps"),
     ],
 )

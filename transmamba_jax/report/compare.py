@@ -18,6 +18,7 @@ from transmamba_jax.runtime.paths import expand_path
 COLUMNS = (
     "run", "step", "tokens", "training hours", "training loss", "held-out loss", "bits per byte", "tokens per second",
 )  # fmt: skip
+TIME_UNITS = {"hours": 3600, "minutes": 60, "seconds": 1}
 
 
 def write_comparison(workdirs: Sequence[str | Path], output: str | Path) -> Path:
@@ -76,11 +77,11 @@ def _page(names: Sequence[str], runs: Sequence[Run], rows: Sequence[tuple[str | 
     cells = [[value if isinstance(value, str) else _written(value) for value in row] for row in rows]
     parts = [
         f"<h1>{len(runs)} runs</h1>",
-        f'<div class="scroll">{page.table(cells, COLUMNS)}</div>',
+        f'<div class="scroll">{page.table(cells, COLUMNS, named=True)}</div>',
         "<p>Thin lines: training batches. Dots: held-out text. Training time leaves out compilation, evaluations and "
         "saves.</p>",
     ]
-    for xlabel in ("steps", "tokens", "hours"):
+    for xlabel in ("steps", "tokens", _time_unit(runs)):
         series = [
             (name, _curve(run, "loss", xlabel), _curve(run, "eval/loss", xlabel))
             for name, run in zip(names, runs, strict=True)
@@ -91,13 +92,19 @@ def _page(names: Sequence[str], runs: Sequence[Run], rows: Sequence[tuple[str | 
     return page.document(" · ".join(names), "".join(parts))
 
 
+def _time_unit(runs: Sequence[Run]) -> str:
+    """Return the largest unit of which the longest run has two."""
+    longest = max(_seconds(run, [max(record["step"] for record in run.records)])[0] for run in runs)
+    return next(unit for unit, size in TIME_UNITS.items() if longest >= 2 * size or size == 1)
+
+
 def _curve(run: Run, key: str, xlabel: str) -> list[Point]:
     points = page.numbers(run.records, key)
-    if xlabel == "hours":
+    if xlabel in TIME_UNITS:
         if not page.numbers(run.records, "tokens_per_second"):
             return []
-        hours = [seconds / 3600 for seconds in _seconds(run, [step for step, _ in points])]
-        return [(hour, value) for hour, (_, value) in zip(hours, points, strict=True)]
+        times = _seconds(run, [step for step, _ in points])
+        return [(seconds / TIME_UNITS[xlabel], value) for seconds, (_, value) in zip(times, points, strict=True)]
     scale = _tokens_per_step(run) if xlabel == "tokens" else 1
     return [(step * scale, value) for step, value in points]
 

@@ -272,14 +272,14 @@ def _configuration(config: Config) -> str:
     return f'{note}<div class="columns">{"".join(sections)}</div>'
 
 
-def table(rows: Sequence[Sequence[str]], heading: Sequence[str] = ()) -> str:
-    """Write a table of figures, whose first column is text where there is no heading."""
-    head = "".join(f'<th class="number">{escape(cell)}</th>' for cell in heading)
-    body = ""
-    for first, *rest in rows:
-        start = f'<td class="number">{escape(first)}</td>' if heading else f"<td>{escape(first)}</td>"
-        body += f"<tr>{start}" + "".join(f'<td class="number">{escape(cell)}</td>' for cell in rest) + "</tr>"
-    return f"<table>{f'<tr>{head}</tr>' if head else ''}{body}</table>"
+def table(rows: Sequence[Sequence[str]], heading: Sequence[str] = (), named: bool = False) -> str:
+    """Write a table of figures, whose first column is text where there is no heading or rows are `named`."""
+    text = named or not heading
+    number = lambda index: "" if text and index == 0 else ' class="number"'
+    cell = lambda tag, index, value: f"<{tag}{number(index)}>{escape(value)}</{tag}>"
+    line = lambda tag, values: f"<tr>{''.join(cell(tag, index, value) for index, value in enumerate(values))}</tr>"
+    head = line("th", heading) if heading else ""
+    return f"<table>{head}{''.join(line('td', row) for row in rows)}</table>"
 
 
 def _figure(value: float | None) -> str:

@@ -47,6 +47,8 @@ def with_origin(config: Config, workdir: Path) -> Config:
     """
     given = config.train.init_from
     if not checkpoint.complete_steps(workdir / "checkpoints"):
+        if given is not None and _split(given)[0].resolve() == workdir.resolve():
+            raise ValueError(f"train.init_from={given} is the work directory of this run: give another --workdir")
         return config if given is None else _named(config, _resolve(given))
     saved, origin = workdir / "config.yaml", given
     with contextlib.suppress(ValueError):  # a config that cannot be read is refused when it is compared
