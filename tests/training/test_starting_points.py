@@ -25,7 +25,8 @@ from transmamba_jax.convert.mamba2 import start_run
 from transmamba_jax.runtime import logs
 from transmamba_jax.runtime.tree_paths import flatten
 from transmamba_jax.training import loop, starting_points
-from transmamba_jax.training.step import TrainState, abstract_state, loss_and_gradient
+from transmamba_jax.training.loss import loss_and_gradient
+from transmamba_jax.training.step import TrainState, abstract_state
 
 MAMBA2 = Path(__file__).parents[1] / "golden" / "mamba2"
 
