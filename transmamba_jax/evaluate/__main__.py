@@ -12,6 +12,9 @@ from transmamba_jax import config_io, data, schedule
 from transmamba_jax.checkpoint import command_options
 from transmamba_jax.config import Config
 from transmamba_jax.evaluate.evaluator import EvalResult, Evaluator
+from transmamba_jax.evaluate.lengths import with_length
+from transmamba_jax.evaluate.token_classes import class_losses
+from transmamba_jax.evaluate.token_classes import table as class_table
 from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import calibration, compile_cache, logs, serving_mesh
 from transmamba_jax.runtime.paths import option_path
@@ -27,6 +30,10 @@ def _configured(saved: Config, options: argparse.Namespace) -> Config:
             model = dataclasses.replace(saved.model, transpoints=given.model.transpoints)
             config = dataclasses.replace(config, model=model)
     windows = config.eval.windows if options.windows is None else options.windows
+    if options.row_length is not None:
+        config = with_length(config, options.row_length, options.scale_transpoints)
+    elif options.scale_transpoints:
+        raise ValueError("--scale-transpoints is for --row-length, and there is none")
     return dataclasses.replace(
         config,
         model=command_options.apply(config, options),
@@ -82,6 +89,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--windows", type=int, default=None, help="rows to read, 0: all of the split (default: the config's)"
     )
+    parser.add_argument(
+        "--row-length", type=int, metavar="T", help="tokens of the rows to read (default: data.seq_len)"
+    )
+    parser.add_argument(
+        "--scale-transpoints",
+        action="store_true",
+        help="scale the TransPoints with --row-length (default: keep them as numbers of tokens)",
+    )
+    parser.add_argument(
+        "--classes",
+        action="store_true",
+        help="measure copies by distance, tokens that are no copy, and planted repeats as well",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
@@ -98,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         params, mesh = serving_mesh.place(saved.params)  # on several devices each reads some of the windows
         with serving_mesh.use(mesh):
             kernels = calibration.kernels(config.model, config.kernels, "read")
-            result = Evaluator(TransMamba(config.model, kernels), config, tokenizer, mesh)(params)
+            model = TransMamba(config.model, kernels)
+            result = Evaluator(model, config, tokenizer, mesh)(params)
+            classes = class_losses(model, config, tokenizer, params) if options.classes else []
         peers = {}
         if data.has_baselines(config.data):
             peers = data.baselines(data.training_text(config.data), data.held_out_text(config.data))
@@ -107,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     points = schedule.expand(config.model.transpoints, config.model.num_layers)
     if options.json:
-        print(json.dumps(_report(saved.step, config, points, result, peers)))
+        found = {"classes": [dataclasses.asdict(each) for each in classes]} if classes else {}
+        print(json.dumps({**_report(saved.step, config, points, result, peers), **found}))
         return 0
     print(f"step {saved.step} of {options.checkpoint}, {config.data.source} {config.data.eval_split}")
     print(f"TransPoints {', '.join(map(str, points))} of {config.data.seq_len} tokens")
@@ -117,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in peers.items():
         print(f"{name.replace('_', ' ')}: {value:.4f}")
     print("\n".join(_table(result, points)))
+    if classes:
+        print("\n".join(class_table(classes)))
     return 0
 
 

@@ -115,7 +115,7 @@ class Evaluator:
         for index, batch in enumerate(self._batches):
             if should_stop():
                 raise EvaluationStopped(f"evaluation stopped after {index} of {len(self._batches)} batches")
-            weights = _target_weights(batch)
+            weights = target_weights(batch)
             inputs = {name: self._place(batch[name]) for name in ("tokens", "segment_ids") if name in batch}
             losses, right = self._score(params, inputs, self._place(weights))
             nll += np.asarray(losses, np.float64)
@@ -142,7 +142,7 @@ class Evaluator:
         return rows if self._mesh is None else jax.device_put(rows, sharding.batch_sharding(self._mesh))
 
 
-def _target_weights(batch: dict[str, np.ndarray]) -> np.ndarray:
+def target_weights(batch: dict[str, np.ndarray]) -> np.ndarray:
     """Weigh the targets of a batch, float32 [B, T]: 0 in rows that fill up, or where another document begins.
 
     The batch has a weight for each row, or for each token.

@@ -154,6 +154,22 @@ def _positions(axes: Any, study: Study, records: Sequence[Record], _: dict[str, 
     return True
 
 
+def _measures(axes: Any, study: Study, records: Sequence[Record], _: dict[str, Choice]) -> bool:
+    """Draw the metric of the evaluations after training, in the order of the file: one line for each arm."""
+    arms = results.reported(study, records)
+    fields = {name: f"measure/{name}/{study.metric.removeprefix('eval/')}" for name in study.measure}
+    for place, (arm, found) in enumerate(arms.items()):
+        points = [
+            (float(at), [record["metrics"][field] for record in found if record["metrics"][field] is not None])
+            for at, field in enumerate(fields.values())
+        ]
+        _line(axes, [(at, values) for at, values in points if values], arm, place)
+    axes.set_xticks(range(len(fields)), list(fields), rotation=20, ha="right")
+    axes.set(ylabel=study.metric.removeprefix("eval/"), title=f"{study.name}: evaluations after training")
+    _legend(axes)
+    return bool(arms and fields)
+
+
 def _limit(axes: Any, study: Study, records: Sequence[Record]) -> None:
     """Show shares from 0 to 1; an interval over two or three seeds reaches far beyond."""
     values = [results.metric_of(study, record) for record in records if record["error"] is None]
@@ -183,4 +199,5 @@ _DRAWINGS: dict[str, Drawing] = {
     "rates": _rates,
     "lines": _lines,
     "positions": _positions,
+    "measures": _measures,
 }

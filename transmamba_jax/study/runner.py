@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -20,7 +21,7 @@ from transmamba_jax import config_io
 from transmamba_jax.config import Config
 from transmamba_jax.report import read_metrics
 from transmamba_jax.runtime import logs
-from transmamba_jax.study import measure, results
+from transmamba_jax.study import after, measure, results
 from transmamba_jax.study.results import Record
 from transmamba_jax.study.spec import Cell, Stage, Study
 from transmamba_jax.training.loop import EXIT_NOT_SAVED, train
@@ -94,16 +95,19 @@ def run_cell(study: Study, out: Path, cell: Cell, retry: bool, train_cell: Train
         shutil.rmtree(folder)
     config = study.cell_config(cell, folder)
     begin = time.perf_counter()
-    error = None
+    error, seconds, extra = None, 0.0, {}
     try:
         code = train_cell(config)
         if code == EXIT_PREEMPTED:
             return False
         if code == EXIT_NOT_SAVED:
             error = "the last state could not be saved"
+        seconds = time.perf_counter() - begin  # without the evaluations after training
+        if error is None and cell.stage == "report":
+            extra = after.evaluate(study, config)
     except (ValueError, OSError, NonFiniteError, jax.errors.JaxRuntimeError) as failure:
         error = f"{type(failure).__name__}: {failure}"
-    record = _record(study, cell, config, error, time.perf_counter() - begin)
+    record = _record(study, cell, config, error, seconds or time.perf_counter() - begin, extra)
     results.write_result(out, cell, record)
     jax.clear_caches()  # every cell traces functions of its own
     logs.write_line(_line(study, cell, record))
@@ -147,7 +151,9 @@ def _waiting(study: Study, out: Path, selection: Selection) -> bool:
     return bool(arms)
 
 
-def _record(study: Study, cell: Cell, config: Config, error: str | None, seconds: float) -> Record:
+def _record(
+    study: Study, cell: Cell, config: Config, error: str | None, seconds: float, extra: dict[str, Any]
+) -> Record:
     record: Record = {
         "study": study.name,
         "quick": study.quick,
@@ -167,7 +173,7 @@ def _record(study: Study, cell: Cell, config: Config, error: str | None, seconds
     lines = [line for line in read_metrics(Path(config.workdir) / "metrics.jsonl") if "eval/loss" in line]
     if not lines:
         return {**record, "error": "no evaluation line in metrics.jsonl; set eval.every"}
-    metrics = {name: value for name, value in lines[-1].items() if name != "step"}
+    metrics = {name: value for name, value in lines[-1].items() if name != "step"} | extra
     results.metric_of(study, {"metrics": metrics})  # refuses a metric that evaluation lines do not have
     curve = [[line["step"] * config.data.batch_size, line[study.metric]] for line in lines]
     target = study.target

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transmamba_jax import config_io
 from transmamba_jax.config import Config
+from transmamba_jax.evaluate.lengths import with_length
 from transmamba_jax.runtime.checks import require, suggestion
 
 Stage = Literal["search", "report"]
@@ -16,7 +17,7 @@ Tree = dict[str, Any]
 MIN_RATES, MIN_SEARCH_SEEDS, MIN_SEEDS = 5, 3, 5
 """The learning-rate rule: so many rates times seeds choose for each arm, and so many new seeds are reported."""
 
-FIGURES = ("bars", "curves", "lines", "positions", "rates")
+FIGURES = ("bars", "curves", "lines", "measures", "positions", "rates")
 
 _KEYS = {
     "question": str,
@@ -31,14 +32,16 @@ _KEYS = {
     "better": str,
     "target": float,
     "also": list,
+    "measure": dict,
     "report_split": str,
     "budget_hours": float,
     "seconds_per_cell": float,
     "figures": list,
     "quick": dict,
 }
+_MEASURE = ("data", "eval", "transpoints", "classes")
 _QUICK = ".quick"
-_OPTIONAL: Tree = {"target": None, "also": [], "report_split": "test"}
+_OPTIONAL: Tree = {"target": None, "also": [], "measure": {}, "report_split": "test"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,9 @@ class Study:
     """Value of the metric for which the table counts the examples that an arm needs."""
     also: tuple[str, ...]
     """Other fields of an evaluation line that the table shows."""
+    measure: dict[str, Tree]
+    """Name -> an evaluation after training of reported cells: changes of `data` and `eval`, `transpoints: kept` (as
+    numbers of tokens, the default) or `scaled` with data.seq_len, and `classes: true` for losses by class of token."""
     report_split: str
     """Held-out split of the reported runs. The search uses the base config's `data.eval_split`."""
     budget_hours: float
@@ -135,6 +141,22 @@ class Study:
         except ValueError as error:
             raise ValueError(f"cell {cell.name}: {error}") from None
 
+    def measure_config(self, config: Config, name: str) -> Config:
+        """Return the config of an evaluation after training of the cell with `config`.
+
+        Raises:
+            ValueError: it breaks a rule of configs; the message names the evaluation.
+        """
+        entry = self.measure[name]
+        try:
+            sections: Tree = {key: entry[key] for key in ("data", "eval") if key in entry}
+            changed = config_io.from_tree(merge(config_io.to_tree(config), sections))
+            scaled = "transpoints" in entry and entry["transpoints"] == "scaled"
+            longer = with_length(config, changed.data.seq_len, scaled)
+            return dataclasses.replace(changed, model=longer.model)
+        except ValueError as error:
+            raise ValueError(f"measure {name}: {error}") from None
+
 
 def load_study(path: Path, quick: bool = False) -> Study:
     """Read a study and check every config that it makes.
@@ -155,7 +177,9 @@ def load_study(path: Path, quick: bool = False) -> Study:
         study = _study(path.stem.removesuffix(_QUICK), tree, quick)
         _check_study(study)
         for arm in study.arms():
-            study.cell_config(Cell(arm, "search", study.learning_rates[0], 0), Path("."))
+            config = study.cell_config(Cell(arm, "search", study.learning_rates[0], 0), Path("."))
+            for name in study.measure:
+                study.measure_config(config, name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return study
@@ -235,7 +259,7 @@ def _require_known(name: str, names: Sequence[str], what: str) -> None:
 
 
 def _quick(tree: Tree) -> Tree:
-    """Merge the quick variant; its `axes` names, for each axis, the variants that are kept."""
+    """Merge the quick variant; its `axes` names, for each axis, the variants that are kept; its `measure` replaces."""
     changes = dict(tree["quick"])
     kept = changes.pop("axes", {})
     for key in changes:
@@ -247,7 +271,7 @@ def _quick(tree: Tree) -> Tree:
         for name in names:
             _require_known(name, list(variants), f"variant of axis {axis}")
         axes[axis] = {name: variants[name] for name in names}
-    return {**merged, "axes": axes}
+    return {**merged, "axes": axes, **{key: changes[key] for key in ("measure",) if key in changes}}
 
 
 def _study(name: str, tree: Tree, quick: bool) -> Study:
@@ -265,6 +289,7 @@ def _study(name: str, tree: Tree, quick: bool) -> Study:
         seeds=tuple(values["seeds"]),
         target=values["target"],
         also=tuple(values["also"]),
+        measure={str(name): changes for name, changes in values["measure"].items()},
         budget_hours=float(values["budget_hours"]),
         seconds_per_cell=float(values["seconds_per_cell"]),
         figures=tuple(values["figures"]),
@@ -284,6 +309,13 @@ def _check_study(study: Study) -> None:
         raise ValueError(f"better must be 'higher' or 'lower', found {study.better!r}")
     for figure in study.figures:
         _require_known(figure, FIGURES, "figure")
+    for name, entry in study.measure.items():
+        if not isinstance(entry, dict):
+            raise ValueError(f"measure {name} must be a mapping of {', '.join(_MEASURE)}, found {entry!r}")
+        for key in entry:
+            _require_known(str(key), _MEASURE, f"key of measure {name}:")
+        if "transpoints" in entry and entry["transpoints"] not in ("kept", "scaled"):
+            raise ValueError(f"measure {name}: transpoints must be kept or scaled, found {entry['transpoints']!r}")
     for axis, variants in study.axes.items():
         for variant in variants:
             if not variant or set(variant) & set("/\\ "):
