@@ -341,7 +341,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check the rules between sections."""
-        check_types("the config", self)
+        check_types("config", self)
         require(
             self.data.batch_size % self.train.accumulation == 0,
             f"train.accumulation={self.train.accumulation} must divide data.batch_size={self.data.batch_size}; "

@@ -89,6 +89,20 @@ def test_an_unknown_user_in_an_argument_is_one_line(capsys: pytest.CaptureFixtur
     assert "there is no home folder '~nobody-here'" in capsys.readouterr().err
 
 
+def test_an_empty_path_is_refused_and_not_taken_for_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell leaves an unset variable as an empty argument: a run filled the current folder."""
+    monkeypatch.chdir(tmp_path)
+    message = r"a path must not be empty \(an unset variable\?\); the current folder is '\.'"
+    with pytest.raises(ValueError, match=message):
+        train(Config(workdir=""))
+    with pytest.raises(SystemExit):
+        convert_command.main(["start-run", "source", ""])
+    assert "a path must not be empty" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_tilde_in_a_config(home: Path) -> None:
     (home / "a.yaml").write_text("workdir: ~/runs/a", encoding="utf-8")
     config = tm.load_config("~/a.yaml")

@@ -34,7 +34,7 @@ class PreparedSet:
 
 def default_root() -> Path:
     """Return the directory where TFDS keeps data sets."""
-    return expand_path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+    return expand_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 def find(spec: str, root: Path) -> PreparedSet:

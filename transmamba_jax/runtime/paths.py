@@ -11,8 +11,10 @@ def expand_path(path: str | os.PathLike[str]) -> Path:
     The one rule for every path that is read from YAML, from the command line or from Python.
 
     Raises:
-        ValueError: there is no such user.
+        ValueError: there is no such user; or the path is empty, as an unset variable of a shell leaves it.
     """
+    if os.fspath(path) == "":
+        raise ValueError("a path must not be empty (an unset variable?); the current folder is '.'")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         name = Path(expanded).parts[0]
