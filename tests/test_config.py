@@ -266,8 +266,10 @@ def test_help_describes_every_section(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_missing_file_lists_what_is_there(tmp_path: Path) -> None:
     write(tmp_path, "")
-    with pytest.raises(ValueError, match=r"cannot read the config .*tiny.yaml.*No such file.*experiment.yaml"):
+    with pytest.raises(ValueError, match=r"cannot read the config .*tiny.yaml.*No such file.*are experiment.yaml$"):
         tm.load_config(tmp_path / "tiny.yaml")
+    with pytest.raises(ValueError, match=r"No such file or directory; did you mean 'experiment\.yaml'\?"):
+        tm.load_config(tmp_path / "experimnt.yaml")
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,9 @@ def read_yaml(path: str | Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        near = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ValueError(f"cannot read the config {str(path)!r}: {error.strerror}; found there: {near}") from None
+        names = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        there = suggestion(path.name, names) if names and not path.exists() else ""
+        raise ValueError(f"cannot read the config {str(path)!r}: {error.strerror}{there}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not plain YAML: {error}") from None
 
