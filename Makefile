@@ -1,4 +1,5 @@
 # make train: environment, then the tiny experiment to the end.
+# make small: a tokenizer and the experiment of 8M parameters, about two and a half hours; again: it resumes.
 # make test:  environment with test tools, then the whole suite.
 # make faults: the accidents that take minutes (50 kills at random moments, a full disk) besides those of the suite.
 # make wheel-check: the wheel, installed outside the repository, trains and generates.
@@ -14,10 +15,15 @@ INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/pyt
 # Each environment remembers its interpreter: another PYTHON makes a new one.
 IDENTITY := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 
-.PHONY: train test faults lint notebooks wheel-check docs clean
+.PHONY: train small test faults lint notebooks wheel-check docs clean
 
 train: $(VENV)/.installed-base
 	$(BIN)/python train.py --config configs/tiny.yaml
+
+small: $(VENV)/.installed-base
+	test -f runs/small_tokenizer.json || $(BIN)/python -m transmamba_jax.data.train_tokenizer --config configs/tiny.yaml \
+	  --vocab-size 2048 --output runs/small_tokenizer.json
+	$(BIN)/python train.py --config configs/small.yaml --workdir runs/small
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
