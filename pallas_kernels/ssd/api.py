@@ -172,8 +172,8 @@ def _choose(
     reasons = "".join(f"; passed over {other!r}: {reason}" for other, reason in passed_over.items())
     why = f"chosen for {target.platform()!r}"
     if isinstance(implementation, Table) and chosen in implementation.order(x.shape[1], state_alone):
-        operation = "the state" if state_alone else "rows"
-        why = f"chunks of {chunk_size}, the fastest for {operation} of {x.shape[1]} tokens in {implementation.source}"
+        where = " for the state alone" if state_alone else ""
+        why = f"chunks of {chunk_size}, the fastest{where} by {implementation.source}"
     _log_choice(f"SSD runs as {chosen.name!r}, {why}{reasons}")
     return chosen.name, chunk_size
 

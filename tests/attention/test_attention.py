@@ -417,7 +417,7 @@ def test_a_table_of_measurements(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         assert api._choose(q, v, None, Table("record.json", (Measured(64, (Candidate("cudnn"),)),))) == "blockwise"
     measured, fallback = (record.getMessage() for record in caplog.records)
     assert measured == (
-        "attention runs as 'reference', the fastest for rows of 40 tokens in record.json; passed over 'cudnn': it "
+        "attention runs as 'reference', the fastest by record.json; passed over 'cudnn': it "
         "needs bfloat16 or float16, found float32"
     )
     assert fallback.startswith("attention runs as 'blockwise', chosen for 'cpu'; passed over 'cudnn': it needs ")

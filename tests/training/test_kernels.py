@@ -112,7 +112,7 @@ def test_a_run_uses_the_record_and_says_so(tmp_path: Path, caplog: pytest.LogCap
         assert train(config, documents=["some text to learn " * 20] * 20) == 0
     text = "\n".join(record.getMessage() for record in caplog.records)
     assert f"kernels by the record {file}: ssd associative (chunks of 8) at 16 tokens" in text
-    assert f"SSD runs as 'associative', chunks of 8, the fastest for rows of 8 tokens in {file}" in text
+    assert f"SSD runs as 'associative', chunks of 8, the fastest by {file}" in text
     saved = json.loads((tmp_path / "run" / kernels.FILE).read_text())
     assert saved["kernels"]["ssd"] is None
     assert saved["kernels"]["ssd_table"]["source"] == str(file)

@@ -125,7 +125,7 @@ def _first(reasons: dict[str, Callable[[], str | None]], length: object, table: 
         if reason is None:
             why = f"chosen for {platform!r}"
             if table is not None and name in measured:
-                why = f"the fastest for rows of {length} tokens in {table.source}"
+                why = f"the fastest by {table.source}"
             _log_choice(f"attention runs as {name!r}, {why}{passed_over}")
             return cast(Implementation, name)
         passed_over += f"; passed over {name!r}: {reason}"

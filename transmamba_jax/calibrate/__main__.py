@@ -2,6 +2,7 @@
 
 python -m transmamba_jax.calibrate --config FILE [--section.key value ...]      check, time, keep a record
 python -m transmamba_jax.calibrate show                                         print the records
+python -m transmamba_jax.calibrate --plan --config FILE --seq-len T             TransPoints by measured speed
 """
 
 import argparse
@@ -13,7 +14,7 @@ from transmamba_jax import config_io
 from transmamba_jax.calibrate import show, trials
 from transmamba_jax.calibrate.candidates import make_job
 from transmamba_jax.config import Config
-from transmamba_jax.runtime import calibration, logs
+from transmamba_jax.runtime import calibration, host_memory, logs
 from transmamba_jax.runtime.paths import option_path
 
 
@@ -29,9 +30,18 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file of an experiment, or the name of one of the package's")
     add("--quick", action="store_true", help="one length and fewer chunk sizes and rounds")
-    add("--output", type=option_path, metavar="FILE", help="write the record here too")
+    add("--output", type=option_path, metavar="FILE", help="write the record here too; with --plan, the plan (JSON)")
     add("--limit", type=float, default=300.0, metavar="SECONDS", help="a candidate that is silent for so long hangs")
+    add("--plan", action="store_true", help="measure layers by TransPoint and recommend a schedule")
+    add("--seq-len", type=int, metavar="T", help="--plan: tokens of a row; without it data.seq_len")
+    add("--objective", choices=["train", "prefill", "decode"], help="--plan: what is to be fast; without it train")
+    add("--budget", metavar="LIMIT", help="--plan: 800ms, 0.8 of the Transformer's time, or 64MiB of cache per row")
+    add("--topology", metavar="NAME", help="--plan: predict for an absent chip (v5e:2x2) by its compiler")
+    add("--figure", type=option_path, metavar="FILE", help="--plan: draw the plan (.png, .svg)")
     return parser
+
+
+_PLAN_ONLY = ("seq_len", "objective", "budget", "topology", "figure")
 
 
 @logs.command
@@ -43,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = _parser().parse_known_args(arguments)
     try:
         with logs.shown():
+            if options.plan:
+                return _plan(options, overrides)
+            for name in _PLAN_ONLY:
+                if getattr(options, name) is not None:
+                    raise ValueError(f"--{name.replace('_', '-')} is for --plan, which is not given")
             return _calibrate(_config(options, overrides), options)
     except ValueError as error:
         print(f"transmamba calibrate: {error}", file=sys.stderr)
@@ -67,6 +82,27 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
     if options.limit <= 0:
         raise ValueError(f"--limit must be positive, found {options.limit:g}")
     return config_io.load_config(options.config, overrides)
+
+
+def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Plan, print, and write what is asked for."""
+    host_memory.keep_freed()  # as training does
+    # orbax, Grain and matplotlib take seconds to import.
+    from transmamba_jax.calibrate import costs, figure, plan
+
+    if options.seq_len is not None:
+        overrides = [*overrides, "--data.seq-len", str(options.seq_len)]
+    config = _config(options, overrides)
+    budget = None if options.budget is None else costs.parse_budget(options.budget)
+    if options.figure is not None:
+        figure.check_name(options.figure)
+    found = plan.make_plan(config, options.objective or "train", budget, options.topology, options.quick)
+    print("\n".join(plan.text(found)))
+    if options.output is not None:
+        plan.write(found, options.output)
+    if options.figure is not None:
+        figure.draw(found, options.figure)
+    return 0
 
 
 def _calibrate(config: Config, options: argparse.Namespace) -> int:

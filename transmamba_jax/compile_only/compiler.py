@@ -137,12 +137,15 @@ def estimate(config: Config, compiled: Any, mesh: Mesh) -> Estimate:
             "memory": (together + memory.alias_size_in_bytes + memory.temp_size_in_bytes) / chip.bandwidth,
             "links": sum(size for _, size in program.collectives.values()) / chip.links,
         }
-        kernels = sum(
-            max(flops / chip.peak_flops, size / chip.bandwidth) for _, flops, size in program.kernels.values()
-        )
-        predicted = max(program.cycles * chip.flops_per_cycle / chip.peak_flops + kernels, bounds["links"])
+        predicted = max(operation_seconds(program, chip), bounds["links"])
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     return Estimate(arguments, temporaries, needed, model_flops, program, bounds, predicted)
+
+
+def operation_seconds(program: Program, chip: hardware.Chip) -> float:
+    """Predict the seconds of a program's operations one after another: the compiler's cycles, and the kernels."""
+    kernels = sum(max(flops / chip.peak_flops, size / chip.bandwidth) for _, flops, size in program.kernels.values())
+    return program.cycles * chip.flops_per_cycle / chip.peak_flops + kernels
 
 
 def _report(config: Config, compiled: Any, mesh: Mesh) -> int:
