@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from transmamba_jax.calibrate.plan import Plan, curve
 from transmamba_jax.report import charts
 
 _KINDS = (".png", ".svg")
+_WHAT = {"train": "step", "prefill": "row read", "decode": "row generated"}
 
 
 def check_name(file: Path) -> None:
@@ -33,22 +32,24 @@ def chart(plan: Plan) -> charts.Chart:
     """Chart the seconds of a step by a common TransPoint; lines mark the schedule, a dot P*."""
     points, seconds = curve(plan)
     row = {each.name: each for each in plan.rows}["recommended"]
+    most = max(float(seconds.max()), row.predicted)
+    unit, scale = ("s", 1.0) if most >= 1 else ("ms", 1e3)
 
     def paint(axes: Any, narrow: bool) -> charts.Tips:
         charts.position_axis(axes, plan.costs.length, narrow)
         colours, optimum = charts.COLOURS, plan.costs.optimum()
-        place = np.asarray(points) + 0.5
-        axes.plot(place, 1e3 * seconds, color=colours["attention"], marker="o", markersize=4, linewidth=1.8,
-                  label="every layer at P", clip_on=False)  # fmt: skip
-        best = 1e3 * plan.costs.predict((optimum,) * plan.num_layers)
-        axes.plot(optimum + 0.5, best, "o", markersize=10, fillstyle="none", markeredgewidth=1.8, color=colours["held"],
-                  label=f"P* = {optimum}", clip_on=False)  # fmt: skip
-        axes.axhline(1e3 * row.predicted, color=colours["ssm"], linewidth=1.6, label="recommended schedule")
+        best = scale * plan.costs.predict((optimum,) * plan.num_layers)
+        line: dict[str, Any] = {"color": colours["attention"], "marker": "o", "markersize": 4, "linewidth": 1.8}
+        ring: dict[str, Any] = {"color": colours["held"], "markersize": 10, "fillstyle": "none", "markeredgewidth": 1.8}
+        axes.plot(points + 0.5, scale * seconds, label="every layer at P", clip_on=False, **line)
+        axes.plot(optimum + 0.5, best, "o", label=f"P* = {optimum}", clip_on=False, **ring)
+        axes.axhline(scale * row.predicted, color=colours["ssm"], linewidth=1.6, label="recommended schedule")
         charts.mark_transpoints(axes, plan.recommended, plan.costs.length, narrow)
-        axes.set_ylim(bottom=0, top=1.1e3 * max(seconds.max(), row.predicted))
+        axes.set_ylim(0, 1.1 * scale * most)
+        what = _WHAT[plan.objective]
         how = "measured" if plan.how == "measured" else "predicted"
-        axes.set(xlabel="TransPoint (tokens), and where the schedule's lie", ylabel=f"ms of {plan.objective}, {how}")
-        axes.legend(loc="lower left", ncols=1 if narrow else 3)
+        axes.set(xlabel="TransPoint P, tokens; dashed: those of the schedule", ylabel=f"{unit} per {what}, {how}")
+        axes.legend(loc="lower left", ncols=1 if narrow else 3, frameon=True, facecolor=colours["panel"], framealpha=1)
         return {}
 
-    return charts.Chart("Time by TransPoint", 420, paint)
+    return charts.Chart("Time by TransPoint", 420, paint, aligned=True)
