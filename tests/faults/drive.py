@@ -56,7 +56,7 @@ def run_training(arguments, accident="none", at=0):
     elif accident == "terminate-in-step":
         strike(data.BatchIterator, "__next__", signal.SIGTERM, at)
     elif accident == "terminate-in-evaluation":
-        strike(evaluator, "_target_weights", signal.SIGTERM, at)
+        strike(evaluator, "target_weights", signal.SIGTERM, at)
     elif accident == "terminate-in-compilation":
         threading.Thread(target=terminate_while_compiling, daemon=True).start()
     elif accident == "poison-row":

@@ -1,11 +1,13 @@
 """The command with real runs in processes of their own."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.study.support import TREE, study_file
+from transmamba_jax.checkpoint import complete_steps
 from transmamba_jax.study.spec import merge
 
 ROOT = Path(__file__).parents[2]
@@ -13,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_two_jobs_search_report_and_write_the_page(tmp_path):
     model = {"num_layers": 1, "d_model": 4, "num_heads": 1, "head_dim": 4}
-    axes = {"schedule": {"mixed": {"model": {"transpoints": ["T/2"]}}}}
+    axes = {"schedule": {"ssm": {"model": {"transpoints": [0]}}}}  # the schedule quickest to compile
     config = merge(TREE["config"], {"model": model, "train": {"steps": 2}})
     quick = {"learning_rates": [1e-2], "search_seeds": [0], "seeds": [10, 11]}
     file = study_file(tmp_path, axes=axes, config=config, quick=quick, figures=["curves"])
@@ -31,3 +33,37 @@ def test_two_jobs_search_report_and_write_the_page(tmp_path):
     splits = [record["config"]["data"]["eval_split"] for record in records]
     assert splits == ["validation", "test", "test"]
     assert "proves that the pipeline works, and no claim" in (out / "table.md").read_text(encoding="utf-8")
+
+
+def test_a_study_that_is_killed_in_a_cell_continues_in_that_cell(tmp_path):
+    quick = {"learning_rates": [1e-2], "search_seeds": [0, 1], "seeds": [10]}
+    axes = {"schedule": {"ssm": {"model": {"transpoints": [0]}}}}
+    changes = {"train": {"steps": 40, "log_every": 1}, "eval": {"every": 20}}
+    config = merge(TREE["config"], changes)
+    file = study_file(tmp_path, axes=axes, config=config, quick=quick, figures=["curves"])
+    out = tmp_path / "out"
+    folders = [out / "cells/ssm" / f"search-rate0.01-seed{seed}" for seed in (0, 1)]
+
+    def run(batch):
+        command = [sys.executable, "-m", "tests.study.drive", batch, str(file), "--quick", "--out", str(out)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+    # Forty steps a cell, with a checkpoint every two: batch 79 is the last but one of the second cell.
+    killed = run("79")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    finished = (folders[0] / "result.json").read_bytes()
+    step = max(complete_steps(folders[1] / "checkpoints"))
+    assert 0 < step < 40
+    assert not (folders[1] / "result.json").exists()
+    before = (folders[1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+
+    again = run("0")
+    assert again.returncode == 0, again.stderr
+    assert (folders[0] / "result.json").read_bytes() == finished
+    lines = (folders[1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    # What was written up to the checkpoint stays as it was, times included: those steps were not trained again.
+    kept = [line for line in before if json.loads(line)["step"] <= step]
+    assert len(kept) >= step
+    assert lines[: len(kept)] == kept
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(record["seed"], record["error"]) for record in records] == [(0, None), (1, None), (10, None)]

@@ -17,7 +17,7 @@ def main():
     elif accident == "terminate-at-batch":
         strike(data.BatchIterator, "__next__", signal.SIGTERM, int(count))
     elif accident == "interrupt-in-evaluation":
-        strike(evaluator, "_target_weights", signal.SIGINT, int(count))
+        strike(evaluator, "target_weights", signal.SIGINT, int(count))
     elif accident == "terminate-in-compilation":
         strike(loop, "make_train_step", signal.SIGTERM, int(count))
     else:
