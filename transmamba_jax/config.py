@@ -17,6 +17,9 @@ class DataConfig:
     source: str = "stdlib"
     """`stdlib`, `text:<glob>`, `jsonl:<glob>`, `parquet:<glob>`, `hf:<folder>`, `tfds:<name>[/config][:version]`,
     `array_record:<glob>`, a task such as `synthetic:recall?keys=32`, or a registered source."""
+    mixture: tuple[tuple[str, float], ...] = ()
+    """Sources to read in place of `source`, and the share of the rows that each gives: `{"jsonl:a/*": 3, "hf:b": 1}`.
+    Shares are divided by their sum; a source that was read to its end begins again."""
     cache_dir: str | None = None
     """Folder of prepared data sets and indexes; None: $XDG_CACHE_HOME/transmamba_jax, by default in ~/.cache (a tfds:
     source: TFDS's own default)."""
@@ -82,11 +85,44 @@ class DataConfig:
             f"give data.prompt_field or data.messages_field, found {self.prompt_field!r} and {self.messages_field!r}",
         )
         registry.check_form(self.source)
+        self._check_mixture()
         require(
-            not self.completions_only or registry.has_fields(self.source),
+            not self.completions_only or any(map(registry.has_fields, self.sources)),
             f"data.prompt_field and data.messages_field are for rows with fields (jsonl, parquet, hf or array_record), "
-            f"found data.source={self.source!r}",
+            f"found {', '.join(self.sources)}",
         )
+
+    def _check_mixture(self) -> None:
+        names = self.sources
+        require(len(set(names)) == len(names), f"data.mixture must name a source once, found {', '.join(names)}")
+        for name, weight in self.mixture:
+            registry.check_form(name)
+            require(
+                not name.startswith("synthetic:"),
+                f"data.mixture must be of documents, found the task {name!r}; name it in data.source",
+            )
+            require(
+                math.isfinite(weight) and weight > 0,
+                f"data.mixture[{name!r}] must be a positive share, found {weight}; leave a source of no share out",
+            )
+        require(
+            not self.mixture or self.source == DataConfig.source,
+            f"give data.source or data.mixture, found {self.source!r} and {', '.join(names)}",
+        )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Return the sources that are read: those of the mixture, else `source`."""
+        return tuple(name for name, _ in self.mixture) or (self.source,)
+
+    def of_source(self, name: str) -> "DataConfig":
+        """Return the config of one of `sources`; one whose rows have no fields is read as text."""
+        if not self.mixture:
+            return self
+        one = dataclasses.replace(self, mixture=(), prompt_field=None, completion_field=None, messages_field=None)
+        one = dataclasses.replace(one, source=name)
+        names = ("prompt_field", "completion_field", "messages_field") if registry.has_fields(name) else ()
+        return dataclasses.replace(one, **{each: getattr(self, each) for each in names})
 
     @property
     def completions_only(self) -> bool:

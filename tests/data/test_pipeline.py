@@ -54,7 +54,8 @@ def take_rows(batches: Iterator[dict[str, np.ndarray]], count: int, name: str = 
 def in_memory(
     texts: list[bytes], config: DataConfig, rows: int, window: int = 1, shard: slice = slice(None)
 ) -> Iterator[dict[str, np.ndarray]]:
-    return iter(pipeline._batches(config, texts, BYTES, rows, window, shard))
+    windows = pipeline._windows(config, texts, BYTES, rows, window, shard, group=2, weighted=False)
+    return iter(pipeline.FlatMapIterDataset(windows, pipeline._Pieces(rows)))
 
 
 documents = st.lists(st.binary(max_size=40).map(lambda data: data.replace(b"\0", b" ")), min_size=1, max_size=6)

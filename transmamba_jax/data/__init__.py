@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transmamba_jax.data.batch_iterator import BatchIterator
     from transmamba_jax.data.byte_models import baselines, has_baselines
     from transmamba_jax.data.given import give_documents
-    from transmamba_jax.data.held_out import eval_batches, held_out_text, training_text
+    from transmamba_jax.data.held_out import eval_batches, eval_sets, held_out_text, training_text
     from transmamba_jax.data.pipeline import train_batches
     from transmamba_jax.data.registry import register_source
     from transmamba_jax.data.task_batches import open_tokenizer
@@ -20,6 +20,7 @@ _MODULES = {
     "baselines": "byte_models",
     "BatchIterator": "batch_iterator",
     "eval_batches": "held_out",
+    "eval_sets": "held_out",
     "give_documents": "given",
     "has_baselines": "byte_models",
     "held_out_text": "held_out",
@@ -39,6 +40,7 @@ __all__ = [
     "baselines",
     "check_vocabulary",
     "eval_batches",
+    "eval_sets",
     "give_documents",
     "has_baselines",
     "held_out_text",

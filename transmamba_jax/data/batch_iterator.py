@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 Batch = dict[str, np.ndarray]
+
+
+SOURCES = "sources"
+"""Array of a stream's batch, int32 [B, 1]: the number of the source of each row of a mixture. It is counted here."""
 
 
 class BatchIterator(Iterator[Batch]):
@@ -19,9 +23,18 @@ class BatchIterator(Iterator[Batch]):
     more of them, in order, so what all processes read together does not depend on how many there are.
     """
 
-    def __init__(self, open_stream: Callable[[int, int], tuple[grain.IterDataset, dict[str, Any]]], plan: "Plan"):
-        """Start at the beginning; `open_stream(index, count)` gives a stream and what its position must agree with."""
-        self._open_stream, self._plan = open_stream, plan
+    def __init__(
+        self,
+        open_stream: Callable[[int, int], tuple[grain.IterDataset, dict[str, Any]]],
+        plan: "Plan",
+        sources: Sequence[str] = (),
+        skipped_rows: int | None = None,
+    ):
+        """Start at the beginning; `open_stream(index, count)` gives a stream and what its position must agree with.
+
+        `sources` are those of a mixture; `skipped_rows` those that were left out, None where none may be.
+        """
+        self._open_stream, self._plan, self._sources, self._skipped = open_stream, plan, sources, skipped_rows
         # Grain's iterators fail noisily when they go after Grain's modules: let go of them before the program ends.
         self._opened: list[grain.DatasetIterator] = []
         self._finalizer = weakref.finalize(self, _close, self._opened)
@@ -32,6 +45,7 @@ class BatchIterator(Iterator[Batch]):
         self._indices = self._plan.mine(count)
         datasets, self._settings = zip(*(self._open_stream(index, count) for index in self._indices), strict=True)
         self._opened.extend(iter(dataset) for dataset in datasets)
+        self._seen = [[0] * len(self._sources) for _ in self._indices]
 
     @property
     def _iterators(self) -> list[grain.DatasetIterator]:
@@ -40,13 +54,36 @@ class BatchIterator(Iterator[Batch]):
         return self._opened
 
     def __next__(self) -> Batch:
-        parts = [next(iterator) for iterator in self._iterators]
+        parts = [self._count(next(iterator), seen) for iterator, seen in zip(self._iterators, self._seen, strict=True)]
         return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+    def _count(self, batch: Batch, seen: list[int]) -> Batch:
+        """Add the tokens of each source of a mixture to those that a stream has seen; padding is none."""
+        if SOURCES not in batch:
+            return batch
+        tokens = np.sum(batch.get("segment_ids", np.ones_like(batch["tokens"])) > 0, axis=1)
+        for source, count in enumerate(np.bincount(batch[SOURCES][:, 0], tokens, len(seen))):
+            seen[source] += int(count)
+        return {name: rows for name, rows in batch.items() if name != SOURCES}
+
+    def facts(self) -> dict[str, float]:
+        """Return what a line of metrics says of the data that this process has read since the run began.
+
+        `data/share/<source>` is the share of tokens that a source of a mixture gave, and `data/skipped_rows` the number
+        of broken rows that `data.on_error: skip` leaves out.
+        """
+        seen = np.sum(self._seen, axis=0)
+        shares = {
+            f"data/share/{name}": float(count / seen.sum()) for name, count in zip(self._sources, seen, strict=True)
+        }
+        return shares if self._skipped is None else {**shares, "data/skipped_rows": self._skipped}
 
     def get_state(self) -> dict[str, Any]:
         """Return the position behind the last batch, as a tree that JSON keeps."""
-        pairs = zip(self._settings, self._iterators, strict=True)
-        streams = [{"settings": settings, "iterator": iterator.get_state()} for settings, iterator in pairs]
+        streams = [
+            {"settings": settings, "iterator": iterator.get_state(), **({"seen": seen} if seen else {})}
+            for settings, iterator, seen in zip(self._settings, self._iterators, self._seen, strict=True)
+        ]
         return json.loads(json.dumps({"streams": streams}))
 
     def set_state(self, *states: dict[str, Any]) -> None:
@@ -79,6 +116,8 @@ class BatchIterator(Iterator[Batch]):
                 raise ValueError(f"the saved data position belongs to another stream: {'; '.join(differences)}")
         for iterator, index in zip(self._iterators, self._indices, strict=True):
             iterator.set_state(_with_tuples(saved[index]["iterator"]))
+        if self._sources:
+            self._seen = [list(saved[index]["seen"]) for index in self._indices]
 
     def close(self) -> None:
         """End the worker processes and reading threads; also done when the iterator goes or the program ends."""

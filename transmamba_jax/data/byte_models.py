@@ -9,8 +9,8 @@ from transmamba_jax.data.synthetic import is_synthetic
 
 
 def has_baselines(config: DataConfig) -> bool:
-    """Tell whether baselines compare with the held-out loss: it is that of all the text."""
-    return not (is_synthetic(config.source) or config.completions_only)
+    """Tell whether baselines compare with the held-out loss: it is that of all the text of one source."""
+    return not (is_synthetic(config.source) or config.completions_only or config.mixture)
 
 
 def baselines(train: bytes, held_out: bytes) -> dict[str, float]:

@@ -13,6 +13,7 @@ from transmamba_jax.data.pipeline import name_fields, require_row
 from transmamba_jax.data.sources import open_documents
 from transmamba_jax.data.synthetic import is_synthetic
 from transmamba_jax.data.tokenizers import Tokenizer
+from transmamba_jax.runtime.checks import require
 
 HELD_OUT_DOCUMENTS = 2**14
 """Documents of the held-out stream; of a larger split it takes this many, evenly spread."""
@@ -21,8 +22,17 @@ HELD_OUT_BYTES = 2**26
 """Bytes after which the held-out stream takes no further document."""
 
 
+def eval_sets(config: DataConfig, tokenizer: Tokenizer, windows: int, batch_size: int) -> dict[str, list[Batch]]:
+    """Return source -> `eval_batches` of it, `windows` rows of each source of a mixture.
+
+    Raises:
+        ValueError: see `eval_batches`.
+    """
+    return {name: eval_batches(config.of_source(name), tokenizer, windows, batch_size) for name in config.sources}
+
+
 def eval_batches(config: DataConfig, tokenizer: Tokenizer, windows: int, batch_size: int) -> list[Batch]:
-    """Return rows of the held-out stream as batches of one shape; the same every time.
+    """Return rows of the held-out stream as batches of one shape; the same every time. Of a mixture, use `eval_sets`.
 
     The stream is every held-out document followed by its end-of-document id. Its windows start every seq_len tokens
     and are seq_len + 1 long, so that each token is predicted once; `windows` of them are taken, evenly spread, or all
@@ -34,6 +44,7 @@ def eval_batches(config: DataConfig, tokenizer: Tokenizer, windows: int, batch_s
     Raises:
         ValueError: the source cannot be read, is too short for one window, or no token has a weight.
     """
+    require(not config.mixture, "eval_batches is for one source, found a mixture; call eval_sets")
     if is_synthetic(config.source):
         return task_batches.held_out_batches(config, windows, batch_size)
     documents = [encode_document(tokenizer, document) for document in _held_out(config)]
@@ -99,12 +110,25 @@ def held_out_text(config: DataConfig) -> bytes:
 
 def training_text(config: DataConfig, max_bytes: int = 2**26) -> bytes:
     """Return training documents in the same form, in order, until `max_bytes` are reached."""
-    return _joined(take(open_documents(config, config.train_split), max_bytes))
+    return _joined(training_documents(config, max_bytes))
+
+
+def training_documents(config: DataConfig, max_bytes: int) -> Iterator[bytes]:
+    """Yield training documents in order until `max_bytes` are reached; the sources of a mixture give their shares.
+
+    Raises:
+        ValueError: a source cannot be read.
+    """
+    shares = [share for _, share in config.mixture] or [1.0]
+    for name, share in zip(config.sources, shares, strict=True):
+        documents = open_documents(config.of_source(name), config.train_split)
+        yield from take(documents, max(1, int(max_bytes * share / sum(shares))))
 
 
 def _held_out(config: DataConfig) -> Iterator[bytes]:
-    documents = open_documents(config, config.eval_split)
-    return take(documents, HELD_OUT_BYTES, stride=-(-len(documents) // HELD_OUT_DOCUMENTS))
+    for name in config.sources:
+        documents = open_documents(config.of_source(name), config.eval_split)
+        yield from take(documents, HELD_OUT_BYTES, stride=-(-len(documents) // HELD_OUT_DOCUMENTS))
 
 
 def _joined(documents: Iterator[bytes]) -> bytes:

@@ -5,6 +5,7 @@ with an end-of-document id -> windows of rows of seq_len + 1 tokens -> rows shuf
 a batch. Epochs follow one another without a seam: a row may hold the end of one epoch and the start of the next.
 """
 
+import dataclasses
 import functools
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ from grain.experimental import (
 )
 
 from transmamba_jax.config import DataConfig
-from transmamba_jax.data import task_batches
+from transmamba_jax.data import mixture, task_batches
 from transmamba_jax.data.batch_iterator import Batch, BatchIterator, Plan
 from transmamba_jax.data.documents import Documents, cut_text, take
 from transmamba_jax.data.encoding import TOKEN, EncodeInParts, encode_document, encode_documents
@@ -59,7 +60,7 @@ def train_batches(
     Each batch has `tokens` int32 [batch_size / process_count, seq_len + 1] and, of the same shape, `bytes`: the UTF-8
     bytes of the document that each token stands for, 1 for its end; with first-fit packing also `segment_ids`: 1, 2,
     ... for the documents of a row in order, 0 for padding. Where completions alone are trained on it has `weights`
-    float32: 1 for their tokens and the end of the document behind them, else 0.
+    float32: 1 for their tokens and the end of the document behind them, else 0. A row of a mixture is of one source.
 
     Rows do not overlap. With `concat` packing every token of every document is in exactly one row per epoch; with
     `first_fit` a document longer than a row is cut into pieces, each a segment. In every epoch a document belongs to
@@ -79,28 +80,69 @@ def train_batches(
         )
     if is_synthetic(config.source):
         return BatchIterator(functools.partial(_open_task_stream, config), plan)
-    documents = open_documents(config, config.train_split)
-    window_tokens, group = _check(documents, config, tokenizer, plan.streams)
+    sources = [_open_source(config.of_source(name), tokenizer, plan.streams) for name in config.sources]
     if config.num_workers > 0 and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only absl's own programs parse
 
     def open_stream(index: int, count: int) -> tuple[grain.IterDataset, dict[str, Any]]:
-        rows = config.batch_size // count
-        shard = slice(index, None, count)
-        dataset = _batches(config, documents, tokenizer, rows, window_tokens, shard, group)
+        dataset = _stream(config, sources, tokenizer, index, count)
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers), _start_worker)
-        # The source's name is not among them: a corpus may move between two runs.
-        settings = {
-            "documents": len(documents),
-            "window": window_tokens,
-            "group": group,
-            "rows": rows,
-            "stream": [index, count],
-            **{name: getattr(config, name) for name in ("packing", "seq_len", "shuffle", "seed", "num_workers")},
-        }
-        return dataset, settings
+        return dataset, _settings(config, sources, index, count)
 
-    return BatchIterator(open_stream, plan)
+    skipped = sum(source.documents.skipped_rows for source in sources) if config.on_error == "skip" else None
+    return BatchIterator(open_stream, plan, [name for name, _ in config.mixture], skipped)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Documents that a stream reads, and what was measured of them."""
+
+    config: DataConfig
+    documents: Documents
+    window_tokens: int
+    """Tokens of the window that rows are shuffled in."""
+    group: int
+    """Documents that are encoded at a time."""
+
+
+def _open_source(config: DataConfig, tokenizer: Tokenizer, streams: int) -> _Source:
+    documents = open_documents(config, config.train_split)
+    return _Source(config, documents, *_check(documents, config, tokenizer, streams))
+
+
+def _stream(
+    config: DataConfig, sources: Sequence[_Source], tokenizer: Tokenizer, index: int, count: int
+) -> grain.IterDataset:
+    """Return the batches of stream `index` of `count`, of one source or of a mixture."""
+    rows, shard, weighted = config.batch_size // count, slice(index, None, count), config.completions_only
+    windows = [
+        _windows(each.config, each.documents, tokenizer, rows, each.window_tokens, shard, each.group, weighted)
+        for each in sources
+    ]
+    if not config.mixture:
+        return FlatMapIterDataset(windows[0], _Pieces(rows))
+    numbers = mixture.plan([share for _, share in config.mixture], rows, index, count)
+    return mixture.DrawRows(numbers, [FlatMapIterDataset(each, _Pieces(1)) for each in windows])
+
+
+def _settings(config: DataConfig, sources: Sequence[_Source], index: int, count: int) -> dict[str, Any]:
+    """Return what a saved position has to agree with.
+
+    The source's name is not among them: a corpus may move between two runs.
+    """
+    facts = {
+        "documents": [len(each.documents) for each in sources],
+        "window": [each.window_tokens for each in sources],
+        "group": [each.group for each in sources],
+    }
+    mixed = {"mixture": [share for _, share in config.mixture]} if config.mixture else {}
+    return {
+        **{name: values if config.mixture else values[0] for name, values in facts.items()},
+        **mixed,
+        "rows": config.batch_size // count,
+        "stream": [index, count],
+        **{name: getattr(config, name) for name in ("packing", "seq_len", "shuffle", "seed", "num_workers")},
+    }
 
 
 def _open_task_stream(config: DataConfig, index: int, count: int) -> tuple[grain.IterDataset, dict[str, Any]]:
@@ -123,16 +165,20 @@ def _start_worker(_index: int, _count: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _batches(
+def _windows(
     config: DataConfig,
     documents: Documents | Sequence[bytes],
     tokenizer: Tokenizer,
     rows: int,
     window_tokens: int,
     shard: slice,
-    group: int = 2,
+    group: int,
+    weighted: bool,
 ) -> grain.IterDataset:
-    """Build the pipeline of the documents that `shard` selects in each epoch, `group` of them encoded at a time."""
+    """Return windows of rows, multiples of `rows`, of the documents that `shard` selects in each epoch.
+
+    `group` documents are encoded at a time. `weighted` rows have weights.
+    """
     length = config.seq_len + 1
     # Grain numbers the epochs upwards from the seed; hashing keeps neighbouring seeds from sharing their epochs.
     seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0]) >> 1
@@ -159,8 +205,7 @@ def _batches(
         windows = windows.map(_name_segments).batch(window)
     if config.shuffle:
         windows = windows.random_map(_permute_rows, seed=seed)
-    windows = windows.map(functools.partial(name_fields, config.completions_only))
-    return FlatMapIterDataset(windows, _Pieces(rows))
+    return windows.map(functools.partial(name_fields, weighted))
 
 
 def _encode(tokenizer: Tokenizer, joined: bool, documents: list[bytes]) -> Batch:

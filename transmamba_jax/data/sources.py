@@ -7,6 +7,7 @@ get their own handles.
 from transmamba_jax.config import DataConfig
 from transmamba_jax.data.documents import Documents, GivenDocuments
 from transmamba_jax.data.registry import check_source, find_opener
+from transmamba_jax.runtime.checks import require
 from transmamba_jax.runtime.paths import show_path
 
 
@@ -16,6 +17,7 @@ def open_documents(config: DataConfig, split: str) -> Documents:
     Raises:
         ValueError: the source or the split does not exist or is empty; the message says what there is.
     """
+    require(not config.mixture, "open_documents is for one source, found a mixture; take config.of_source(name)")
     check_source(config.source)
     name, _, rest = config.source.partition(":")
     found = find_opener(name)(config, rest, split)

@@ -13,8 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from transmamba_jax.config_io import load_config
-from transmamba_jax.data.documents import take
-from transmamba_jax.data.sources import open_documents
+from transmamba_jax.data.held_out import training_documents
 from transmamba_jax.data.tokenizers import END_OF_DOCUMENT, JsonTokenizer
 from transmamba_jax.runtime import logs
 from transmamba_jax.runtime.checks import require
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}; make it first")
         require(not output.is_dir(), f"--output {output} is a folder; name a file in it")
         config = load_config(options.config, overrides)
-        documents = take(open_documents(config.data, config.data.train_split), options.max_bytes)
+        documents = training_documents(config.data, options.max_bytes)
         text = train(documents, options.vocab_size)
         output.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:

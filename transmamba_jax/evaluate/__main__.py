@@ -51,22 +51,28 @@ def _table(result: EvalResult, transpoints: Sequence[int]) -> list[str]:
     return lines
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _figures(result: EvalResult) -> dict[str, Any]:
+    figures = {"tokens": result.tokens, "loss": _finite(result.loss), "bits_per_byte": _finite(result.bits_per_byte)}
+    return figures if result.accuracy is None else {**figures, "accuracy": result.accuracy}
+
+
 def _report(
     step: int, config: Config, transpoints: Sequence[int], result: EvalResult, peers: Mapping[str, float]
 ) -> dict[str, Any]:
     """Return the object that --json prints; losses in nats per token, null where one is not finite."""
-    finite = lambda value: value if math.isfinite(value) else None
-    spans = [{"start": span.start, "stop": span.stop, "loss": finite(span.loss)} for span in result.by_position]
+    spans = [{"start": span.start, "stop": span.stop, "loss": _finite(span.loss)} for span in result.by_position]
     return {
         "step": step,
-        "source": config.data.source,
+        "source": ", ".join(config.data.sources),
         "split": config.data.eval_split,
         "seq_len": config.data.seq_len,
         "transpoints": list(transpoints),
-        "tokens": result.tokens,
-        "loss": finite(result.loss),
-        "bits_per_byte": finite(result.bits_per_byte),
-        **({} if result.accuracy is None else {"accuracy": result.accuracy}),
+        **_figures(result),
+        **({"sources": {name: _figures(each) for name, each in result.by_source}} if result.by_source else {}),
         "baselines": dict(peers),
         "by_position": spans,
     }
@@ -132,9 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = {"classes": [dataclasses.asdict(each) for each in classes]} if classes else {}
         print(json.dumps({**_report(saved.step, config, points, result, peers), **found}))
         return 0
-    print(f"step {saved.step} of {options.checkpoint}, {config.data.source} {config.data.eval_split}")
+    print(f"step {saved.step} of {options.checkpoint}, {', '.join(config.data.sources)} {config.data.eval_split}")
     print(f"TransPoints {', '.join(map(str, points))} of {config.data.seq_len} tokens")
     print(f"{result.tokens:,} tokens: loss {result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits per byte")
+    for name, each in result.by_source:
+        print(f"  {name}: loss {each.loss:.4f} nats/token, {each.bits_per_byte:.4f} bits per byte")
     if result.accuracy is not None:
         print(f"accuracy on the tokens that are trained on: {result.accuracy:.4f}")
     for name, value in peers.items():

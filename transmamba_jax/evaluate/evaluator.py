@@ -28,6 +28,8 @@ from transmamba_jax.evaluate.scoring import token_scores
 from transmamba_jax.model import TransMamba
 from transmamba_jax.shapes import Array, Float32, Int
 
+_Batch = dict[str, np.ndarray]
+
 
 class EvaluationStopped(Exception):
     """An evaluation was asked to stop before it had read every window."""
@@ -57,6 +59,8 @@ class EvalResult:
     """Share of the weighted tokens that are the model's most likely ones; None: all tokens weigh the same."""
     answers: AnswerResult | None = None
     """Accuracy on the answers of a synthetic task."""
+    by_source: tuple[tuple[str, "EvalResult"], ...] = ()
+    """Results of each source of a mixture; the figures in all are means of theirs, by the shares of the mixture."""
 
     def metrics(self) -> dict[str, Any]:
         """Return the values of an evaluation line of metrics.jsonl; positions as [start, stop, loss]."""
@@ -67,7 +71,51 @@ class EvalResult:
             "eval/by_position": [[span.start, span.stop, span.loss] for span in self.by_position],
             **({} if self.accuracy is None else {"eval/accuracy": self.accuracy}),
             **({} if self.answers is None else self.answers.metrics()),
+            **{
+                f"eval/{name}/{key}": getattr(result, key)
+                for name, result in self.by_source
+                for key in ("loss", "bits_per_byte", "tokens", "accuracy")
+                if getattr(result, key) is not None
+            },
         }
+
+
+@dataclasses.dataclass
+class _Sums:
+    """Sums over the rows of some batches."""
+
+    nll: np.ndarray
+    """Weighted negative log-likelihoods by position, nats, [T]."""
+    weights: np.ndarray
+    """By position, [T]."""
+    bytes_read: float = 0.0
+    correct: float = 0.0
+    """Weight of the tokens that are the likeliest ones."""
+    per_token: bool = True
+    """Tokens have weights of their own."""
+
+    @classmethod
+    def mixed(cls, parts: Sequence["_Sums"], shares: Sequence[float]) -> "_Sums":
+        """Return the sums in which each part weighs its share, whatever it has of tokens."""
+        factors = [share / part.weights.sum() for part, share in zip(parts, shares, strict=True)]
+        total = lambda name: sum(factor * getattr(part, name) for factor, part in zip(factors, parts, strict=True))
+        per_token = all(part.per_token for part in parts)
+        return cls(total("nll"), total("weights"), total("bytes_read"), total("correct"), per_token)
+
+    def result(self, **others: Any) -> EvalResult:
+        """Return the means."""
+        total = self.weights.sum()
+        return EvalResult(
+            loss=float(self.nll.sum() / total),
+            bits_per_byte=float(self.nll.sum() / (math.log(2) * self.bytes_read)),
+            by_position=tuple(
+                PositionLoss(start, stop, float(self.nll[start:stop].sum() / self.weights[start:stop].sum()))
+                for start, stop in spans(self.nll.size)
+                if self.weights[start:stop].any()
+            ),
+            accuracy=self.correct / float(total) if self.per_token else None,
+            **others,
+        )
 
 
 class Evaluator:
@@ -81,12 +129,11 @@ class Evaluator:
         """
         self._seq_len, self._chunk = config.data.seq_len, config.train.loss_chunk
         self._model, self._mesh = model, mesh
-        batches = data.eval_batches(config.data, tokenizer, config.eval.windows, config.eval.batch_size)
+        sets = data.eval_sets(config.data, tokenizer, config.eval.windows, config.eval.batch_size)
         missing = -config.eval.batch_size % (1 if mesh is None else sharding.row_shards(mesh))
-        self._batches = [
-            {name: np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) for name, rows in batch.items()}
-            for batch in batches
-        ]
+        pad = lambda rows: np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
+        self._sets = [[{key: pad(rows) for key, rows in batch.items()} for batch in sets[name]] for name in sets]
+        self._mixture = config.data.mixture
         self._transpoints = config.model.transpoints
         self._score = self._compile()
 
@@ -110,39 +157,43 @@ class Evaluator:
         Raises:
             EvaluationStopped: `should_stop()` turned true between two batches.
         """
-        nll, counts = np.zeros((2, self._seq_len), np.float64)  # [T]
-        byte_count, correct, answers = 0.0, 0.0, AnswerCounter()
-        for index, batch in enumerate(self._batches):
+        answers = AnswerCounter()
+        parts = [self._sum(batches, params, answers, should_stop) for batches in self._sets]
+        counts = [round(part.weights.sum()) for part in parts]
+        if not self._mixture:
+            table = answers.result(self._seq_len, self._transpoints) if "answers" in self._sets[0][0] else None
+            return parts[0].result(tokens=counts[0], answers=table)
+        names, shares = zip(*self._mixture, strict=True)
+        results = [part.result(tokens=count) for part, count in zip(parts, counts, strict=True)]
+        by_source = tuple(zip(names, results, strict=True))
+        return _Sums.mixed(parts, shares).result(tokens=sum(counts), by_source=by_source)
+
+    def _sum(
+        self, batches: Sequence[_Batch], params: Any, answers: AnswerCounter, should_stop: Callable[[], bool]
+    ) -> _Sums:
+        """Add up the batches of a source."""
+        nll, totals = np.zeros((2, self._seq_len), np.float64)
+        sums = _Sums(nll, totals, per_token=batches[0]["weights"].ndim == 2)
+        for index, batch in enumerate(batches):
             if should_stop():
-                raise EvaluationStopped(f"evaluation stopped after {index} of {len(self._batches)} batches")
+                raise EvaluationStopped(f"evaluation stopped after {index} of {len(batches)} batches")
             weights = target_weights(batch)
             inputs = {name: self._place(batch[name]) for name in ("tokens", "segment_ids") if name in batch}
             losses, right = self._score(params, inputs, self._place(weights))
-            nll += np.asarray(losses, np.float64)
-            correct += float(np.sum(np.asarray(right) * weights, dtype=np.float64))
+            sums.nll += np.asarray(losses, np.float64)
+            sums.correct += float(np.sum(np.asarray(right) * weights, dtype=np.float64))
             if "answers" in batch:
                 answers.add(np.asarray(right), batch["answers"], batch["facts"])
-            counts += weights.sum(axis=0, dtype=np.float64)
-            byte_count += float(np.sum(batch["bytes"][:, 1:] * weights, dtype=np.float64))
-        return EvalResult(
-            loss=float(nll.sum() / counts.sum()),
-            bits_per_byte=float(nll.sum() / (math.log(2) * byte_count)),
-            tokens=round(counts.sum()),
-            by_position=tuple(
-                PositionLoss(start, stop, float(nll[start:stop].sum() / counts[start:stop].sum()))
-                for start, stop in spans(nll.size)
-                if counts[start:stop].any()
-            ),
-            accuracy=correct / float(counts.sum()) if self._batches[0]["weights"].ndim == 2 else None,
-            answers=answers.result(self._seq_len, self._transpoints) if "answers" in self._batches[0] else None,
-        )
+            sums.weights += weights.sum(axis=0, dtype=np.float64)
+            sums.bytes_read += float(np.sum(batch["bytes"][:, 1:] * weights, dtype=np.float64))
+        return sums
 
     def _place(self, rows: np.ndarray) -> Any:
         # Every process reads the same windows, so each hands over the same global array.
         return rows if self._mesh is None else jax.device_put(rows, sharding.batch_sharding(self._mesh))
 
 
-def target_weights(batch: dict[str, np.ndarray]) -> np.ndarray:
+def target_weights(batch: _Batch) -> np.ndarray:
     """Weigh the targets of a batch, float32 [B, T]: 0 in rows that fill up, or where another document begins.
 
     The batch has a weight for each row, or for each token.

@@ -75,7 +75,8 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Options:
     if options.compile_only != bool(options.topology):
         raise ValueError("--compile-only and --topology NAME (v5e:16x16, v5p:8x8x8, cpu:8, ...) go together")
     if not options.compile_only:
-        registry.check_source(options.experiment.data.source)
+        for source in options.experiment.data.sources:
+            registry.check_source(source)
     return options
 
 

@@ -68,7 +68,8 @@ def train(
     config = dataclasses.replace(config, workdir=str(expand_path(config.workdir)))
     if documents is not None:
         config = dataclasses.replace(config, data=data.give_documents(config.data, config.workdir, documents))
-    registry.check_source(config.data.source)
+    for source in config.data.sources:
+        registry.check_source(source)
     with Preemption() as preemption, contextlib.ExitStack() as cleanup:
         opened = _open_run(config, model, preemption, cleanup)
         if opened is None:
@@ -214,6 +215,7 @@ class _Run:
         while step < steps and not self.any_process.lagged(self.preemption.requested):
             # a. The batch is read and the step is queued; the device works while the host continues.
             rows = schedule_sampling.with_transpoints(self.config, next(self.batches), step, *self.row_share)
+            facts = self.batches.facts()
             batch = sharding.place_batch(rows, self.mesh)
             train_step = train_steps[schedule_sampling.of_step(self.config, step)]
             with jax.transfer_guard("disallow"):  # an accidental copy from or to the host would stall the devices
@@ -221,7 +223,7 @@ class _Run:
             step += 1
 
             # b. The metrics of the step before are fetched: they are ready, so nobody waits. A diverged run ends here.
-            log.push(step, metrics, state)
+            log.push(step, metrics, state, facts)
             if not self.checkpointer.saving:
                 self._settle(step)
 

@@ -21,7 +21,7 @@ class StepLog:
     def __init__(self, config: Config, console: Console, write: Callable[[Record], None]) -> None:
         """Report to `console`; `write` takes the records."""
         self._config, self._console, self._write = config, console, write
-        self._pending: tuple[int, Metrics] | None = None
+        self._pending: tuple[int, Metrics, Record] | None = None
         self.clock = Throughput(config, jax.devices())
         self._compile_seconds = 0.0
         self._nonfinite_steps = 0
@@ -32,10 +32,10 @@ class StepLog:
         self._console.begin()
         self.clock.resume()
 
-    def push(self, step: int, metrics: Metrics, state: TrainState) -> None:
-        """Take the metrics of a step that is under way and finish those of the step before."""
+    def push(self, step: int, metrics: Metrics, state: TrainState, facts: Record) -> None:
+        """Take the metrics of a step that is under way and finish those of the step before; `facts` join its line."""
         self.flush(state)
-        self._pending = step, metrics
+        self._pending = step, metrics, facts
 
     def flush(self, state: TrainState) -> int:
         """Wait for what is pending, write it, and return how many of the last steps in a row were skipped.
@@ -44,9 +44,10 @@ class StepLog:
             NonFiniteError: too many.
         """
         if self._pending is not None:
-            step, metrics = self._pending
+            step, metrics, facts = self._pending
             self._pending = None
-            self._finish(step, {name: value.item() for name, value in jax.device_get(metrics).items()}, state)
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            self._finish(step, {**values, **facts}, state)
         return self._nonfinite_steps
 
     def _finish(self, step: int, values: Record, state: TrainState) -> None:
