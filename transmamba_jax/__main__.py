@@ -20,7 +20,8 @@ def commands() -> dict[str, str]:
     """Return name -> module, relative to the package, of every command."""
     rooms = sorted(path.parent.name for path in _PACKAGE.glob("*/__main__.py"))
     others = {room: room for room in rooms if room != "training"}
-    return {"train": "training", **others, "train-tokenizer": "data.train_tokenizer"}
+    of_data = {name: f"data.{name.replace('-', '_')}" for name in ("train-tokenizer", "write-records")}
+    return {"train": "training", **others, **of_data}
 
 
 def summary(module: str) -> str:

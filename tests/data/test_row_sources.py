@@ -356,7 +356,7 @@ def test_chats_that_are_none_are_refused(tmp_path: Path, chat: Any, message: str
             {"prompt_field": "a", "completion_field": "b", "messages_field": "c"},
             "give data.prompt_field or data.messages_field, found 'a' and 'c'",
         ),
-        ({"messages_field": "c", "source": "text:*"}, r"rows with fields \(jsonl, .*\), found data.source='text:\*'"),
+        ({"messages_field": "c", "source": "text:*"}, r"rows with fields \(jsonl, .*\), found text:\*$"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:

@@ -157,9 +157,9 @@ class ArrowRows(IndexedRows[ArrowFile]):
     def _number(self, position: int, place: tuple[int, int]) -> int:
         return self._file(position).starts[place[0]] + place[1]
 
-    def _document(self, file: ArrowFile, place: tuple[int, int]) -> bytes:
+    def _row(self, file: ArrowFile, place: tuple[int, int]) -> dict[str, Any]:
         batch, row = file.batches[place[0]], place[1]
-        return self._fields.document({name: _value(batch.column(name), row) for name in self._fields.names})
+        return {name: _value(batch.column(name), row) for name in self._fields.names}
 
 
 def _scan_arrow(writer: RowWriter, path: str, progress: tqdm) -> None:

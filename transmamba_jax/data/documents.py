@@ -66,6 +66,14 @@ class Documents:
             hint = f"; it looks like {formats[0]}" if formats else ""
             raise ValueError(f"{self.where(index)} is not UTF-8: {message}{hint}") from None
 
+    def record(self, index: int) -> bytes:
+        """Return what array_record holds of document `index`: its text, or in JSON the fields that it is made of.
+
+        Raises:
+            ValueError: see `__getitem__`.
+        """
+        return self[index]
+
     @property
     def skipped_rows(self) -> int:
         """Return the number of broken rows of the source, all splits together, that `data.on_error: skip` left out."""

@@ -7,14 +7,14 @@ import os
 import weakref
 import zlib
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from tqdm import tqdm
 
 from transmamba_jax.config import DataConfig
 from transmamba_jax.data.cache_folder import cache_folder
 from transmamba_jax.data.documents import Documents
-from transmamba_jax.data.fields import Fields, RowError
+from transmamba_jax.data.fields import Fields, RowError, parse_json
 from transmamba_jax.data.file_patterns import find_files
 from transmamba_jax.data.row_index import IndexedRows, RowWriter, open_index
 from transmamba_jax.data.splits import SPLITS, RecordNumbers, records_of_split, require_name, too_few
@@ -53,8 +53,8 @@ class JsonRows(IndexedRows[LineFile]):
     def _number(self, position: int, place: tuple[int, int]) -> int:
         return _count_lines(self._index.files[position], place[0])
 
-    def _document(self, file: LineFile, place: tuple[int, int]) -> bytes:
-        return self._fields.read_json(file.read(*place))
+    def _row(self, file: LineFile, place: tuple[int, int]) -> Any:
+        return parse_json(file.read(*place))
 
 
 def open_jsonl(config: DataConfig, pattern: str, split: str) -> Documents:
@@ -110,7 +110,7 @@ def scan_lines(writer: RowWriter, path: str, progress: tqdm) -> None:
 
 def _add(writer: RowWriter, path: str, number: int, offset: int, line: bytes) -> None:
     try:
-        writer.fields.read_json(line)
+        writer.fields.document(parse_json(line))
     except RowError as error:
         writer.broken(f"line {number} of {show_path(path)}", error)
     else:

@@ -10,7 +10,7 @@ from array_record.python import array_record_module
 
 from transmamba_jax.config import DataConfig
 from transmamba_jax.data.documents import Documents, LazyDocuments
-from transmamba_jax.data.fields import Fields, RowError
+from transmamba_jax.data.fields import Fields, RowError, parse_json
 from transmamba_jax.data.file_patterns import find_files
 from transmamba_jax.data.splits import SPLITS, RecordNumbers, records_of_split, require_name, too_few
 from transmamba_jax.runtime.paths import show_path
@@ -71,9 +71,13 @@ class FieldRecords(Records):
 
     def _read(self, index: int) -> bytes:
         try:
-            return self._fields.read_json(super()._read(index))
+            return self._fields.document(parse_json(super()._read(index)))
         except RowError as error:
             raise ValueError(f"{self.where(index)} {error}") from None
+
+    def record(self, index: int) -> bytes:
+        """Return the record as it is."""
+        return super()._read(index)
 
 
 def open_records(config: DataConfig, pattern: str, split: str) -> Documents:

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -204,8 +204,8 @@ class IndexedRows(LazyDocuments, Generic[File]):
     def _open_file(self, path: str) -> File:
         raise NotImplementedError
 
-    def _document(self, file: File, place: tuple[int, int]) -> bytes:
-        """Read the document of the row at a place of the index."""
+    def _row(self, file: File, place: tuple[int, int]) -> Any:
+        """Read the row at a place of the index."""
         raise NotImplementedError
 
     def _number(self, position: int, place: tuple[int, int]) -> int:
@@ -249,9 +249,22 @@ class IndexedRows(LazyDocuments, Generic[File]):
     def _read(self, index: int) -> bytes:
         position, place = self._locate(index)
         try:
-            return self._document(self._file(position), place)
+            return self._fields.document(self._row(self._file(position), place))
         except RowError as error:
             raise OSError(f"it {error}; the file was changed since it was indexed") from None
+
+    def record(self, index: int) -> bytes:
+        """Return the text of document `index`, or in JSON the fields of its prompt and completion, or its chat.
+
+        Raises:
+            ValueError: see `__getitem__`.
+        """
+        document = self[index]
+        if not self._fields.completions_only:
+            return document
+        position, place = self._locate(index)
+        row = self._row(self._file(position), place)
+        return json.dumps({name: row[name] for name in self._fields.names}, ensure_ascii=False).encode()
 
     @property
     def has_long(self) -> bool:
