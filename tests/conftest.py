@@ -2,9 +2,12 @@
 
 import importlib.metadata
 import os
-from collections.abc import Generator
+import pathlib
+from collections.abc import Generator, Iterator
 
 import hypothesis
+import jax
+import jaxtyping
 import pytest
 
 # The TPU's compiler (libtpu) runs on any machine. Without these it asks the network whether this is a TPU, and refuses
@@ -17,8 +20,9 @@ if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
     os.environ.setdefault("NPROC", "2")
 
 # Compiling is most of the suite's time, and these flags halve it. The first leaves XLA's own passes as they are and
-# skips LLVM's; the second, which jax 0.10 alone has, makes the machine code of fusions in one step instead of two. A
-# flag given by hand wins. Benchmarks check the values of the optimised machine code.
+# skips LLVM's; the second, which jax 0.10 alone has, makes the machine code of fusions in one step instead of two
+# (remove it when jax >= 0.11 is required). A flag given by hand wins. Benchmarks check the values of the optimised
+# machine code.
 _FLAGS = {"--xla_backend_optimization_level": "0"}
 if importlib.metadata.version("jax").startswith("0.10."):
     _FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
@@ -26,8 +30,29 @@ _GIVEN = os.environ.get("XLA_FLAGS", "")
 _MISSING = [f"{name}={value}" for name, value in _FLAGS.items() if name not in _GIVEN]
 os.environ["XLA_FLAGS"] = " ".join([_GIVEN, *_MISSING]).strip()
 
+# Modules whose annotations have shapes: every call checks shapes, dtypes and types. An int may stand for a float.
+_CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+_ROOT = pathlib.Path(__file__).parents[1]
+_SOURCES = {path: path.read_text(encoding="utf-8") for path in (_ROOT / "transmamba_jax").rglob("*.py")}
+CHECKED = [
+    ".".join(path.relative_to(_ROOT).with_suffix("").parts)
+    for path, text in _SOURCES.items()
+    if "import jaxtyping" in text or "from jaxtyping" in text or "from transmamba_jax.shapes" in text
+]
+jaxtyping.install_import_hook(CHECKED, _CHECKER)
+# Axes are aligned by hand: an axis that is missing would broadcast without a word.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Turn the checks of annotations off: calls that they forbid get the package's own refusals."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -26,10 +26,14 @@ def same_document(ids: jax.Array, back: int) -> jax.Array:
 def short_conv(params: Mapping[str, Any], x: jax.Array, ids: jax.Array) -> jax.Array:
     """y_t = bias + sum_j kernel[K-1-j] x_{t-j}, over the taps of the same document."""
     kernel, seq_len = params["kernel"], x.shape[1]
-    y = jnp.zeros_like(x) + params.get("bias", 0)
+    y = jnp.zeros_like(x) + params.get("bias", np.zeros(x.shape[-1]))[None, None]
     for back in range(min(kernel.shape[0], seq_len)):
         shifted = jnp.concatenate([jnp.zeros_like(x[:, :back]), x[:, : seq_len - back]], axis=1)
-        y = y + jnp.where(same_document(ids, back)[..., None], shifted, 0) * kernel[kernel.shape[0] - 1 - back]
+        y = (
+            y
+            + jnp.where(same_document(ids, back)[..., None], shifted, 0)
+            * kernel[None, None, kernel.shape[0] - 1 - back]
+        )
     return y
 
 
@@ -37,7 +41,7 @@ def rotate(x: jax.Array, theta: float) -> jax.Array:
     """Rotary embedding as multiplication of complex numbers, first half real and second half imaginary."""
     half = x.shape[-1] // 2
     angle = np.arange(x.shape[1])[:, None] * theta ** (-np.arange(half) / half)
-    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None, :]
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[None, :, None, :]
     return jnp.concatenate([turned.real, turned.imag], axis=-1)
 
 
@@ -47,7 +51,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.A
     q, k = jnp.repeat(q, repeat, axis=2), jnp.repeat(k, repeat, axis=2)
     scores = jnp.einsum("bthn,bshn->bhts", q, k) / np.sqrt(q.shape[-1])
     time = np.arange(q.shape[1])
-    mask = (time[:, None] >= time) & (ids[:, :, None] == ids[:, None, :])
+    mask = (time[:, None] >= time)[None] & (ids[:, :, None] == ids[:, None, :])
     weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("bhts,bshp->bthp", weights, v)
 
@@ -64,7 +68,7 @@ def recurrence(
         x_t, dt_t, b_t, c_t, id_t = token
         real = (id_t != 0)[:, None, None, None]
         kept = jnp.where((id_t == document)[:, None, None, None], h, 0)
-        new = jnp.exp(dt_t * a)[..., None, None] * kept
+        new = jnp.exp(dt_t * a[None])[..., None, None] * kept
         new = new + (dt_t[..., None] * x_t)[..., None] * b_t[..., None, :]
         h = jnp.where(real, new, h)
         return (h, jnp.where(id_t != 0, id_t, document)), jnp.einsum("bhpn,bhn->bhp", h, c_t)
@@ -77,7 +81,7 @@ def recurrence(
 
 def grouped_norm(y: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     grouped = y.reshape(*y.shape[:2], *scale.shape)
-    normed = grouped / jnp.sqrt(jnp.mean(grouped**2, axis=-1, keepdims=True) + eps) * scale
+    normed = grouped / jnp.sqrt(jnp.mean(grouped**2, axis=-1, keepdims=True) + eps) * scale[None, None]
     return normed.reshape(y.shape)
 
 
@@ -104,10 +108,10 @@ def mixer(
     attended = attended.reshape(*x.shape[:2], -1)
     if cfg.attention_norm:
         attended = grouped_norm(attended, params["norm"]["scale"], cfg.norm_eps)
-    dt = jnp.log1p(jnp.exp(x @ params["dt"]["kernel"] + params["dt_bias"]))
+    dt = jnp.log1p(jnp.exp(x @ params["dt"]["kernel"] + params["dt_bias"][None, None]))
     scanned, _ = recurrence(v, dt, -jnp.exp(params["a_log"]), k, q, ids)
     if cfg.use_d_skip:
-        scanned = scanned + params["skip"][:, None] * v
+        scanned = scanned + params["skip"][None, None, :, None] * v
     gated = scanned.reshape(*x.shape[:2], -1) * silu(x @ params["z"]["kernel"])
     scanned = grouped_norm(gated, params["norm"]["scale"], cfg.norm_eps)
     before = np.arange(x.shape[1])[None, :, None] < points[:, None, None]

@@ -46,7 +46,7 @@ def test_equals_the_library_with_gradients() -> None:
     x, kernel, bias, g = *inputs(), normal(3, 2, 12, 5)
 
     def library(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        return bias + jax.lax.conv_general_dilated(
+        return bias[None, None] + jax.lax.conv_general_dilated(
             x, kernel[:, None], (1,), [(3, 0)], dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=5
         )
 
@@ -70,6 +70,7 @@ def test_gradients_of_every_platform_equal_autodiff(
     def plain(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         earlier = lambda y, back: jnp.pad(y, ((0, 0), (back, 0), (0, 0)))[:, :150]
         same = lambda back: (earlier(ids[..., None], back) == ids[..., None]) & (ids[..., None] != 0)
+        kernel, bias = kernel[:, None, None], bias[None, None]
         return bias + sum(jnp.where(same(3 - tap), earlier(x, 3 - tap) * kernel[tap], 0) for tap in range(4))
 
     with jax.enable_x64(True):
@@ -156,6 +157,7 @@ def test_bfloat16_is_float32_rounded_once() -> None:
         ({"history": np.ones((2, 4, 5))}, "history must have shape"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_refuses(change: dict[str, np.ndarray], message: str) -> None:
     arguments = dict(zip(("x", "kernel", "bias"), inputs(), strict=True)) | change
     with pytest.raises(ValueError, match=message):

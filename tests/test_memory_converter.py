@@ -108,7 +108,7 @@ def test_gradient_reaches_the_prefix_and_nothing_else(traced: bool) -> None:
             h = inputs["initial_state"]
             for t in range(20):
                 update = (dt[:, t, :, None] * v[:, t])[..., None] * jnp.repeat(k[:, t], 2, axis=1)[:, :, None]
-                h = jnp.exp(dt[:, t] * a)[..., None, None] * h + update
+                h = jnp.exp(dt[:, t] * a[None])[..., None, None] * h + update
             return jnp.sum(weights * h)
 
         expected = jax.grad(oracle_loss)(double)
@@ -135,6 +135,7 @@ def test_bfloat16_keys_and_values() -> None:
         (1.5, "integer.*float32"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_transpoints_are_refused(transpoint: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tm.memory_converter(**make(), transpoint=transpoint)

@@ -1,12 +1,7 @@
 """The model: one parameter tree under every schedule, and what packing and padding promise."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -16,85 +11,19 @@ import numpy as np
 import pytest
 
 import transmamba_jax as tm
-from pallas_kernels import target
 from tests import oracle, precision
-from transmamba_jax.config import ModelConfig
-from transmamba_jax.model import GatedMLP
-
-SEQ_LEN = 24
-CONFIG = ModelConfig(
-    vocab_size=50,
-    num_layers=3,
-    d_model=16,
-    num_heads=2,
-    num_groups=1,
-    head_dim=6,
-    state_dim=4,
-    mlp_dim=20,
-    transpoints=(0, 6, 24),
-    dtype="float32",
+from tests.models import (
+    CONFIG,
+    KERNELS,
+    SCHEDULES,
+    SEQ_LEN,
+    apply,
+    apply_either,
+    apply_static,
+    make,
+    oracle_logits,
+    tokens_of,
 )
-KERNELS = tm.KernelsConfig(chunk_size=8)
-SCHEDULES = {
-    "transmamba": (0, 6, 24),
-    "transformer": tm.schedule.transformer(SEQ_LEN),
-    "mamba2": tm.schedule.mamba2(),
-    "hybrid": tm.schedule.hybrid(SEQ_LEN, every=3),
-    "beyond_the_row": (3, 20, 99),
-}
-
-
-def tokens_of(length: int = SEQ_LEN, batch: int = 2) -> jax.Array:
-    return jax.random.randint(jax.random.key(7), (batch, length), 1, CONFIG.vocab_size)
-
-
-@cache
-def make(config: ModelConfig = CONFIG) -> tuple[tm.TransMamba, Any]:
-    model = tm.TransMamba(config, KERNELS)
-    params = jax.jit(model.init)(jax.random.key(0), tokens_of())["params"]
-    # Larger embeddings than at the start of training, so that layers matter as much as they do later.
-    return model, {**params, "embedding": 20 * params["embedding"]}
-
-
-def apply(config: ModelConfig, params: Any, tokens: Any, points: Any = None, ids: Any = None) -> jax.Array:
-    return tm.TransMamba(config, KERNELS).apply({"params": params}, tokens, points, ids)
-
-
-# Compiled once for a config, a static schedule and shapes, whichever test asks.
-apply_static = jax.jit(apply, static_argnums=(0, 3))
-apply_traced = jax.jit(apply, static_argnums=0)
-
-
-def apply_either(config: ModelConfig, params: Any, tokens: Any, points: Any, ids: Any = None) -> jax.Array:
-    return (apply_static if isinstance(points, tuple) else apply_traced)(config, params, tokens, points, ids)
-
-
-@partial(jax.jit, static_argnums=(0, 5))
-def oracle_in_double(
-    config: ModelConfig, params: Any, tokens: Any, points: Any, ids: Any, attend: Callable[..., jax.Array]
-) -> jax.Array:
-    norm = lambda x, scale: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + config.norm_eps) * scale
-    x = params["embedding"][tokens]
-    for layer in range(config.num_layers):
-        block = jax.tree.map(lambda leaf: leaf[layer], params["layers"])  # noqa: B023
-        normed = norm(x, block["mixer_norm"]["scale"])
-        x = x + oracle.mixer(block["mixer"], config, normed, points[layer], ids, attend)
-        if config.mlp_dim:
-            y = norm(x, block["mlp_norm"]["scale"])
-            gate, up, down = (block["mlp"][name]["kernel"] for name in ("gate", "up", "down"))
-            x = x + (oracle.silu(y @ gate) * (y @ up)) @ down
-    head = params["embedding"].T if config.tie_embeddings else params["lm_head"]
-    return norm(x, params["final_norm"]["scale"]) @ head
-
-
-def oracle_logits(
-    config: ModelConfig, params: Any, tokens: Any, points: Any, ids: Any = None, attend: Any = oracle.attention
-) -> np.ndarray:
-    """The whole model in float64, layer by layer, from the equations; points [L, B]."""
-    ids = np.ones(tokens.shape, np.int32) if ids is None else ids
-    with jax.enable_x64(True):
-        double = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-        return np.asarray(oracle_in_double(config, double, np.asarray(tokens), np.asarray(points), ids, attend))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -170,51 +99,6 @@ def test_bfloat16_logits_are_close_and_accumulated_in_float32(residual_in_fp32: 
     assert precision.narrow(partial(apply, half), params, tokens_of()) == set()
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
-def test_rematerialisation_saves_memory_and_changes_no_gradient(traced: bool) -> None:
-    tokens = tokens_of()
-    points = np.full(CONFIG.num_layers, 6) if traced else (6,)
-    params = make()[1]
-
-    def gradient(remat: str) -> tuple[Any, int]:
-        config = dataclasses.replace(CONFIG, remat=remat)
-        loss = lambda p: jnp.sum(jnp.sin(tm.TransMamba(config, KERNELS).apply({"params": p}, tokens, points)))
-        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
-        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
-
-    (plain, most), (dots, fewer), (full, least) = (gradient(remat) for remat in ("none", "dots", "full"))
-    assert oracle.relative_error(dots, plain) < 1e-5
-    assert oracle.relative_error(full, plain) < 1e-5
-    assert least <= fewer < most
-
-
-@pytest.mark.parametrize("kernel", ["sequential", "associative"])
-def test_what_is_kept_is_not_computed_again(kernel: str) -> None:
-    """With "dots", the loops of attention and of the SSM run forwards once; with "full" twice."""
-
-    def loops(remat: str) -> int:
-        model = tm.TransMamba(
-            dataclasses.replace(CONFIG, num_layers=2, remat=remat, transpoints=(0, SEQ_LEN)),
-            tm.KernelsConfig(ssd=kernel, chunk_size=8),
-        )
-        params = jax.eval_shape(model.init, jax.random.key(0), tokens_of())
-        gradient = jax.grad(lambda params: jnp.sum(model.apply(params, tokens_of())))
-        return str(jax.make_jaxpr(gradient)(params)).count("scan[")
-
-    assert loops("none") == loops("dots") < loops("full")
-
-
-def test_gradients_of_the_gate_are_computed_once_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    mlp, x = GatedMLP(CONFIG), jax.random.normal(jax.random.key(1), (2, SEQ_LEN, CONFIG.d_model))
-    params = mlp.init(jax.random.key(0), x)
-    gradient = lambda: jax.grad(lambda params, x: jnp.sum(jnp.sin(mlp.apply(params, x))), (0, 1))
-    elsewhere = gradient()(params, x)
-    assert "optimization_barrier" not in str(jax.make_jaxpr(gradient())(params, x))
-    monkeypatch.setattr(target, "platform", lambda: "tpu")
-    assert oracle.relative_error(gradient()(params, x), elsewhere) < 1e-6
-    assert "optimization_barrier" in str(jax.make_jaxpr(gradient())(params, x))
-
-
 def test_parameter_tree_is_the_same_under_every_schedule() -> None:
     shapes = {}
     for name, points in SCHEDULES.items():
@@ -280,7 +164,7 @@ def test_transformer_schedule_equals_flax_attention() -> None:
     tokens = tokens_of()
     layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
     mixer = layer["mixer"]
-    norm = lambda y, scale: y / jnp.sqrt(jnp.mean(y**2, -1, keepdims=True) + config.norm_eps) * scale
+    norm = lambda y, scale: oracle.grouped_norm(y, scale, config.norm_eps)
     x = params["embedding"][tokens]
     y = norm(x, layer["mixer_norm"]["scale"])
     ids = jnp.ones_like(tokens)
@@ -336,13 +220,6 @@ def test_right_padding_changes_nothing(with_ids: bool) -> None:
     assert oracle.relative_error(logits[:, :-7], apply_static(CONFIG, params, alone)) < 5e-6
 
 
-def test_gradient_at_padding_is_finite() -> None:
-    _, params = make()
-    ids = np.array([[0] * 5 + [1] * 9 + [2] * 10, [1] * 20 + [0] * 4], np.int32)
-    loss = lambda p: jnp.sum(apply_static(CONFIG, p, tokens_of(), None, ids) * (ids != 0)[..., None])
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(jax.grad(loss)(params)))
-
-
 def test_traced_schedules_share_one_compilation() -> None:
     model, params = make()
     traces = []
@@ -385,83 +262,3 @@ def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:
     model, params = make()
     with pytest.raises(ValueError, match=message):
         model.apply({"params": params}, **{"tokens": tokens_of(), **arguments})
-
-
-ANY_DERIVATIVE = tm.KernelsConfig(ssd="reference", attention="reference")
-
-
-@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
-def test_the_references_have_jvp_and_hessian_vector_products(traced: bool) -> None:
-    """Of the whole model, against central differences in the direction of a random tangent."""
-    model, params, tokens = tm.TransMamba(CONFIG, ANY_DERIVATIVE), make()[1], tokens_of(12)
-    ids = np.array([[1] * 5 + [2] * 7, [3] * 10 + [0] * 2], np.int32)
-    points = np.array(CONFIG.transpoints) if traced else CONFIG.transpoints
-    keys = jax.random.split(jax.random.key(3), len(jax.tree.leaves(params)))
-    draw = lambda key, leaf: jax.random.normal(key, leaf.shape) * jnp.std(leaf)
-    tangent = jax.tree.map(draw, jax.tree.unflatten(jax.tree.structure(params), list(keys)), params)
-
-    def loss(params: Any) -> jax.Array:
-        logits = model.apply({"params": params}, tokens, points, ids)
-        return -jnp.mean(jax.nn.log_softmax(logits)[:, :-1][jnp.arange(2)[:, None], jnp.arange(11), tokens[:, 1:]])
-
-    @jax.jit
-    def derivatives(params: Any, step: float) -> Any:
-        near = lambda sign: jax.tree.map(lambda leaf, by: leaf + sign * step * by, params, tangent)
-        between = lambda function: jax.tree.map(
-            lambda after, before: (after - before) / (2 * step), function(near(1)), function(near(-1))
-        )
-        along = jax.jvp(loss, (params,), (tangent,))[1]
-        product = jax.jvp(jax.grad(loss), (params,), (tangent,))[1]
-        return (along, between(loss)), (product, between(jax.grad(loss)))
-
-    for found, expected in derivatives(params, 3e-3):
-        assert oracle.relative_error(found, expected) < 1e-2
-
-
-def test_other_kernels_refuse_forward_mode() -> None:
-    model, params = tm.TransMamba(CONFIG, KERNELS), make()[1]
-    loss = lambda params: jnp.sum(model.apply({"params": params}, tokens_of(6)))
-    with pytest.raises(TypeError, match="forward-mode autodiff"):
-        jax.jvp(loss, (params,), (params,))
-
-
-SIXTY_FOUR_BITS = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
-import transmamba_jax as tm
-from tests.test_model import CONFIG, KERNELS, differentiate
-
-assert jax.config.jax_enable_x64 == (sys.argv[1] == "1")
-np.savez(sys.argv[2], *jax.tree.leaves(differentiate()))
-"""
-
-
-def differentiate() -> Any:
-    """Parameters, logits and gradients, under a static and a traced schedule, with documents, in both dtypes."""
-    tokens, found = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 16), np.int32), []
-    ids = np.array([[1] * 7 + [2] * 9, [3] * 12 + [0] * 4], np.int32)
-    for dtype, points in (("float32", CONFIG.transpoints), ("bfloat16", np.array(CONFIG.transpoints))):
-        model = tm.TransMamba(dataclasses.replace(CONFIG, dtype=dtype), KERNELS)
-        params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
-
-        def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            logits = model.apply({"params": params}, tokens, points, ids)  # noqa: B023
-            return jnp.sum(jnp.sin(logits)), logits
-
-        gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
-        found.append((params, logits, gradients))
-    return found
-
-
-def test_sixty_four_bit_mode_gives_the_results_of_32_bits(tmp_path: Path) -> None:
-    found = {}
-    for mode in ("0", "1"):
-        command = [sys.executable, "-c", SIXTY_FOUR_BITS, mode, str(tmp_path / f"{mode}.npz")]
-        environment = {**os.environ, "JAX_ENABLE_X64": mode}
-        subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], check=True, timeout=300)
-        found[mode] = np.load(tmp_path / f"{mode}.npz")
-    assert found["0"].files == found["1"].files
-    for name in found["0"].files:
-        narrow, wide = found["0"][name], found["1"][name]
-        assert narrow.dtype == wide.dtype == np.float32
-        assert oracle.relative_error(wide, narrow) < 2e-5, name

@@ -95,6 +95,7 @@ def test_gradient_is_the_inverse_rotation() -> None:
         ((2, 5, 1, 8), "float32", np.arange(4), THETA, "positions must have shape"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_refuses(shape: tuple[int, ...], dtype: str, positions: np.ndarray, theta: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rotate(jnp.ones(shape, dtype), jnp.asarray(positions), theta)

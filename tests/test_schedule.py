@@ -135,6 +135,7 @@ def test_table_counts_attention_layers_along_the_sequence() -> None:
         (lambda: schedule.expand((0, 1, 2), 2), "3 entries but the model has num_layers=2"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_schedules_are_refused(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

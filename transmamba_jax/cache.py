@@ -13,6 +13,7 @@ first token (eager) or computed from keys, values and dt when P is reached (lazy
 
 import dataclasses
 import math
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ _LAYOUTS = {
 _LEAST_ROOM, _FIRST_ROOM = 256, 2048
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
@@ -55,6 +57,7 @@ class LayerCache:
         return 0 if self.keys is None else self.keys.shape[2]
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -206,7 +209,7 @@ def flush(layer: LayerCache, staging: LayerCache, starts: Int[Array, "B"], steps
     if layer.keys is None or layer.values is None or staging.keys is None or staging.values is None:
         return layer
     index = jnp.arange(staging.keys.shape[2], dtype=jnp.int32)
-    places = jnp.where(index < steps, starts[:, None] + index, layer.capacity)  # [B, steps]
+    places = jnp.where((index < steps)[None], starts[:, None] + index[None], layer.capacity)  # [B, steps]
     rows = jnp.arange(starts.shape[0], dtype=jnp.int32)[:, None]
     put = lambda whole, part: whole.at[rows, :, places].set(part.swapaxes(1, 2), mode="drop")
     waiting = layer.dt
@@ -224,7 +227,7 @@ def shift_window(
     joined = jnp.concatenate([window, inputs], axis=1)
     if valid is None:
         return joined[:, inputs.shape[1] :]
-    places = valid[:, None] + jnp.arange(window.shape[1], dtype=jnp.int32)
+    places = valid[:, None] + jnp.arange(window.shape[1], dtype=jnp.int32)[None]
     return jnp.take_along_axis(joined, places[..., None], axis=1)
 
 
@@ -246,7 +249,7 @@ def attend_once(
     dot = lambda equation, x, y: jnp.einsum(
         equation, x.astype(operand), y.astype(operand), preferred_element_type=jnp.float32
     )
-    before = jnp.arange(layer.capacity, dtype=jnp.int32) < starts[:, None, None]
+    before = jnp.arange(layer.capacity, dtype=jnp.int32)[None, None] < starts[:, None, None]
     upto = jnp.arange(staging.capacity, dtype=jnp.int32) <= index
     score = jnp.concatenate(
         [
@@ -267,8 +270,8 @@ def step_state(
     """Return h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t b_tᵀ, the recurrence of one token, in float32."""
     heads, groups = x.shape[1], b.shape[1]
     b = jnp.repeat(b.astype(jnp.float32), heads // groups, axis=1)
-    written = dt[..., None] * x.astype(jnp.float32)
-    return jnp.exp(dt * a)[..., None, None] * state + written[..., None] * b[:, :, None, :]
+    dtx = dt[..., None] * x.astype(jnp.float32)
+    return jnp.exp(dt * a[None])[..., None, None] * state + dtx[..., None] * b[:, :, None, :]
 
 
 def read_state(state: State, c: Float[Array, "B G N"]) -> Float32[Array, "B H P"]:

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from pallas_kernels import target
 from pallas_kernels.causal_conv1d import pallas_tpu
-from transmamba_jax.shapes import SegmentIds, known
+from transmamba_jax.shapes import Array, SegmentIds, known
 
 _BLOCK = 64
 """Tokens of one block of the backward pass on a CPU: 32 to 128 take the same time, 8 and 1024 longer."""
@@ -103,7 +103,7 @@ def _taps(padded: Array, kernel: Array, bias: Array, readable: tuple[Array, ...]
     wide = jnp.promote_types(padded.dtype, jnp.float32)
     out = jnp.broadcast_to(bias.astype(wide), (padded.shape[0], length, padded.shape[2]))
     for tap in range(taps):
-        term = padded[:, tap : tap + length].astype(wide) * kernel[tap].astype(wide)
+        term = padded[:, tap : tap + length].astype(wide) * kernel[None, None, tap].astype(wide)
         out = out + (term if readable is None else jnp.where(readable[tap][..., None], term, 0))
     return out.astype(padded.dtype)
 
@@ -157,7 +157,7 @@ def _spread(dy: Array, kernel: Array, readable: tuple[Array, ...] | None) -> Arr
     after, total = behind(dy), jnp.zeros(dy.shape, wide)
     for tap in range(taps):
         there = slice(taps - 1 - tap, taps - 1 - tap + length)
-        term = after[:, there].astype(wide) * kernel[tap].astype(wide)
+        term = after[:, there].astype(wide) * kernel[None, None, tap].astype(wide)
         total += term if readable is None else jnp.where(behind(readable[tap])[:, there, None], term, 0)
     return total
 

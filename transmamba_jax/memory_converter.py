@@ -71,7 +71,7 @@ def memory_converter(
         ids = None if segment_ids is None else segment_ids[:, :stop]
         return convert(k[:, :stop], v[:, :stop], dt[:, :stop], a, initial_state, ids)
     _check_traced(transpoint, k.shape[0])
-    before = jnp.arange(seq_len, dtype=jnp.int32) < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
+    before = jnp.arange(seq_len, dtype=jnp.int32)[None] < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
     masked_dt = jnp.where(before[..., None], dt, 0)
     ids = None if segment_ids is None else jnp.where(before, segment_ids, 0)
     return convert(k, v, masked_dt, a, initial_state, ids)

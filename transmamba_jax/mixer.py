@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool
 
 from pallas_kernels.ssd import supports_output_start
 from transmamba_jax import cache as memory
@@ -49,12 +50,12 @@ def residual_uniform(num_layers: int) -> nn.initializers.Initializer:
     return nn.initializers.variance_scaling(1 / (3 * 2 * num_layers), "fan_in", "uniform")
 
 
-def init_a_log(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def init_a_log(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
     """Return log of A ~ U(1, 16), so that -exp(a_log) is the decay rate (Mamba-2)."""
     return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1, 16)).astype(dtype)
 
 
-def init_dt_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def init_dt_bias(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
     """Return the inverse softplus of Δ, log-uniform between 1e-3 and 1e-1 (Mamba-2; its floor 1e-4 cannot bind)."""
     dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(1e-3), math.log(1e-1)))
     return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
@@ -73,7 +74,9 @@ def over_tokens(dense: nn.Dense, x: Float[Array, "B T _"]) -> Float[Array, "B T 
 
 def compute_dt(config: ModelConfig, projected: Float[Array, "... H"], bias: Float[Array, "H"]) -> Float[Array, "... H"]:
     """Return Δ = clip(softplus(projected + bias), dt_limit), in float32."""
-    dt = nn.softplus(projected.astype(jnp.float32) + bias.astype(jnp.float32))
+    dt = nn.softplus(
+        projected.astype(jnp.float32) + jax.lax.broadcast_to_rank(bias.astype(jnp.float32), projected.ndim)
+    )
     return dt if config.dt_limit == (0, math.inf) else jnp.clip(dt, *config.dt_limit)
 
 
@@ -93,10 +96,10 @@ class ShortConv(nn.Module):
         """Convolve each channel with its own taps; the last tap is the current token."""
         bound = 1 / math.sqrt(self.width)
 
-        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        def uniform(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        def identity(_key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        def identity(_key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
             return jnp.zeros(shape, dtype).at[-1].set(1)
 
         taps, biases = (uniform, uniform) if self.silu else (identity, nn.initializers.zeros)
@@ -154,7 +157,7 @@ class Mixer(nn.Module):
         attended = self._attend(q[:, :stop], k[:, :stop], v[:, :stop], ids)
         attended = jnp.pad(attended, ((0, 0), (0, length - stop), (0, 0)))
         scanned = self._gate(x, self._scan(q, k, v, self._compute_dt(x), None, segment_ids)[0])
-        before = jnp.arange(length, dtype=jnp.int32) < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
+        before = jnp.arange(length, dtype=jnp.int32)[None] < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
         return over_tokens(self.out, jnp.where(before[..., None], attended, scanned))
 
     def projections(
@@ -190,7 +193,7 @@ class Mixer(nn.Module):
         positions = start + jnp.arange(length, dtype=jnp.int32)
         q, k, v, window = self._continue(x, cache.window, positions, valid)
         cache = dataclasses.replace(cache, window=window)
-        real = jnp.arange(length, dtype=jnp.int32) < valid[:, None]
+        real = jnp.arange(length, dtype=jnp.int32)[None] < valid[:, None]
         dt = jnp.where(real[..., None], self._compute_dt(x), 0)
         parts = []
         if split > 0:
@@ -337,7 +340,7 @@ class Mixer(nn.Module):
         return self.norm(y.reshape(*y.shape[:2], -1) * nn.silu(over_tokens(self.z, x)), flat=True)
 
 
-def _same_document(before: SegmentIds, after: SegmentIds) -> Array:
+def _same_document(before: SegmentIds, after: Int[Array, "B _"]) -> Bool[Array, "B"]:
     """Tell per row whether the last token of `before` and the first of `after`, padding aside, share a document."""
     last = jnp.max(jnp.where(before != 0, jnp.arange(before.shape[1], dtype=jnp.int32), -1), axis=1)
     first = jnp.argmax(after != 0, axis=1)

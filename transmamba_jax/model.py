@@ -27,6 +27,7 @@ from transmamba_jax.shapes import (
     Array,
     Dt,
     Float,
+    Float32,
     HeadScalar,
     Hidden,
     Int,
@@ -199,7 +200,7 @@ class TransMamba(nn.Module):
             x = self._static_stack(x, schedule.expand(transpoints, cfg.num_layers), segment_ids)
         return self.final_norm(x)
 
-    def logits(self, hidden: Hidden) -> Logits:
+    def logits(self, hidden: Float[Array, "*B_T D"]) -> Float32[Array, "*B_T V"]:
         """Project hidden states onto the vocabulary, accumulated and returned in float32."""
         kernel = self.embedding.T if self.config.tie_embeddings else self.lm_head
         # Over a mesh: the whole vocabulary for some of the tokens, on every device.

@@ -3,8 +3,9 @@
 x̂ = x r,   r = (mean(x²) + ε)^-1/2 over each group,   y = x̂ ∘ w                              arXiv 1910.07467
 dw = Σ_t dy ∘ x̂,   dx = r (g - x̂ mean(g ∘ x̂)),   g = dy ∘ w
 
-Everything is float32 inside. On a CPU the backward pass is written by hand: XLA (jax 0.10) fuses each sum of what
-autodiff makes of it with the products under it there, and then takes ten times as long. A TPU's compiler does better
+Everything is float32 inside. On a CPU the backward pass is written by hand: XLA fuses each sum of what
+autodiff makes of it with the matmuls under it there, and then takes ten times as long in jax 0.10 and twice in 0.12
+(remove it with the first jax in which autodiff is as fast). A TPU's compiler does better
 with what autodiff makes. There the means over groups that the SSM leaves side by side in one axis (`flat`) are
 products: registers have 128 lanes, and an axis for each group means copies of float32 arrays there and back.
 """
@@ -56,13 +57,18 @@ def rms_norm(
     return _forward(x, weight, epsilon)[0]
 
 
+def _aligned(weight: Array, like: Array) -> Array:
+    """Give the weight the dtype of activations, and the rank, by axes of size one in front."""
+    return jax.lax.broadcast_to_rank(weight.astype(like.dtype), like.ndim)
+
+
 def _side_by_side(x: Array, weight: Array, epsilon: float) -> Array:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     groups, width = weight.shape
     member = jnp.repeat(jnp.eye(groups, dtype=wide.dtype), width, axis=0)  # [C, G]
     exact = functools.partial(jnp.matmul, precision="highest")
     scale = jax.lax.rsqrt(exact(wide * wide, member) / width + epsilon)
-    return wide * exact(scale, member.T) * weight.reshape(-1).astype(wide.dtype)
+    return wide * exact(scale, member.T) * _aligned(weight.reshape(-1), wide)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -73,14 +79,14 @@ def _by_hand(x: Array, weight: Array, epsilon: float) -> Array:
 def _forward(x: Array, weight: Array, epsilon: float) -> tuple[Array, tuple[Any, ...]]:
     grouped = _grouped(x, weight)
     scale = jax.lax.rsqrt(jnp.mean(grouped * grouped, axis=-1, keepdims=True) + epsilon)
-    return (grouped * (scale * weight.astype(grouped.dtype))).reshape(x.shape), (x, weight, scale)
+    return (grouped * (scale * _aligned(weight, grouped))).reshape(x.shape), (x, weight, scale)
 
 
 def _backward(epsilon: float, residuals: tuple[Any, ...], dy: Array) -> tuple[Array, Array]:  # noqa: ARG001
     x, weight, scale = residuals
     normal, dy = _grouped(x, weight) * scale, _grouped(dy, weight)
     dweight = jnp.sum((dy * normal).reshape(*x.shape), axis=tuple(range(x.ndim - 1)))
-    inner = dy * weight.astype(dy.dtype)
+    inner = dy * _aligned(weight, dy)
     dx = (inner - normal * _means(inner * normal)) * scale
     return dx.reshape(x.shape).astype(x.dtype), dweight.reshape(weight.shape).astype(weight.dtype)
 

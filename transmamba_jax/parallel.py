@@ -169,12 +169,12 @@ def _scan_shard(
     chunk_size: int,
     implementation: Choice,
 ) -> tuple[Value, State]:
-    """Run this shard's tokens from the state that the shards before it leave."""
+    """Scan this shard's tokens from the state after the shards before it."""
     options: dict[str, Any] = {"segment_ids": segment_ids, "chunk_size": chunk_size, "implementation": implementation}
-    kept = jnp.exp(jnp.sum(decay.log_decays(dt, a, segment_ids)[1], axis=1))
-    left = ssd_state(x, dt, a, b, **options)
+    decays = jnp.exp(jnp.sum(decay.log_decays(dt, a, segment_ids)[1], axis=1))
+    states = ssd_state(x, dt, a, b, **options)
     edges = None if segment_ids is None else _edges(segment_ids)
-    before, final = _states_between(*jax.lax.all_gather((kept, left, edges), "context"))
+    before, final = _states_between(*jax.lax.all_gather((decays, states, edges), "context"))
     mine = jax.lax.axis_index("context")
     initial = jax.lax.dynamic_index_in_dim(before, mine, keepdims=False)
     y = ssd(x, dt, a, b, c, d=d, initial_state=initial, **options)[0]
@@ -182,21 +182,21 @@ def _scan_shard(
 
 
 def _states_between(
-    kept: Float[Array, "S B H"], left: Float[Array, "S B H P N"], edges: tuple[Array, Array] | None
+    decays: Float[Array, "S B H"], states: Float[Array, "S B H P N"], edges: tuple[Array, Array] | None
 ) -> tuple[Float[Array, "S B H P N"], State]:
     """Return the state before every shard, 0 where the shard begins with a document of its own, and the last state."""
-    state = jnp.zeros_like(left[0])
-    last = jnp.zeros(left.shape[1], jnp.int32)
+    state = jnp.zeros_like(states[0])
+    last = jnp.zeros(states.shape[1], jnp.int32)
     before = []
-    for shard in range(left.shape[0]):
+    for shard in range(states.shape[0]):
         if edges is not None:
             first = edges[0][shard]
-            # A shard of padding alone (first = 0) hands the state on as it is.
+            # A shard of padding alone (first = 0) does not change the state.
             same = (first == last) | (first == 0)
             state = jnp.where(same[:, None, None, None], state, 0)
             last = jnp.where(first == 0, last, edges[1][shard])
         before.append(state)
-        state = kept[shard][..., None, None] * state + left[shard]
+        state = decays[shard][..., None, None] * state + states[shard]
     return jnp.stack(before), state
 
 

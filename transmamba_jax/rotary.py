@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
-from transmamba_jax.shapes import QueryKey
+from transmamba_jax.shapes import Array, QueryKey
 
 
 def rotate(x: QueryKey, positions: Int[Array, "T"] | Int[Array, "B T"], theta: float) -> QueryKey:
@@ -32,10 +32,9 @@ def rotate(x: QueryKey, positions: Int[Array, "T"] | Int[Array, "B T"], theta: f
     wide = jnp.promote_types(x.dtype, jnp.float32)
     # The exponents are static: computed in float64, each frequency is the nearest float32.
     frequency = jnp.asarray(float(theta) ** (-np.arange(half) / half), wide)
-    angle = positions.astype(wide)[..., None, None] * frequency
+    positions = positions if positions.ndim == 2 else positions[None]
+    angle = positions.astype(wide)[..., None, None] * frequency[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    if positions.ndim == 1:
-        cos, sin = cos[None], sin[None]
     first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
     rotated = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
     return rotated.astype(x.dtype)

@@ -8,10 +8,21 @@
     V  vocabulary                       M  width of the gated MLP
 
 Head h reads the queries and keys of group h // (H / G). A local name may carry its axes as a suffix (`x_bthp`).
+
+The tests check these annotations as the package runs. A dataclass that is a pytree carries `no_type_check`:
+`jax.tree.map` puts shapes and shardings where its arrays stand.
 """
 
+from typing import TYPE_CHECKING
+
 import jax.core
-from jaxtyping import Array, Float, Float32, Int, Shaped
+import numpy as np
+from jaxtyping import Float, Float32, Int, Shaped
+
+if TYPE_CHECKING:
+    from jax import Array
+else:
+    Array = jax.Array | np.ndarray  # numpy's arrays are taken wherever JAX's are; a result is JAX's
 
 Tokens = Int[Array, "B T"]
 SegmentIds = Int[Array, "B T"]  # equal ids: one document; 0: padding; documents are contiguous

@@ -91,12 +91,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, tuple(shape), axis_types=types)
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Return the number of parts that the rows of a batch are cut into."""
     return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["rows"])
 
 
-def check_divides(config: Config, mesh: Mesh) -> None:
+def check_divides(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Check that rows, tokens, heads and widths divide over the devices.
 
     Raises:

@@ -122,7 +122,7 @@ def forward(inputs: SsdInputs, chunk_size: int, output_start: int = 0) -> tuple[
     y = checkpoint_name(_within_chunks(dtx, log_decay, b, c) + _from_states(states, log_decay, c), NAME)
     y = y.reshape(batch, -1, num_heads, head_dim)[:, :length]
     if d is not None:
-        y = y + d[:, None] * x.astype(jnp.float32)
+        y = y + d[None, None, :, None] * x.astype(jnp.float32)
     return y.astype(x.dtype), final.reshape(initial_state.shape)
 
 

@@ -49,6 +49,7 @@ def log_decays(dt: jax.Array, a: jax.Array, segment_ids: jax.Array | None) -> tu
     l = dt a. Padding has dt = 0: it adds nothing to the state and leaves it as it is. The first token of every document
     but a row's first has l = FORGET: the state restarts there, and the initial state reaches the first document only.
     """
+    a = a[None, None]
     if segment_ids is None:
         return dt, dt * a
     dt = jnp.where((segment_ids == 0)[..., None], 0.0, dt)
@@ -133,7 +134,7 @@ def _segsum_bwd(decays: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
     before = jnp.tri(decays.shape[-1], k=-1, dtype=decays.dtype)  # [k, j]: j < k
     since = jnp.tri(decays.shape[-1], dtype=decays.dtype).T  # [k, i]: i >= k
     rows = _times(since, cotangent * decays)  # [k, j]
-    return (jnp.sum(before * rows, axis=-1),)
+    return (jnp.sum(jax.lax.broadcast_to_rank(before, rows.ndim) * rows, axis=-1),)
 
 
 segsum.defvjp(_segsum_fwd, _segsum_bwd)

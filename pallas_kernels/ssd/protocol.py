@@ -1,6 +1,6 @@
 """The protocol of an SSD implementation, and the inputs that all of them take."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -24,6 +24,7 @@ class SsdInputs(NamedTuple):
     """float32 [B, H, P, N]. None only among the residuals of a backward pass, which does not read it."""
 
 
+@runtime_checkable
 class SsdImplementation(Protocol):
     """A module that computes the SSD operator.
 

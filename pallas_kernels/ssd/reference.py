@@ -43,7 +43,7 @@ def forward(inputs: SsdInputs, chunk_size: int, output_start: int = 0) -> tuple[
     state, y = jax.lax.scan(step, initial_state, jax.tree.map(lambda value: jnp.moveaxis(value, 1, 0), tokens))
     y = jnp.moveaxis(y, 0, 1)
     if d is not None:
-        y = y + d[:, None] * x32
+        y = y + d[None, None, :, None] * x32
     return y.astype(x.dtype), state
 
 

@@ -233,7 +233,7 @@ def _forward(
         scores = _to_heads(c_k @ b_transposed, num_heads) * decays.segsum().swapaxes(-1, -2)
         y_k = scores @ dtx
         y_k += _matmul_states(c_k, before, num_heads) * decays.from_start()[..., None]
-        y_k += d[:, None, None] * x_k
+        y_k += d[None, :, None, None] * x_k
         return (h, _store(y, y_k, row, k), states), None
 
     def whole_row(carry, xs):
@@ -259,7 +259,7 @@ def _log_decay_gradient(pairs: jax.Array, reads: jax.Array, writes: jax.Array, t
     chunk = reads.shape[-1]
     since = jnp.tri(chunk, dtype=jnp.float32)  # [i, k]: i >= k
     before = 1.0 - since  # [j, k]: j < k
-    spanning = (jnp.ones((1, chunk), jnp.float32) @ (before * (pairs @ since)))[..., 0, :]
+    spanning = (jnp.ones((1, chunk), jnp.float32) @ (before[None, None] * (pairs @ since)))[..., 0, :]
     return spanning + reads @ since + writes @ before + through[..., None]
 
 
@@ -309,7 +309,7 @@ def _ssd_bwd(chunk, chunks, residuals, cotangents):
         dcb = _sum_over_heads(dscores * (weights * dt_k[..., None]), groups)
         dx_end = _matmul_states(b_k, dafter, num_heads)
         dc_start = _matmul_states_transposed(dy_k, before)
-        dx_k = (scores @ dy_k + dx_end * to_end[..., None]) * dt_k[..., None] + d[:, None, None] * dy_k
+        dx_k = (scores @ dy_k + dx_end * to_end[..., None]) * dt_k[..., None] + d[None, :, None, None] * dy_k
         db_k = dcb @ c_k + _sum_over_heads(_matmul_states_transposed(x_k, dafter) * (dt_k * to_end)[..., None], groups)
         dc_k = _times_transposed(dcb, b_k) + _sum_over_heads(dc_start * from_start[..., None], groups)
 

@@ -188,7 +188,9 @@ def test_gradients_see_neither_future_nor_other_documents(packed: bool) -> None:
     @jax.jit
     def jacobians(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
         y, back = jax.vjp(lambda q, k, v: causal_attention(q, k, v, given), q, k, v)
-        one_token = jnp.eye(length)[:, None, :, None, None] * jnp.arange(1.0, 4.0)  # the rows of the batch do not mix
+        one_token = (
+            jnp.eye(length)[:, None, :, None, None] * jnp.arange(1.0, 4.0)[None, None, None, None]
+        )  # the rows of the batch do not mix
         return jax.vmap(back)(jnp.broadcast_to(one_token, (length, *y.shape)))
 
     # [from t, B, to s, 1, channels] -> [B, t, s]
@@ -391,6 +393,7 @@ def test_automatic_choice(backend: str, dtype: str, packed: bool, name: str, mon
         ({"implementation": "cudnn", "segment_ids": np.ones((2, 8), np.int32)}, "not segment_ids"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_refuses(change: dict[str, Any], message: str) -> None:
     (q, k, v, _), _ = Spec(8).arrays()
     arguments = {"q": q, "k": k, "v": v} | change

@@ -56,7 +56,7 @@ class RunningMean(nn.Module):
 
     def hidden(self, tokens, segment_ids=None):
         ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-        seen = jnp.tril(jnp.ones((tokens.shape[1],) * 2)) * (ids[:, :, None] == ids[:, None, :])
+        seen = jnp.tril(jnp.ones((tokens.shape[1],) * 2))[None] * (ids[:, :, None] == ids[:, None, :])
         return jnp.einsum("bts,bsd->btd", seen, self.embedding[tokens]) / jnp.sum(seen, -1, keepdims=True)
 
     def logits(self, hidden):

@@ -45,7 +45,7 @@ def test_the_inside_is_that_of_the_forward_pass(params: Any, points: str, packed
     found = tm.inspect(MODEL, params, TOKENS, transpoints=transpoints, segment_ids=ids)
     logits = jax.jit(lambda params: MODEL.apply({"params": params}, TOKENS, transpoints, ids))(params)
     normed = found.outputs[-1] / jnp.sqrt(jnp.mean(found.outputs[-1] ** 2, -1, keepdims=True) + CONFIG.norm_eps)
-    ours = normed * params["final_norm"]["scale"] @ params["embedding"].T
+    ours = normed * params["final_norm"]["scale"][None, None] @ params["embedding"].T
     assert oracle.relative_error(ours, logits) < 2e-6
     np.testing.assert_array_equal(found.inputs[1:], found.outputs[:-1])
     expected = CONFIG.transpoints if transpoints is None else transpoints
@@ -100,6 +100,7 @@ def test_layers_are_chosen(params: Any) -> None:
         ({"segment_ids": np.ones((2, 3), np.int32)}, "segment_ids must be integers of the tokens' shape"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_are_refused(params: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tm.inspect(MODEL, params, TOKENS, **arguments)

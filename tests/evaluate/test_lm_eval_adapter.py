@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.evaluate.test_scoring import Spelling
-from tests.generate.test_decode import TWO, make, random_params
+from tests.generate.decoding import TWO, make, random_params
 from transmamba_jax import checkpoint, data
 from transmamba_jax.config import Config, DataConfig
 from transmamba_jax.config_io import load_config

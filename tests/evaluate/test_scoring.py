@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from tests.evaluate.test_evaluate import MODEL, RunningMean
-from tests.generate.test_decode import TWO, logits_of, make
+from tests.generate.decoding import TWO, logits_of, make
 from tests.generate.test_text import byte_level
 from transmamba_jax import data
 from transmamba_jax.data.tokenizers import ByteTokenizer

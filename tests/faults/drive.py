@@ -28,7 +28,7 @@ from transmamba_jax.training import loop, run_lock
 POISON = 255  # a byte that the text does not have
 KILL_POINTS = {
     "start": (run_lock, "hold"),
-    "preparation": (checkpoint_steps, "make_room"),
+    "preparation": (checkpoint_steps, "ensure_space"),
     "data": (ocp.path.atomicity.AtomicRenameTemporaryPath, "finalize"),
     "manifest": (checkpoint_manifest, "write"),
     "manifest-rename": (os, "fsync"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import transmamba_jax as tm
-from tests.generate.test_decode import SMALL, make
+from tests.generate.decoding import SMALL, make
 from transmamba_jax.generate import Decoder, Sampling, stream
 from transmamba_jax.generate.arguments import check_params, real_number, whole_number
 
@@ -46,10 +46,12 @@ def plain() -> list[list[int]]:
         {"temperature": jnp.float32(1e-40)},
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_numbers_and_arrays_of_any_type_mean_the_same(plain: list[list[int]], options: dict[str, Any]) -> None:
     assert generate(**options) == plain
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_numbers_of_any_type_sample_the_same() -> None:
     one = Sampling(temperature=np.float32(0.5), top_k=np.int64(5), top_p=jnp.float32(0.5), min_p=np.array(0.25))
     assert one == Sampling(temperature=0.5, top_k=5, top_p=0.5, min_p=0.25)
@@ -86,6 +88,7 @@ def test_numbers_of_any_type_sample_the_same() -> None:
         ({"model": PARAMS, "params": MODEL}, "model must be a TransMamba, found dict"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_anything_else_is_refused_before_a_compilation(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(**options)
@@ -97,6 +100,7 @@ def test_under_a_transformation_it_is_refused() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "key": jax.random.key(0)}])
+@pytest.mark.usefixtures("unchecked")
 def test_a_model_of_nan_has_no_next_token(options: dict[str, Any]) -> None:
     """NaN is the largest of all logits to argmax: every token was 0."""
     broken = {**PARAMS, "final_norm": {"scale": PARAMS["final_norm"]["scale"].at[3].set(jnp.nan)}}
@@ -111,6 +115,7 @@ def test_extreme_penalties_leave_numbers() -> None:
             assert all(0 <= token < 50 for row in rows for token in row)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_streams_of_one_state_do_not_meet(plain: list[list[int]]) -> None:
     decoder = Decoder(MODEL, PARAMS)
     state = decoder.prefill(PROMPTS)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import transmamba_jax as tm
-from tests.generate.test_decode import SMALL, random_params
+from tests.generate.decoding import SMALL, random_params
 from tests.generate.test_generate import held
 from transmamba_jax import checkpoint, data
 from transmamba_jax.config import Config

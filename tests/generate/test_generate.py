@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import transmamba_jax as tm
-from tests.generate.test_decode import TOTAL, TWO, decoder_of, logits_of, make
+from tests.generate.decoding import TOTAL, TWO, decoder_of, logits_of, make
 from transmamba_jax.generate import Sampling, stream
 from transmamba_jax.generate.sampling import filter_logits, row_keys, sample
 from transmamba_jax.generate.streaming import _Output

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import transmamba_jax as tm
+from tests.generate.decoding import SMALL, random_params
 from tests.generate.test_command import State
-from tests.generate.test_decode import SMALL, random_params
 from transmamba_jax import checkpoint, data, export
 from transmamba_jax.config import Config, DataConfig
 from transmamba_jax.config_io import to_yaml

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import transmamba_jax as tm
-from tests.generate.test_decode import TWO, make
+from tests.generate.decoding import TWO, make
 from transmamba_jax.generate import Decoder, Sampling
 from transmamba_jax.generate.sampling import fold_rows, row_keys, sample
 
@@ -80,6 +80,7 @@ def test_a_temperature_beyond_float32_is_refused() -> None:
 
 
 @pytest.mark.parametrize("key", [0, "0", jnp.arange(3), jnp.zeros(2), np.zeros((3, 5), np.uint32), jnp.uint32(0)])
+@pytest.mark.usefixtures("unchecked")
 def test_a_key_that_is_none_is_refused(key: object) -> None:
     with pytest.raises(ValueError, match=r"key must be a random key such as jax.random.key\(0\), found"):
         row_keys(key, 3, WARM)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from pallas_kernels.ssd.pallas_gpu import implementation as pallas_gpu
 from . import suite
 from .test_pallas_tpu import QUICK_COMPILATION
 
-SERVED = jax.__version_info__ >= (0, 11, 2)
+SERVED = jax.__version_info__ >= (0, 11, 2)  # remove when it is required
 
 FIELDS = {"heads": 1, "groups": 1, "head_dim": 64, "state_dim": 64}
 # Chunks have 64 tokens; float32 cuts P into parts. An interpreted kernel takes seconds: few cases, of few chunks.

@@ -26,7 +26,7 @@ QUICK_COMPILATION: dict[str, bool | int] = {
     "xla_llvm_disable_expensive_passes": True,
 }
 if jax.__version_info__ < (0, 11):
-    QUICK_COMPILATION["xla_cpu_use_fusion_emitters"] = False  # later versions have no other emitters
+    QUICK_COMPILATION["xla_cpu_use_fusion_emitters"] = False  # remove when jax >= 0.11 is required
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def test_decay_of_the_previous_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def shifted(dt: Any, a: Any, segment_ids: Any) -> Any:
         del segment_ids
-        return dt, jnp.pad((dt * a)[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        return dt, jnp.pad((dt * a[None, None])[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
     monkeypatch.setattr(decay, "log_decays", shifted)
     _check_fails("sequential", checks.Spec(), "y: relative error")
@@ -41,7 +41,7 @@ def test_no_step_on_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def stepless(dt: Any, a: Any, segment_ids: Any) -> Any:
         del segment_ids
-        return jnp.ones_like(dt), dt * a
+        return jnp.ones_like(dt), dt * a[None, None]
 
     monkeypatch.setattr(decay, "log_decays", stepless)
     _check_fails("sequential", checks.Spec(), "y: relative error")

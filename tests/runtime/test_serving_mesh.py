@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import transmamba_jax as tm
-from tests.generate.test_decode import random_params
+from tests.generate.decoding import random_params
 from transmamba_jax import data, sharding
 from transmamba_jax.evaluate import scoring
 from transmamba_jax.runtime import serving_mesh

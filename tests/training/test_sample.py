@@ -5,7 +5,7 @@ import types
 
 import jax
 
-from tests.generate.test_decode import TWO, make
+from tests.generate.decoding import TWO, make
 from transmamba_jax import data
 from transmamba_jax.config import Config, DataConfig, TrainConfig
 from transmamba_jax.training import sample

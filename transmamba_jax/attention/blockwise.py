@@ -244,7 +244,7 @@ def cached_attention(q: QueryKey, keys: Keys, values: Values, start: Int[Array, 
             begin = jnp.minimum(column * block, capacity - block)
             key = lax.dynamic_slice_in_dim(keys, begin, block, axis=2)
             value = lax.dynamic_slice_in_dim(values, begin, block, axis=3).swapaxes(2, 3)
-            slots = begin + jnp.arange(block, dtype=jnp.int32)
+            slots = begin + jnp.arange(block, dtype=jnp.int32)[None]
             seen = (slots >= column * block) & (slots <= positions[:, None])
             return key, value.reshape(batch, groups, block, -1), seen[None, None]
 

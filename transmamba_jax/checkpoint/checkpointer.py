@@ -1,4 +1,4 @@
-"""Checkpoints: save asynchronously, restore onto any devices, verify. The only module that knows orbax; also a command.
+"""Checkpoints: save asynchronously, restore onto any devices, verify. The only module that imports orbax.
 
 One step is one folder, `<directory>/<step>/`, of orbax items and a manifest:
 
@@ -7,11 +7,11 @@ One step is one folder, `<directory>/<step>/`, of orbax items and a manifest:
     data           JSON: {"processes": [the state of each process's data iterator]}
     config         JSON: {"yaml": the resolved config}
     tokenizer      JSON: {"json": the tokenizer}
-    manifest.json  what all of it must be, and the held-out loss (checkpoint_manifest.py)
+    manifest.json  dtypes, shapes and checksums of all of it, and the held-out loss (manifest.py)
 
 Orbax alone restores any item: `ocp.StandardCheckpointer().restore("<directory>/<step>/params")`. A folder gets its
-final name only after the items are on disk, and its manifest after that: a save that was killed leaves no step behind,
-and a step that is not what was saved is never used.
+final name after the items are on disk, and its manifest after that. A killed save therefore leaves no step, and a
+step that differs from its manifest is never used.
 """
 
 import dataclasses
@@ -40,14 +40,14 @@ from transmamba_jax.config import CheckpointConfig
 from transmamba_jax.runtime import hosts
 from transmamba_jax.runtime.paths import expand_path
 
-_SAVE_SECONDS = 1200  # after which orbax gives a save up
+_SAVE_SECONDS = 1200  # orbax gives a save up after these
 _UNFINISHED = f"{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"
 
 
 class Checkpointer:
     """Writer and reader of one run's checkpoint folder; one process group at a time writes to a folder.
 
-    With several processes every one makes each call, and a save or a restore that fails on one fails on all of them.
+    With several processes, every process makes each call. A save or restore that fails on one fails on all.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
@@ -77,8 +77,8 @@ class Checkpointer:
     ) -> None:
         """Copy the state to the host and write it in the background.
 
-        `state` is a registered pytree with a `params` attribute. An earlier save still under way is waited for first.
-        The step exists for `steps`, `restore` and the rest only when its manifest is on disk.
+        `state` is a registered pytree with a `params` attribute. It waits for an earlier save that is
+        still under way. `steps` and `restore` see the step once its manifest is on disk.
 
         Raises:
             ValueError: `step` is not newer than every complete step; a leaf is not an array; `data_state` is not JSON.
@@ -96,7 +96,7 @@ class Checkpointer:
             with hosts.collective_errors(SaveError):
                 if hosts.is_first():
                     nbytes = sum(array.nbytes for array in arrays.values())
-                    steps.make_room(self._directory, step, nbytes, self._rejected)
+                    steps.ensure_space(self._directory, step, nbytes, self._rejected)
             self._rejected.clear()
             finish = manifests.start_checksums(arrays)
             jsons = {"processes": processes}, {"yaml": config_yaml}, {"json": tokenizer_json}
@@ -116,11 +116,11 @@ class Checkpointer:
         return self._pending is not None and not self._pending[1].done()
 
     def restore_newest(self, abstract_state: Any, *, partial: bool = False) -> Restored | None:
-        """Restore the newest step that is what was saved, or None where none was ever completed.
+        """Restore the newest step that passes verification; return None where no step was ever completed.
 
-        Every leaf lands on the sharding of the same leaf of `abstract_state` (arrays or `ShapeDtypeStruct`s); a leaf
-        without one is replicated over all devices. A step that is damaged or was not completed is skipped, with a line.
-        With `partial`, leaves whose path, shape or dtype differ are left out and listed.
+        Every leaf gets the sharding of the same leaf of `abstract_state` (arrays or `ShapeDtypeStruct`s); a leaf
+        without one is replicated over all devices. A damaged or incomplete step is skipped and logged. With `partial`,
+        leaves whose path, shape or dtype differ are not restored but listed.
 
         Raises:
             ValueError: a path, shape or dtype differs, and the message names each with what was asked and what was
@@ -166,7 +166,7 @@ class Checkpointer:
         self.newest = step
 
     def close(self) -> None:
-        """Wait, raise what broke the last save, and stop the background thread."""
+        """Wait for the save under way, raise its error, and stop the background thread."""
         try:
             self.wait()
         finally:
@@ -174,7 +174,7 @@ class Checkpointer:
 
     @contextmanager
     def _writing(self) -> Iterator[tuple[ocp.AsyncCheckpointer, hosts.Barrier]]:
-        """Make a writer for one save, whose barriers a failing process can leave, and start to write in the body."""
+        """Make a writer for one save, whose barriers a failing process can abort; the body starts to write."""
         barrier = hosts.Barrier("save")
         everyone = set(range(jax.process_count()))
         # Named processes: orbax then waits for them through the coordination service, not in a collective.
@@ -190,7 +190,7 @@ class Checkpointer:
             with hosts.collective_errors(SaveError):
                 yield writer, barrier
         except (OSError, ValueError) as error:
-            # What others started meets this process's refusal in the background. Orbax raises no SaveError: theirs is.
+            # Other processes may be writing: abort their barriers. A SaveError came from them (orbax raises none).
             if not isinstance(error, SaveError):
                 barrier.abort(error)
             with suppress(Exception):
@@ -216,9 +216,9 @@ class Checkpointer:
                 described = {path: dataclasses.replace(leaf, checksum=checksums[path]) for path, leaf in leaves.items()}
                 manifests.write(folder, step, loss, described)
                 steps.tidy_up(self._directory, step, self._config)
-            # No process takes the step for saved before the manifest is there.
+            # No process counts the step as saved before its manifest exists.
             barrier.wait()
-        except BaseException as error:  # whatever it is, the others have to know
+        except BaseException as error:  # the other processes must learn of any error
             barrier.abort(error)
             raise
 
@@ -228,7 +228,7 @@ class Checkpointer:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def _failure(self, step: int, error: BaseException) -> SaveError:
-        """Count a failed save, remove what is left of it (the next one needs the space), and say what happened."""
+        """Count a failed save, delete its files, whose space the next one needs, and return the error to raise."""
         self.failed_saves += 1
         if hosts.is_first():
             self._delete_unfinished(str(step))
@@ -242,12 +242,11 @@ def restore(
     params_only: bool = False,
     like: Mapping[str, jax.ShapeDtypeStruct] | None = None,
 ) -> Checkpoint:
-    """Read a checkpoint onto the devices of this process: the newest that is what was saved, or that of `step`.
+    """Read a checkpoint onto the devices of this process: the newest that passes verification, or that of `step`.
 
-    The arrays are replicated over all devices, whatever devices they were saved from; a parameter whose path and shape
-    are those of an entry of `like` gets its sharding. With `params_only` the optimizer
-    state is not read and `state` is empty. A random key in `state` is {kind: its uint32 data}. A damaged step is
-    skipped, with a line.
+    The arrays are replicated over all devices, whatever devices they were saved from. A parameter whose path and shape
+    match an entry of `like` gets its sharding. With `params_only` the optimizer state is not read and `state` is empty.
+    A random key in `state` is {kind: its uint32 data}. A damaged step is skipped and logged.
 
     Raises:
         ValueError: no complete checkpoint is there, or not that step, and the message lists those that are; or it is
@@ -283,7 +282,7 @@ def _open(folder: Path) -> Manifest:
     if not changed and str(manifest.step) == folder.name:
         return manifest
     reasons = [] if str(manifest.step) == folder.name else [f"{manifests.FILE} belongs to step {manifest.step}"]
-    # What the change did to the arrays is said in terms of leaves.
+    # A change of array files is reported as the leaves that it damages.
     for item in {name.partition("/")[0] for name in changed} & {*trees.ITEMS}:
         paths = [path for path in manifest.leaves if path.startswith(f"{item}/")]
         bad = _bad_leaves(folder, manifest, paths)
@@ -295,7 +294,7 @@ def _open(folder: Path) -> Manifest:
 
 
 def _bad_leaves(folder: Path, manifest: Manifest, paths: Iterable[str]) -> list[str]:
-    """Read leaves one at a time into host memory and describe those that are not what was saved."""
+    """Read leaves one at a time into host memory and describe those that differ from the manifest."""
     bad = []
     for path in paths:
         item = path.partition("/")[0]
@@ -375,7 +374,7 @@ def _restore_args(targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
 
 
 def _load(folder: Path, restore_args: dict[str, Any]) -> Any:
-    """Read leaves of an item with orbax; the others are not touched."""
+    """Read leaves of an item with orbax, and no other leaf."""
     args = trees.nested(restore_args)[folder.name]
     asked = jax.tree.map(lambda _: 0, args)
     # The handler itself, not a Checkpointer around it: that one waits for the other processes in a collective.
@@ -384,7 +383,7 @@ def _load(folder: Path, restore_args: dict[str, Any]) -> Any:
             return reader.restore(
                 folder, args=ocp.args.PyTreeRestore(item=asked, restore_args=args, partial_restore=True)
             )
-        except Exception as error:  # orbax raises the bare class for a chunk that does not decompress
+        except Exception as error:  # orbax 0.12 raises the bare class for a bad chunk; look again in 0.13
             raise DamagedError(hosts.one_line(error)) from error
 
 

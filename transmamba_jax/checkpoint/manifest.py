@@ -1,7 +1,7 @@
-"""The manifest of a checkpointed step: what was saved, so that what is read can be compared. Knows no orbax.
+"""The manifest of a checkpointed step: its arrays and files, with checksums to compare. Imports no orbax.
 
-`manifest.json` is written into the folder of a step after everything else there, and gets its name only when all of it
-is on disk. A step without one was never saved completely. It holds
+`manifest.json` is written last into the folder of a step, and renamed into place when all of it is on disk. A step
+without a manifest was never saved completely. It holds
 
     leaves   path -> dtype, shape and checksum of every array
     files    path -> size of every file, and the checksum of those up to 1 MiB (metadata, JSON); arrays have their own
@@ -11,9 +11,9 @@ The checksum of an array x of 32-bit words is a multilinear hash,
 
     checksum = sum_i x[i_1, ..., i_n] a_1[i_1] ... a_n[i_n]   (mod 2^64),    a_k odd, pseudorandom, fixed
 
-A sum does not depend on how the array is cut: every shard contributes its part, on any mesh. A change of one word
-changes the checksum for certain (its weight is odd), anything else with probability 1 - 2^-32 or more. It is a check
-against accidents, not against an attacker.
+A sum does not depend on the sharding: every shard adds its part, on any mesh. A change of one word always changes the
+checksum, because its weight is odd; any other change does with probability 1 - 2^-32 or more. It detects accidents, not
+attacks.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ _Region = tuple[np.ndarray, Sequence[int]]  # part of an array, and where it sta
 
 
 class DamagedError(ValueError):
-    """A step is not what was saved; the message is one line that names the leaf or the file."""
+    """A step differs from its manifest; the message is one line that names the leaf or file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +94,8 @@ def start_checksums(arrays: Mapping[str, Any]) -> Finish:
     """
     on_host = {path: _start_on_host(array) for path, array in arrays.items() if _is_on_host(array)}
     on_device = {path: array for path, array in arrays.items() if path not in on_host}
-    # One program for all of them. Each of many would be an exchange between processes, and a CPU has few threads for
-    # programs under way: where those of two processes come in different orders, they wait for one another for ever.
+    # One program for all of them. Each of several would be a collective, and a CPU has few threads for programs: two
+    # processes that ran them in different orders would deadlock.
     totals = _checksum_on_device(on_device) if on_device else {}
 
     def finish() -> dict[str, str]:
@@ -126,7 +126,7 @@ def _start_on_host(array: Any) -> Callable[[], int]:
 
 
 def _checksum_on_device(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Compute the same sums where the arrays are, whole or in shards; the results are on every device."""
+    """Compute the same sums on the devices of the arrays, sharded or not; the results are on every device."""
     with jax.enable_x64(True):
         weights = {
             path: [_weights(axis, 0, size) for axis, size in enumerate(_word_shape(array.shape, array.dtype))]

@@ -102,7 +102,7 @@ def saving_marker(directory: Path, step: int) -> Path:
     return directory / f"saving-{step}"
 
 
-def make_room(directory: Path, step: int, nbytes: int, rejected: set[int]) -> None:
+def ensure_space(directory: Path, step: int, nbytes: int, rejected: set[int]) -> None:
     """Prepare to save a step of `nbytes`: check the space, move what is in the way aside, set the marker.
 
     Raises:

@@ -176,7 +176,8 @@ def read_program(text: str) -> Program:
 def _moves_nothing(operation: Operation) -> bool:
     """Tell whether a collective is among groups of one device, as a sum over no axis of the mesh is.
 
-    Groups are written as a list of devices, as [groups,devices of one]<=..., or (jax 0.12) by axes of a mesh.
+    Groups are written as a list of devices, as [groups,devices of one]<=..., or by axes of a mesh: jax 0.12 writes the
+    third form (remove the others when it is required).
     """
     line = operation.rest
     if by_axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +129,7 @@ def to_mamba2(
     tokenizer_files.write(folder, tokenizer)
 
 
+@no_type_check
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "step"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class _Start:

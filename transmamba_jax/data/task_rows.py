@@ -1,6 +1,6 @@
 """Rows of synthetic tasks, and the interface of a task; see `synthetic`."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ class Row(NamedTuple):
     facts: np.ndarray
 
 
+@runtime_checkable
 class Task(Protocol):
     """A task with its parameters: a frozen dataclass whose fields are the options of a source's name."""
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,6 @@ from transmamba_jax import data, schedule, sharding
 from transmamba_jax.config import Config
 from transmamba_jax.evaluate.answers import AnswerCounter, AnswerResult
 from transmamba_jax.evaluate.scoring import token_scores
-from transmamba_jax.model import TransMamba
 from transmamba_jax.shapes import Array, Float32, Int
 
 _Batch = dict[str, np.ndarray]
@@ -121,7 +121,7 @@ class _Sums:
 class Evaluator:
     """Measures parameters on the held-out windows that the config names; reads them once and compiles once."""
 
-    def __init__(self, model: TransMamba, config: Config, tokenizer: data.Tokenizer, mesh: Mesh | None = None) -> None:
+    def __init__(self, model: nn.Module, config: Config, tokenizer: data.Tokenizer, mesh: Mesh | None = None) -> None:
         """Read the windows; rows of weight 0 fill a batch up to what divides over the devices.
 
         Raises:
@@ -215,10 +215,10 @@ def spans(seq_len: int) -> list[tuple[int, int]]:
 
 
 def _nll_by_position(
-    model: TransMamba,
+    model: nn.Module,
     chunk: int,
     params: Any,
-    batch: dict[str, Int[Array, "B T+1"]],
+    batch: dict[str, Int[Array, "B T_plus_1"]],
     weights: Float32[Array, "B T"],
 ) -> tuple[Float32[Array, "T"], Bool[Array, "B T"]]:
     """Sum the weighted negative log-likelihoods of the rows at each position; tell which tokens are the likeliest."""

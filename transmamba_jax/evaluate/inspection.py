@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from transmamba_jax.rotary import rotate
 from transmamba_jax.shapes import Array, Float, Float32, Hidden, Int, SegmentIds, Tokens, TransPoint
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inspection:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Bool
@@ -27,7 +28,7 @@ from transmamba_jax.generate.text import stream_text
 from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import calibration, serving_mesh
 from transmamba_jax.runtime.token_loss import chunked_log_likelihoods
-from transmamba_jax.shapes import Array, Float32, Int, SegmentIds
+from transmamba_jax.shapes import Array, Float32, Int
 
 BLOCK_STEPS = 16
 """Tokens that are generated between two looks for a text that ends them."""
@@ -36,11 +37,11 @@ _log = logging.getLogger(__name__)
 
 
 def token_scores(
-    model: TransMamba,
+    model: nn.Module,
     chunk: int,
     params: Any,
-    tokens: Int[Array, "B T+1"],
-    segment_ids: SegmentIds | None = None,
+    tokens: Int[Array, "B T_plus_1"],
+    segment_ids: Int[Array, "B T_plus_1"] | None = None,
     vocab_size: int | None = None,
 ) -> tuple[Float32[Array, "B T"], Bool[Array, "B T"]]:
     """Return log p of each token but the first given those before it, and whether it is the most likely one.

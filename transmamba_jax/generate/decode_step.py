@@ -7,7 +7,7 @@ MLP from another, and the gate z is read only where the SSM runs.
 
 import dataclasses
 import enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ _ROWS = ("rows", None)
 _HEADS = ("rows", "heads", None)
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MLPWeights:
@@ -62,13 +63,14 @@ class MLPWeights:
     down: Float[Array, "M D"]
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerWeights:
     """One layer; C = 2GN + HP channels of q, k and v side by side. Matrices in the compute dtype, the rest float32."""
 
     norm: Float[Array, "D"]
-    inputs: Float[Array, "D C+H"]
+    inputs: Float[Array, "D _"]
     """q, k, v and Δ."""
     taps: Float32[Array, "K C"]
     bias: Float32[Array, "C"]
@@ -82,6 +84,7 @@ class LayerWeights:
     mlp: MLPWeights | None
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
@@ -207,7 +210,7 @@ def _mix(
     projected = sharding.constrain(x @ weights.inputs, _ROWS)
     channels = weights.taps.shape[1]
     taps = jnp.concatenate([cache.window, projected[:, None, :channels]], axis=1)  # [B, K, C]
-    convolved = jnp.sum(taps.astype(jnp.float32) * weights.taps, axis=1) + weights.bias
+    convolved = jnp.sum(taps.astype(jnp.float32) * weights.taps[None], axis=1) + weights.bias[None]
     activate = jax.nn.silu if config.conv_activation == "silu" else lambda y: y
     q, k, v = jnp.split(activate(convolved.astype(x.dtype)), (config.d_key, 2 * config.d_key), axis=-1)
     q, k = (y.reshape(-1, config.num_groups, config.state_dim) for y in (q, k))
@@ -250,7 +253,7 @@ def _read(
         )
     y = memory.read_state(state, q)
     if weights.skip is not None:
-        y = y + weights.skip[:, None] * v.astype(jnp.float32)
+        y = y + weights.skip[None, :, None] * v.astype(jnp.float32)
     y = y.astype(v.dtype).reshape(x.shape[0], -1)
     return _norm(config, y * jax.nn.silu(x @ weights.gate), weights.out_norm)
 

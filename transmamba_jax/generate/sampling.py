@@ -102,8 +102,8 @@ def mask_vocabulary(logits: Float32[Array, "*batch V"], vocab_size: int | Array 
 
 def sample(
     logits: Float32[Array, "B V"],
-    seen: Bool[Array, "B V"],
-    keys: jax.Array | None,
+    seen: Bool[Array, "B V"] | None,
+    keys: Array | None,
     positions: Int[Array, "B"],
     params: SamplingParams,
     top_k: int | None,
@@ -116,6 +116,7 @@ def sample(
     """
     penalty = params.repetition_penalty
     if penalty is not None:
+        assert seen is not None
         penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
         # Of several infinite logits no softmax exists: an extreme penalty makes them as large as float32 allows.
         logits = jnp.where(seen, jnp.clip(penalized, -_LARGEST / 4, _LARGEST / 4), logits)
@@ -130,7 +131,7 @@ def sample(
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def row_keys(key: jax.Array | None, rows: int, sampling: Sampling) -> jax.Array | None:
+def row_keys(key: Array | None, rows: int, sampling: Sampling) -> jax.Array | None:
     """Return one threefry key per row, from an array of keys or from one key folded with the row's number.
 
     The RBG generators draw other numbers under `vmap` than for each key alone: rows would depend on each other. So the
@@ -158,7 +159,7 @@ def fold_rows(key: jax.Array, rows: np.ndarray) -> jax.Array:
     return jax.lax.map(lambda row: jax.random.fold_in(key, row), jnp.asarray(rows, jnp.int32))
 
 
-def _typed(key: jax.Array | None, temperature: float) -> jax.Array:
+def _typed(key: Array | None, temperature: float) -> jax.Array:
     if key is None:
         raise ValueError(f"temperature={temperature} samples and needs a random key, found key=None")
     if not isinstance(key, jax.Array | np.ndarray):

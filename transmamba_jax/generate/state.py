@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ _OTHER_FIELDS = {"transpoints", "param_dtype", "remat"}
 """Of a config: what a state does not depend on, and the TransPoints, which stand apart."""
 
 
+@no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:

@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # the key-value store has no public name, to jax 0.12; orbax imports it too
+from jax._src import distributed  # no public name up to jax 0.12: look again in 0.13; orbax imports it too
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from transmamba_jax import sharding
@@ -58,7 +58,8 @@ def start(config: HostsConfig) -> None:
         return
     if coordinator and not coordinator.rpartition(":")[2].isdecimal():
         raise ValueError(f"JAX_COORDINATOR_ADDRESS must be HOST:PORT, found {coordinator!r}; or set hosts.coordinator")
-    # Its handler of SIGTERM would take the place of the run's own, and orbax asks it on one process only.
+    # Its handler of SIGTERM would take the place of the run's own, and orbax asks it
+    # on one process only (to orbax 0.12: look again in 0.13).
     jax.config.update("jax_enable_preemption_service", False)
     # The runtime ends a process that waits too long in the middle of C++, with a stack trace; this is earlier.
     alarm = threading.Timer(config.timeout, _give_up, [config.timeout])

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TextIO
+from typing import IO, ParamSpec
 
 from tqdm import tqdm
 
@@ -68,7 +68,7 @@ def write_line(text: str) -> None:
             _point_at(sys.stdout, None)
 
 
-def _write(stream: TextIO, text: str) -> None:
+def _write(stream: IO[str], text: str) -> None:
     tqdm.write(text, file=stream)
     stream.flush()
 
@@ -121,7 +121,7 @@ def _open_closed_descriptors() -> None:
                 os.close(null)
 
 
-def _point_at(stream: TextIO, target: TextIO | None) -> None:
+def _point_at(stream: IO[str], target: IO[str] | None) -> None:
     """Let the descriptor of a stream write to that of another one, or nowhere."""
     with contextlib.suppress(OSError):
         if target is not None:

@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -42,9 +43,7 @@ EXIT_NOT_SAVED = 74
 _Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def train(
-    config: Config, model: nn.Module | None = None, documents: Sequence[str | bytes | Sequence[int]] | None = None
-) -> int:
+def train(config: Config, model: nn.Module | None = None, documents: Sequence[Any] | None = None) -> int:
     """Train to `train.steps`, continuing the run in the work directory, and return the exit code of a command.
 
     0: the run is complete and its report is written. EXIT_PREEMPTED: a signal asked it to stop and it saved; the same
@@ -56,8 +55,8 @@ def train(
             a parameter `embedding` or `lm_head` that `logits` uses. None: `TransMamba` with the kernels of
             `config.kernels`, of the run's first start or of this device's calibration.
             Only a `TransMamba` writes samples at the end.
-        documents: texts, UTF-8 bytes or lists of token ids, in place of `data.source`; to resume, give them again. Of
-            every 20 documents, number 9 is held out for validation and number 19 for test.
+        documents: texts, UTF-8 bytes or token ids (a list or an array), in place of `data.source`; to resume, give them
+            again. Of every 20 documents, number 9 is held out for validation and number 19 for test.
 
     Raises:
         ValueError: the configuration cannot run here, or is not that of the run in the work directory; or another run

@@ -29,7 +29,7 @@ from transmamba_jax.runtime.token_loss import chunked_cross_entropy, chunked_dis
 from transmamba_jax.shapes import Array, Float32, Hidden, Int
 from transmamba_jax.training import schedule_sampling
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Array]
 """`tokens` int32 [B, T+1]; `segment_ids` of that shape where rows are packed; `weights` float32 of that shape where
 tokens are not all to be learned, such as the answers of a task or completions; `transpoints` int32 [B, L] where rows
 draw them."""

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from functools import partial
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,7 @@ from transmamba_jax.training.optimizer import learning_rate_schedule, make_optim
 from transmamba_jax.training.parameter_groups import zero_frozen
 
 
+@no_type_check
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["params", "opt_state", "step", "key", "skipped_steps", "nonfinite_steps"],

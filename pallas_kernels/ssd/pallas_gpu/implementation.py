@@ -28,7 +28,8 @@ partitionable = False
 _DTYPES = (jnp.float32, jnp.bfloat16)
 _DIMS = (64, 96, 128)
 _OLDEST = (0, 11, 2)
-"""Version of JAX: the first whose interpreter runs these kernels. 0.11.0 has none, that of 0.11.1 fails on them."""
+"""Version of JAX: the first whose interpreter runs these kernels. 0.11.0 has none, that of 0.11.1 fails on them.
+Remove it when jax >= 0.11.2 is required."""
 
 _HOPPER = "9"
 """Major compute capability: the matmuls are wgmma instructions, which no other generation has."""

@@ -101,7 +101,7 @@ def matmul_flops(tiles: Tiles, blocks: GpuBlocks, outputs: bool) -> tuple[int, i
 
 def cost(flops: int, exponentials: int, arrays: Iterable[Any]) -> dict[str, Any]:
     """Return the cost estimate of a kernel over these arrays as keywords of `plgpu.kernel`; jax 0.11 has none."""
-    if jax.__version_info__ < (0, 12):
+    if jax.__version_info__ < (0, 12):  # remove when jax >= 0.12 is required
         return {}
     moved = sum(array.size * array.dtype.itemsize for array in arrays)
     return {"cost_estimate": pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=exponentials)}
