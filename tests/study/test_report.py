@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from tests.study.support import Trainer, write_study
-from transmamba_jax.study import report, results
+from transmamba_jax.study import figures, report, results
 from transmamba_jax.study.__main__ import main
 from transmamba_jax.study.results import Interval
 from transmamba_jax.study.runner import Selection, run_study
@@ -83,8 +85,8 @@ def test_figures_are_drawn_as_png_and_svg_and_are_the_same_again(study, index):
         path.name: path.read_bytes() for path in index.parent.iterdir() if path.suffix in (".png", ".svg")
     }
     first = pictures()
-    assert sorted(first) == sorted(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg"))
-    assert index.read_text(encoding="utf-8").count("<svg") == len(FIGURES)
+    assert sorted(first) == sorted(f"{name}.{kind}" for name in study.figures for kind in ("png", "svg"))
+    assert index.read_text(encoding="utf-8").count("<svg") == len(study.figures)
     report.write_report(study, index.parent)
     assert pictures() == first
 
@@ -121,3 +123,47 @@ def test_the_command_lists_and_refuses(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([file, "--shard", "2/2"])
     assert "must be I/N with 0 <= I < N, found '2/2'" in capsys.readouterr().err
+
+
+def test_evaluations_after_training_are_drawn_where_arms_have_them(out, tmp_path):
+    study = write_study(tmp_path, measure={"2T": {"data": {"seq_len": 24}}}, figures=["measures"])
+    records, choices = results.read_results(study, out), results.choose_rates(study, out)
+    for record in records:
+        if record["error"] is None:
+            record["metrics"]["measure/2T/accuracy"] = record["metrics"]["eval/accuracy"] / 2
+    assert figures.draw(study, records, choices, tmp_path) == ["measures"]
+    text = (tmp_path / "measures.svg").read_text(encoding="utf-8")
+    assert all(f"<!-- {name} -->" in text for name in ("2T", "attention/n2", "ssm/n4"))
+    assert figures.draw(dataclasses.replace(study, measure={}), records, choices, tmp_path) == []
+    assert set(study.figures) < set(FIGURES)
+
+
+def test_publishing_keeps_the_report_and_no_work_directory(study, out, index, tmp_path, capsys):
+    (out / "little.yaml").write_text((out.parent / "little.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["report", str(out), "--publish", str(tmp_path / "kept")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "kept/table.md")
+    drawn = {f"{name}.{kind}" for name in study.figures for kind in ("png", "svg")}
+    names = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert names == {"little.yaml", "results.jsonl", "table.md", "index.html", *drawn}
+    text = (tmp_path / "kept/results.jsonl").read_text(encoding="utf-8")
+    assert str(out) not in text
+    first = json.loads(text.splitlines()[0])
+    assert first["config"]["workdir"] == f"cells/{first['cell']}"
+    assert index.with_name("results.jsonl").read_text(encoding="utf-8").count("\n") == text.count("\n")
+
+
+def test_a_quick_variant_is_not_published(out, tmp_path):
+    with pytest.raises(ValueError, match="holds the quick variant of little, which proves no claim"):
+        report.publish(write_study(tmp_path, quick=True), out, tmp_path / "kept")
+
+
+def test_the_page_of_findings_lists_exactly_the_published_studies():
+    docs = Path(__file__).parents[2] / "docs"
+    published = {path.parent.name for path in docs.glob("results/*/table.md")}
+    text = (docs / "findings.md").read_text(encoding="utf-8")
+    assert set(re.findall(r'^--8<-- "results/(\w+)/table.md:table"$', text, re.MULTILINE)) == published
+    assert ("No study has published results yet" in text) == (not published)
+    for name in published:
+        for line in (docs / "results" / name / "results.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            assert (record["study"], record["config"]["workdir"]) == (name, f"cells/{record['cell']}")

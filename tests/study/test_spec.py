@@ -1,5 +1,6 @@
 """Studies as files: the cells that they make, and every mistake that is refused before anything runs."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,34 @@ def test_a_folder_knows_its_study(tmp_path, quick):
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_study_of_the_project_loads(path, quick):
     assert load_study(path, quick).arms()
+
+
+MEASURE = {"2T-kept": {"data": {"seq_len": 24}}, "2T": {"data": {"seq_len": 24}, "transpoints": "scaled"}}
+
+
+def test_an_evaluation_after_training_keeps_or_scales_the_transpoints(tmp_path):
+    axes = {"schedule": {"mixed": {"model": {"transpoints": [0, "T/2"]}}}}
+    study = write_study(tmp_path, axes=axes, measure=MEASURE)
+    config = study.cell_config(Cell(("mixed",), "report", 1e-2, 10), tmp_path)
+    kept, scaled = (study.measure_config(config, name) for name in MEASURE)
+    assert (config.model.transpoints, config.data.seq_len) == ((0, 6), 12)
+    assert (kept.model.transpoints, kept.data.seq_len, kept.data.eval_split) == ((0, 6), 24, "test")
+    assert (scaled.model.transpoints, scaled.data.seq_len) == ((0, 12), 24)
+    quick = {"measure": {"4T": {"data": {"seq_len": 48}}}, "axes": {}}
+    assert set(write_study(tmp_path, quick=True, axes=axes, measure=MEASURE).measure) == set(MEASURE)
+    path = study_file(tmp_path, axes=axes, measure=MEASURE, quick={**TREE["quick"], **quick})
+    assert list(load_study(path, quick=True).measure) == ["4T"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dta": {}}, "unknown key of measure 2T: 'dta'; did you mean 'data'"),
+        (3, "measure 2T must be a mapping of data, eval, transpoints, classes, found 3"),
+        ({"transpoints": "doubled"}, "measure 2T: transpoints must be kept or scaled, found 'doubled'"),
+        ({"data": {"seq_len": 0}}, "measure 2T: data.seq_len must be >= 1, found 0"),
+    ],
+)
+def test_a_wrong_evaluation_after_training_is_named(tmp_path, entry, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_study(tmp_path, measure={"2T": entry})

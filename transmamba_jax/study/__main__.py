@@ -1,7 +1,7 @@
 """Run a study: a grid of small runs that answers a question, with a table and plots.
 
 python -m transmamba_jax.study FILE           run what has no result yet, then write the report
-python -m transmamba_jax.study report DIR     write the report of the study in DIR again
+python -m transmamba_jax.study report DIR     write the report of the study in DIR again; --publish FOLDER keeps it
 """
 
 import argparse
@@ -49,8 +49,18 @@ def _report(arguments: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="transmamba study report", description="Write the report of a study again.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the study's results")
-    folder = parser.parse_args(arguments).folder
-    print(report.write_report(find_study(folder), folder))
+    parser.add_argument(
+        "--publish",
+        type=Path,
+        metavar="FOLDER",
+        help="copy study, results, table, plots and page there, without checkpoints, such as docs/results/s1_recall",
+    )
+    options = parser.parse_args(arguments)
+    study = find_study(options.folder)
+    if options.publish is None:
+        print(report.write_report(study, options.folder))
+    else:
+        print(report.publish(study, options.folder, options.publish))
     return 0
 
 

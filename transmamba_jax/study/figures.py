@@ -155,15 +155,14 @@ def _positions(axes: Any, study: Study, records: Sequence[Record], _: dict[str, 
 
 
 def _measures(axes: Any, study: Study, records: Sequence[Record], _: dict[str, Choice]) -> bool:
-    """Draw the metric of the evaluations after training, in the order of the file: one line for each arm."""
+    """Draw the metric of the evaluations after training, in the order of the file: one colour for each arm."""
     arms = results.reported(study, records)
     fields = {name: f"measure/{name}/{study.metric.removeprefix('eval/')}" for name in study.measure}
     for place, (arm, found) in enumerate(arms.items()):
-        points = [
-            (float(at), [record["metrics"][field] for record in found if record["metrics"][field] is not None])
-            for at, field in enumerate(fields.values())
-        ]
-        _line(axes, [(at, values) for at, values in points if values], arm, place)
+        aside = 0.6 * ((place + 0.5) / len(arms) - 0.5)
+        values = [[record["metrics"][field] for record in found] for field in fields.values()]
+        points = [(at + aside, each) for at, each in enumerate(values) if None not in each]
+        _line(axes, points, arm, place, linestyle="none")  # the evaluations have no order of their own
     axes.set_xticks(range(len(fields)), list(fields), rotation=20, ha="right")
     axes.set(ylabel=study.metric.removeprefix("eval/"), title=f"{study.name}: evaluations after training")
     _legend(axes)
@@ -177,7 +176,7 @@ def _limit(axes: Any, study: Study, records: Sequence[Record]) -> None:
         axes.set_ylim(0, 1.03)
 
 
-def _line(axes: Any, points: Sequence[tuple[float, list[float]]], label: str, place: int) -> None:
+def _line(axes: Any, points: Sequence[tuple[float, list[float]]], label: str, place: int, linestyle: str = "-") -> None:
     """Draw a line through the means, with the intervals of places that have several values."""
     if not points:
         return
@@ -185,7 +184,8 @@ def _line(axes: Any, points: Sequence[tuple[float, list[float]]], label: str, pl
     halves = [0.0 if math.isnan(value.half_width) else value.half_width for value in values]
     places = [at for at, _ in points]
     options: dict[str, Any] = {"color": _COLOURS[place % len(_COLOURS)], "marker": "o", "markersize": 4}
-    axes.errorbar(places, [value.mean for value in values], halves, label=label, capsize=3, linewidth=1.5, **options)
+    options |= {"label": label, "capsize": 3, "linewidth": 1.5, "linestyle": linestyle}
+    axes.errorbar(places, [value.mean for value in values], halves, **options)
 
 
 def _legend(axes: Any) -> None:

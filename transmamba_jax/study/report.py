@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Sequence
 from html import escape
@@ -12,6 +13,9 @@ from transmamba_jax.study.results import Choice, Interval, Record
 from transmamba_jax.study.spec import Study
 
 Row = list[str]
+
+_SECTION = "--8<--"
+"""Marks the part of a file that a page of the documentation includes (pymdownx.snippets)."""
 
 _STYLE = """
 :root { color-scheme: light; } body { margin: 0; color: #22272e; background: #fbfaf7;
@@ -44,6 +48,32 @@ def write_report(study: Study, out: Path) -> Path:
     index = out / "index.html"
     index.write_text(_page(study, header, rows, notes, drawn, out), encoding="utf-8")
     return index
+
+
+def publish(study: Study, out: Path, folder: Path) -> Path:
+    """Write the report, and copy into a folder what is worth keeping of a study; return the folder's table.
+
+    Kept: the study's file, results.jsonl, table.md, the plots and index.html; no work directories and no checkpoints.
+    Work directories in results.jsonl become paths relative to the study's own folder.
+
+    Raises:
+        ValueError: no cell has a result, or it is a quick variant.
+    """
+    if study.quick:
+        raise ValueError(f"{out} holds the quick variant of {study.name}, which proves no claim; publish a whole study")
+    write_report(study, out)
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        record["config"]["workdir"] = f"{results.CELLS}/{record['cell']}"
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "results.jsonl").write_text(lines, encoding="utf-8")
+    names = [f"{study.name}.yaml", "table.md", "index.html"]
+    names += [f"{name}.{kind}" for name in study.figures for kind in ("png", "svg")]
+    for name in names:
+        if (out / name).exists():
+            shutil.copyfile(out / name, folder / name)
+    return folder / "table.md"
 
 
 def table(study: Study, records: Sequence[Record], choices: dict[str, Choice]) -> tuple[Row, list[Row]]:
@@ -141,7 +171,9 @@ def _markdown(study: Study, header: Row, rows: Sequence[Row], notes: Sequence[st
     line = lambda cells: f"| {' | '.join(cells)} |"
     parts = [f"# {study.name}", ""]
     parts += [f"**{name}.** {text}" + "\n" for name, text in _facts(study, "[results.jsonl](results.jsonl)")]
+    parts += [f"<!-- {_SECTION} [start:table] -->", ""]
     parts += [line(header), line(["---"] * len(header)), *map(line, rows), ""]
+    parts += [f"<!-- {_SECTION} [end:table] -->", ""]
     parts += [f"- {note}" for note in notes] + [""] * bool(notes)
     parts += [f"![{name}]({name}.png)\n" for name in drawn]
     return "\n".join(parts)
