@@ -121,6 +121,18 @@ def test_without_a_record_the_options_stay_as_they_are(cache: Path) -> None:
     assert calibration.kernels(MODEL, KernelsConfig(), "train") == KernelsConfig()
 
 
+def test_without_a_home_folder_there_is_no_record(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def folder() -> Path:
+        raise ValueError("there is no home folder")
+
+    monkeypatch.setattr(calibration, "folder", folder)
+    with caplog.at_level(logging.WARNING, logger="transmamba_jax"):
+        assert calibration.kernels(MODEL, KernelsConfig(), "train") == KernelsConfig()
+    assert [record.getMessage() for record in caplog.records] == ["there is no home folder"]
+
+
 def _damaged(text: str) -> str:
     return text[: len(text) // 2]
 

@@ -167,14 +167,14 @@ def _result(tree: dict[str, Any]) -> Result:
 def find(model: ModelConfig) -> Record | None:
     """Return the record of this device, these versions and the model's shapes, or None; starts JAX's backend."""
     key = key_of(model)
-    file = file_of(key)
-    if not file.exists():
-        return None
     try:
+        file = file_of(key)
+        if not file.exists():
+            return None
         record = read(file)
         if record.key != key:
             raise ValueError(f"the calibration record {file} is not used: its key is {record.key}, not {key}")
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # no home folder, or one that may not be read, too
         LOGGER.warning("%s", error)
         return None
     return record

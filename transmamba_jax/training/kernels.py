@@ -21,7 +21,8 @@ def choose(model: ModelConfig, options: KernelsConfig, workdir: Path) -> Kernels
     Names given in `options` win. On another device, or with other options than at the first start, the record of this
     device is looked up again.
     """
-    chosen = _choose(model, options, workdir) if hosts.is_first() else None
+    with hosts.collective_errors():
+        chosen = _choose(model, options, workdir) if hosts.is_first() else None
     return calibration.from_tree(hosts.broadcast_from_first(chosen))
 
 
