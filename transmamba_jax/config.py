@@ -165,8 +165,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
     lr_multipliers: tuple[tuple[str, float], ...] = ()
-    """Factors of the learning rate, weight decay included, by shell patterns over parameter paths:
-    {embedding: 0.1, "layers/mlp/*": 0.5}. Of several patterns that match, the last counts."""
+    """Factors of the learning rate, weight decay included, by shell patterns over parameter paths: pattern and factor,
+    such as embedding 0.1, in YAML {embedding: 0.1}. Of several patterns that match, the last counts."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
