@@ -2,8 +2,11 @@
 
 import ast
 import collections
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,3 +155,17 @@ def test_importing_the_package_is_light() -> None:
     code += f"print([m for m in {HEAVY} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    required = [*project["dependencies"], *(each for name in extras if name != "dev" for each in extras[name])]
+    normal = lambda name: name.lower().replace("_", "-")
+    declared = {normal(re.split(r"[\[<>=!; ]", each)[0]) for each in required}
+    files = [path for package in ("transmamba_jax", "pallas_kernels") for path in (ROOT / package).rglob("*.py")]
+    imported = {name.partition(".")[0] for path in files for name in imports_of(path)}
+    # The Triton packages are extras that not every Python has; the others have to be there.
+    providers = {"triton": ["triton"], "jax_triton": ["jax-triton"], **importlib.metadata.packages_distributions()}
+    for name in sorted(imported - set(sys.stdlib_module_names) - {"transmamba_jax", "pallas_kernels"}):
+        assert {normal(each) for each in providers[name]} & declared, f"pyproject.toml does not declare {name}"
