@@ -74,7 +74,8 @@ class BatchIterator(Iterator[Batch]):
         """
         seen = np.sum(self._seen, axis=0)
         shares = {
-            f"data/share/{name}": float(count / seen.sum()) for name, count in zip(self._sources, seen, strict=True)
+            f"data/share/{name}": float(count / max(1, seen.sum()))
+            for name, count in zip(self._sources, seen, strict=True)
         }
         return shares if self._skipped is None else {**shares, "data/skipped_rows": self._skipped}
 

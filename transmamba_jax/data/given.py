@@ -19,7 +19,7 @@ def give_documents(config: DataConfig, name: str, documents: Sequence[Any]) -> D
     Raises:
         ValueError: `documents` is no sequence.
     """
-    config = dataclasses.replace(config, source=f"documents:{name}")
+    config = dataclasses.replace(config, source=f"documents:{name}", mixture=())
     GivenDocuments(documents, "documents", config)  # refuses what is none
     _GIVEN[name] = documents
     return config
