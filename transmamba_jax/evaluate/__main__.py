@@ -13,6 +13,8 @@ from transmamba_jax.checkpoint import command_options
 from transmamba_jax.config import Config
 from transmamba_jax.evaluate.evaluator import EvalResult, Evaluator
 from transmamba_jax.evaluate.lengths import with_length
+from transmamba_jax.evaluate.search import search
+from transmamba_jax.evaluate.search import table as search_table
 from transmamba_jax.evaluate.token_classes import class_losses
 from transmamba_jax.evaluate.token_classes import table as class_table
 from transmamba_jax.model import TransMamba
@@ -108,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="measure copies by distance, tokens that are no copy, and planted repeats as well",
     )
+    parser.add_argument(
+        "--search",
+        type=float,
+        metavar="SHARE",
+        help="search TransPoints greedily, within this share (0 to 1) of the predicted FLOPs between the SSM and "
+        "attention everywhere; good for a model trained under random schedules",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
@@ -127,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model = TransMamba(config.model, kernels)
             result = Evaluator(model, config, tokenizer, mesh)(params)
             classes = class_losses(model, config, tokenizer, params) if options.classes else []
+            steps = [] if options.search is None else search(model, config, tokenizer, params, options.search)[0]
         peers = {}
         if data.has_baselines(config.data):
             peers = data.baselines(data.training_text(config.data), data.held_out_text(config.data))
@@ -136,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     points = schedule.expand(config.model.transpoints, config.model.num_layers)
     if options.json:
         found = {"classes": [dataclasses.asdict(each) for each in classes]} if classes else {}
+        found |= {"search": [dataclasses.asdict(step) for step in steps]} if steps else {}
         print(json.dumps({**_report(saved.step, config, points, result, peers), **found}))
         return 0
     print(f"step {saved.step} of {options.checkpoint}, {', '.join(config.data.sources)} {config.data.eval_split}")
@@ -150,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(_table(result, points)))
     if classes:
         print("\n".join(class_table(classes)))
+    if steps:
+        print("\n".join(search_table(steps)))
     return 0
 
 
