@@ -55,6 +55,7 @@ def test_a_machine_whose_steps_are_sums_is_predicted() -> None:
     assert abs(rows["recommended"].error or 0) < 0.02  # its TransPoints lie between those that were measured
     assert rows["V9"].points == schedule.v9(T)
     assert (rows["Transformer"].measured, rows["Mamba-2"].predicted) == (None, pytest.approx(3.0 + 8 * 0.512))
+    assert rows["Mamba-2"].error == pytest.approx(0, abs=1e-9)
     assert found.costs.rest(8) == pytest.approx(3.0)
     assert found.costs.optimum() == 256  # of 1e-6 P^2 - 5e-4 P: the one in the grid, and its neighbours are slower
     assert {192, 320} <= set(found.costs.layer)
