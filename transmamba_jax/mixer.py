@@ -331,7 +331,7 @@ class Mixer(nn.Module):
         state: State | None,
         segment_ids: SegmentIds | None,
         start: int = 0,
-    ) -> tuple[Value, State]:
+    ) -> tuple[Float[Array, "B _ H P"], State]:
         options: dict[str, Any] = {"chunk_size": self.kernels.chunk_size, "implementation": self.kernels.ssd_choice}
         skip = self.skip.astype(jnp.float32) if self.config.use_d_skip else None
         return parallel.scan(v, dt, self._decay(), k, q, skip, state, segment_ids, output_start=start, **options)

@@ -32,7 +32,7 @@ _SCALARS = ("heads",)
 _STATE = ("rows", "heads", None, None)
 
 
-def splits_time(length: int) -> bool:
+def splits_time(length: Any) -> bool:
     """Tell whether the tokens of rows of this length are split over devices."""
     return parts("time", length) > 1
 
@@ -133,7 +133,7 @@ def scan(
     chunk_size: int,
     implementation: Choice,
     output_start: int = 0,
-) -> tuple[Value, State]:
+) -> tuple[Float[Array, "B _ H P"], State]:
     """Apply `ssd`. With the tokens split over devices there is no initial state and no `output_start`.
 
     Raises:

@@ -13,7 +13,7 @@ The tests check these annotations as the package runs. A dataclass that is a pyt
 `jax.tree.map` puts shapes and shardings where its arrays stand.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.core
 import numpy as np
@@ -36,11 +36,11 @@ Logits = Float32[Array, "B T V"]
 TransPoint = int | Shaped[Array, ""] | Shaped[Array, "B"]
 
 
-def known(*sizes: int) -> bool:
+def known(*sizes: Any) -> bool:
     """Tell whether sizes are numbers; in a program that jax.export writes for any size they are symbols."""
     return all(isinstance(size, int) for size in sizes)
 
 
-def least(first: int, second: int) -> int:
+def least(first: Any, second: Any) -> Any:
     """Return the smaller of two sizes, which may be symbols."""
     return jax.core.min_dim(first, second)

@@ -107,7 +107,7 @@ class Scorer:
 
     def __init__(
         self,
-        model: TransMamba,
+        model: nn.Module,
         params: Any,
         tokenizer: data.Tokenizer,
         max_length: int,
