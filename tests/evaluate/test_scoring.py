@@ -216,6 +216,7 @@ def test_a_continuation_longer_than_the_model_reads_is_scored_in_windows(params)
         (([1], [1.5]), "the continuation of request 0 must hold token ids, which are integers, found float 1.5"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_refuses_what_has_no_answer(params, request_, message):
     with pytest.raises(ValueError, match=message):
         make_scorer(params, max_length=21).log_likelihoods([request_])
@@ -332,6 +333,7 @@ def test_continuations_of_characters_of_several_bytes_are_whole(tokenizer, monke
         assert scorer.continuations(["a"], ["黄天", "荒😀"], max_tokens=50) == ["天地玄黄宇宙洪"]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_odd_texts_and_arrays_are_requests(params):
     scorer = make_scorer(params)
     arrays = [(np.array(context), jnp.array(continuation)) for context, continuation in PAIRS[:3]]
@@ -360,11 +362,13 @@ def test_odd_texts_and_arrays_are_requests(params):
         ("continuations", [3], "a request must be of texts, found int 3"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_refuses_what_is_no_request(params, method, requests, message):
     with pytest.raises(ValueError, match=message):
         getattr(make_scorer(params), method)(requests)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_parameters_of_something_else_are_refused(params):
     with pytest.raises(ValueError, match=r'pass variables\["params"\]'):
         make_scorer({"params": params})
