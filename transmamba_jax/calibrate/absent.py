@@ -25,6 +25,10 @@ class Topology:
         Raises:
             ValueError: there is no such topology, its compiler is not installed, or its chip has no data sheet here.
         """
+        if name.partition(":")[0] == "cpu":
+            raise ValueError(
+                f"--topology must be of a chip with a data sheet, found {name!r}: measure a CPU without it"
+            )
         devices = topology_devices(name)
         self.config, self.name, self.kind = config, name, devices[0].device_kind
         if self.kind not in hardware.CHIPS:
