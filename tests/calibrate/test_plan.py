@@ -128,9 +128,9 @@ def test_layers_and_steps_run_on_this_machine(objective: Any) -> None:
 
 
 def test_an_absent_chip_is_predicted_by_its_compiler() -> None:
-    model = dataclasses.replace(
-        LITTLE, vocab_size=256, d_model=128, head_dim=64, state_dim=64, mlp_dim=128, dtype="bfloat16"
-    )
+    # Of two heads the gradients are so small that the compiler of jax 0.12 (libtpu) aborts in their sum over chips.
+    sizes = {"d_model": 128, "num_heads": 4, "num_groups": 4, "head_dim": 64, "state_dim": 64, "mlp_dim": 128}
+    model = dataclasses.replace(LITTLE, vocab_size=256, dtype="bfloat16", **sizes)
     config = Config(model=model, data=DataConfig(seq_len=256, batch_size=4))
     found = plan.make_plan(config, topology="v5e:2x2", quick=True)
     assert found.how == "predicted by the compiler of the chip, not measured"

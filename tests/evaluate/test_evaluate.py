@@ -1,6 +1,5 @@
 """The evaluation against float64 arithmetic on the model's own logits, and the command that runs it."""
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -281,7 +280,8 @@ def test_command_takes_another_schedule_data_and_number_of_windows(saved, folder
 
 def test_a_config_file_without_a_schedule_on_the_command_line_brings_its_own(folder, tmp_path):
     (tmp_path / "other.yaml").write_text(to_yaml(config_of(folder, model={"d_model": 16, "transpoints": (3,)})))
-    options = argparse.Namespace(config=tmp_path / "other.yaml", schedule=None, seq_len=None, windows=None)
+    arguments = ["--checkpoint", str(tmp_path), "--config", str(tmp_path / "other.yaml")]
+    options = evaluate_command._parser().parse_args(arguments)
     config = evaluate_command._configured(config_of(folder), options)
     assert (config.model.transpoints, config.model.d_model) == ((3,), MODEL.d_model)
 
