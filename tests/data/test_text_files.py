@@ -52,7 +52,7 @@ def test_plain_text_of_any_name_is_read(tmp_path: Path, name: str):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (gzip.compress(b"text"), "offset 1 .*it looks like gzip: unpack it with gunzip"),
+        (gzip.compress(b"text", mtime=0), "offset 1 .*it looks like gzip: unpack it with gunzip"),
         ("text".encode("utf-16"), "offset 0 .*it looks like UTF-16: convert it with iconv -f UTF-16 -t UTF-8"),
         ("naïve".encode("latin-1"), r"offset 2 \(byte 0xef\)$"),
     ],
