@@ -14,6 +14,9 @@ import pytest
 # a second process on the machine, such as another worker of pytest.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# Tests compile anew: what is on a developer's disk is no part of them. The variable is for processes that they start.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+jax.config.update("jax_enable_compilation_cache", False)
 # A callback from a jitted CPU program that converts its arguments, as the interpreter of TPU kernels has them, waits
 # for ever where the CPU client has one thread: a machine, or a process bound to, one core.
 if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:

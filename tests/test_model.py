@@ -258,6 +258,7 @@ def test_depth_adds_no_code_when_the_schedule_repeats() -> None:
         ({"segment_ids": jnp.ones((2, 3), jnp.int32)}, r"shape \(2, 24\), found shape \(2, 3\)"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:
     model, params = make()
     with pytest.raises(ValueError, match=message):

@@ -75,7 +75,7 @@ def test_an_ablation_is_its_definition(name):
     params, x = parameters(name)
     mixer = AblatedMixer(ablated(name), KERNELS)
     apply = jax.jit(lambda point: mixer.apply({"params": params}, x, point))
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), (params, x))
         right = np.asarray(expected(name, *wide))
         plain = np.asarray(expected("none", *wide))

@@ -18,15 +18,21 @@ LATE = 0.2
 """Seconds that a call of "slow" waits."""
 
 
-def wait(value: jax.Array) -> jax.Array:
-    """Return the value, late."""
-
+def _late(value: jax.Array) -> jax.Array:
     def sleep(array: Any) -> Any:
         time.sleep(LATE)
         return array
 
-    late = jax.pure_callback(sleep, jax.ShapeDtypeStruct(value.shape, value.dtype), jax.lax.stop_gradient(value))
-    return value + jax.lax.stop_gradient(late - value)
+    return jax.pure_callback(sleep, jax.ShapeDtypeStruct(value.shape, value.dtype), value)
+
+
+@jax.custom_vjp
+def wait(value: jax.Array) -> jax.Array:
+    """Return the value, late; its gradient is late too, since a gradient alone needs no value."""
+    return _late(value)
+
+
+wait.defvjp(lambda value: (_late(value), None), lambda _, gradient: (_late(gradient),))
 
 
 def slow(inputs: SsdInputs, chunk_size: int, output_start: int = 0) -> tuple[jax.Array, jax.Array]:

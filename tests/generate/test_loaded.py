@@ -160,6 +160,7 @@ def test_what_is_no_text_is_refused(lm: tm.LanguageModel, call: str, value: Any,
         getattr(lm, call)(value)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_options_are_refused_when_called(lm: tm.LanguageModel) -> None:
     for options, message in (
         ({"max_new_tokens": -1}, "max_new_tokens must be >= 0, found -1"),

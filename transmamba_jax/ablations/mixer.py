@@ -44,7 +44,7 @@ class AblatedMixer(Mixer):
     def __call__(self, x: Hidden, transpoint: TransPoint, segment_ids: SegmentIds | None = None) -> Hidden:
         """Mix along the sequence: attention for tokens t < transpoint, the SSM for t >= transpoint."""
         ablation = self.config.ablation
-        before = jnp.arange(x.shape[1], dtype=jnp.int32) < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
+        before = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < jnp.reshape(transpoint, (-1, 1))  # [1 or B, T]
         q, k, v = self._project(x, segment_ids)
         dt = self._compute_dt(x)
         ids, converted = segment_ids, v

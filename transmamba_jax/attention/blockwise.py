@@ -92,7 +92,7 @@ def _split_ids(ids: Array | None, count: int, block: int) -> tuple[Array | None,
     return blocks, _first_block(blocks)
 
 
-def _at(blocks: Array | None, index: Array) -> Array | None:
+def _at(blocks: Array | None, index: Array | int) -> Array | None:
     return None if blocks is None else blocks[index]
 
 
@@ -160,7 +160,7 @@ def _attend_forward(
     def query_block(_: None, xs: tuple) -> tuple[None, tuple[Array, Array]]:
         index, start, query, ids_q = xs
 
-        def load(column: Array, diagonal: bool) -> tuple[Array, Array, Array | None]:
+        def load(column: Array | int, diagonal: bool) -> tuple[Array, Array, Array | None]:
             return ks[column], vs[column], _visible(ids_q, _at(ids_b, column), block, diagonal)
 
         # The diagonal block comes first: every query sees itself.
@@ -239,7 +239,7 @@ def cached_attention(q: QueryKey, keys: Keys, values: Values, start: Int[Array, 
         index, query = xs
         positions = start + jnp.minimum(index * edge + jnp.arange(edge, dtype=jnp.int32), length - 1)
 
-        def load(column: Array, _: bool) -> tuple[Array, Array, Array]:
+        def load(column: Array | int, _: bool) -> tuple[Array, Array, Array]:
             # The last block begins early where blocks do not fill the cache; it shares some keys, which are masked.
             begin = jnp.minimum(column * block, capacity - block)
             key = lax.dynamic_slice_in_dim(keys, begin, block, axis=2)

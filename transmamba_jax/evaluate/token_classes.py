@@ -44,7 +44,7 @@ class ClassLoss:
     high: float
 
 
-def copy_distances(row: Int[np.ndarray, "T+1"], ngram: int = NGRAM) -> Int[np.ndarray, "T"]:
+def copy_distances(row: Int[np.ndarray, "T1"], ngram: int = NGRAM) -> Int[np.ndarray, "T1-1"]:
     """Return for each target of a row the tokens back to the latest end of the n-gram that it ends; 0: no copy."""
     found = np.zeros(len(row) - 1, np.int64)
     latest: dict[bytes, int] = {}
@@ -87,7 +87,7 @@ def class_losses(model: TransMamba, config: Config, tokenizer: data.Tokenizer, p
 
 def planted_rows(
     length: int, distance: int, vocab_size: int, seed: int = 0
-) -> tuple[Int[np.ndarray, "R T+1"], Bool[np.ndarray, "R T"]]:
+) -> tuple[Int[np.ndarray, "R T1"], Bool[np.ndarray, "R T"]]:
     """Return rows of random ids in which a span is repeated after `distance` tokens, and the targets that repeat.
 
     The first token of the repeat is not among them: nothing announces it.
