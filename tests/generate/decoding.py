@@ -9,24 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import transmamba_jax as tm
+from tests import models
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.generate.decode import Decoder, DecodeState
 
 PROMPT, TOTAL = 12, 20
 # TransPoints inside the prompt, at its last token and inside the continuation; never and 0 are among the schedules.
 POINTS = (5, 12, 16)
-CONFIG = ModelConfig(
-    vocab_size=50,
-    num_layers=3,
-    d_model=16,
-    num_heads=2,
-    num_groups=1,
-    head_dim=6,
-    state_dim=4,
-    mlp_dim=20,
-    transpoints=POINTS,
-    dtype="float32",
-)
+CONFIG = dataclasses.replace(models.CONFIG, transpoints=POINTS)
 KERNELS = tm.KernelsConfig(ssd="reference", chunk_size=8)
 # One layer whose TransPoint is inside the continuation.
 SMALL = dataclasses.replace(CONFIG, num_layers=1, mlp_dim=0, tie_embeddings=False, transpoints=(16,))
