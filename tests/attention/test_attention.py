@@ -1,101 +1,17 @@
 """Causal attention: a float64 loop for values, autodiff of the dense float64 formula for gradients."""
 
-import dataclasses
 import functools
-import re
-import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.table import Candidate, Measured, Table
-from tests import oracle
+from tests.attention.calls import Spec, assert_close, blocked, dense_with_gradients, loop, relative, with_gradients
 from transmamba_jax.attention import api, blockwise, causal_attention
 from transmamba_jax.attention import oracle as numpy_oracle
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """A call: sizes by the letters of the glossary, and where documents begin."""
-
-    length: int
-    groups: int = 1
-    heads: int = 2
-    state_dim: int = 8
-    head_dim: int = 6
-    batch: int = 2
-    packed: bool = False
-
-    def arrays(self, dtype: Any = np.float32) -> tuple[list[np.ndarray], np.ndarray | None]:
-        """q, k, v, the cotangent of y, and the ids: row 0 is padded on the left, the last row on the right."""
-        rng = np.random.default_rng(self.length)
-        key = (self.batch, self.length, self.groups, self.state_dim)
-        value = (self.batch, self.length, self.heads, self.head_dim)
-        arrays = [rng.standard_normal(shape).astype(dtype) for shape in (key, key, value, value)]
-        time, length = np.arange(self.length), self.length
-        ids = np.stack([1 + (time > length // 2) + (time > 3 * length // 4)] * self.batch).astype(np.int32)
-        ids[0, : length // 3] = 0
-        ids[-1, length - length // 4 :] = 0
-        return arrays, ids if self.packed else None
-
-
-def relative(found: Any, wanted: Any) -> float:
-    wanted = np.asarray(wanted, np.float64)
-    return float(np.linalg.norm(np.asarray(found, np.float64) - wanted) / max(np.linalg.norm(wanted), 1e-30))
-
-
-def loop(q: np.ndarray, k: np.ndarray, v: np.ndarray, ids: np.ndarray | None, scale: float) -> np.ndarray:
-    """One token and one head at a time in float64."""
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    y = np.zeros(v.shape)
-    shared = v.shape[2] // q.shape[2]
-    for row, t, head in np.ndindex(v.shape[:3]):
-        sees = [s for s in range(t + 1) if ids is None or ids[row, s] == ids[row, t]]
-        score = scale * k[row, sees, head // shared] @ q[row, t, head // shared]
-        weight = np.exp(score - score.max())
-        y[row, t, head] = weight @ v[row, sees, head] / weight.sum()
-    return y
-
-
-@jax.jit
-def dense(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, ids: jax.Array) -> tuple:
-    y, back = jax.vjp(lambda q, k, v: oracle.attention(q, k, v, ids), q, k, v)
-    return y, *back(g)
-
-
-def dense_with_gradients(arrays: list[np.ndarray], ids: np.ndarray | None) -> list[np.ndarray]:
-    ids = np.ones(arrays[0].shape[:2], np.int32) if ids is None else ids
-    with jax.enable_x64(True):
-        return [np.asarray(x) for x in dense(*(jnp.asarray(x, jnp.float64) for x in arrays), jnp.asarray(ids))]
-
-
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def blocked(
-    q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, ids: jax.Array | None, name: str | None, _patched: tuple
-) -> tuple:
-    y, back = jax.vjp(lambda q, k, v: causal_attention(q, k, v, ids, implementation=name), q, k, v)
-    return y, *back(g)
-
-
-def with_gradients(arrays: list[Any], ids: np.ndarray | None, implementation: str | None = None) -> tuple:
-    """Value and gradients; what a fixture may patch is part of the key of the compilation cache."""
-    patched = (blockwise._BLOCK, jax.default_backend())
-    return blocked(*map(jnp.asarray, arrays), None if ids is None else jnp.asarray(ids), implementation, patched)
-
-
-def assert_close(
-    arrays: list[np.ndarray], ids: np.ndarray | None, value: float, gradient: float, implementation: str | None = None
-) -> None:
-    found, wanted = with_gradients(arrays, ids, implementation), dense_with_gradients(arrays, ids)
-    for name, ours, theirs in zip(("y", "dq", "dk", "dv"), found, wanted, strict=True):
-        if np.linalg.norm(theirs) < 1e-12:  # one key: the weights are 1 whatever q and k are
-            assert np.linalg.norm(ours) < 1e-5, name
-            continue
-        assert relative(ours, theirs) < (value if name == "y" else gradient), (name, relative(ours, theirs))
 
 
 @pytest.fixture
@@ -275,85 +191,6 @@ def test_runs_inside_shard_map() -> None:
 
 
 # --- the libraries' kernels ---
-
-
-@pytest.fixture
-def cudnn_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the library believe in a cuDNN, which it asks for its version before it lowers anything."""
-    from jax._src.cudnn import fused_attention_stablehlo
-
-    monkeypatch.setattr(
-        fused_attention_stablehlo, "cuda_versions", types.SimpleNamespace(cudnn_get_version=lambda: 91000)
-    )
-
-
-def lower(spec: Spec, dtype: str, platform: str, implementation: str) -> str:
-    arrays, ids = spec.arrays()
-    shapes = [jax.ShapeDtypeStruct(x.shape, dtype) for x in arrays]
-
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> tuple:
-        return jax.vjp(lambda *x: causal_attention(*x, ids, implementation=implementation), q, k, v)[1](g)
-
-    return jax.jit(run).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
-
-
-@pytest.mark.usefixtures("cudnn_at_hand")
-@pytest.mark.parametrize(
-    "spec",
-    [
-        Spec(1024, groups=2, heads=2, state_dim=96, head_dim=96),
-        Spec(513, groups=1, heads=4, state_dim=20, head_dim=64),
-        Spec(1, groups=1, heads=1, state_dim=128, head_dim=128),
-    ],
-    ids=lambda spec: f"T{spec.length}",
-)
-def test_cudnn_lowers_for_cuda(spec: Spec) -> None:
-    text = lower(spec, "bfloat16", "cuda", "cudnn")
-    assert "__cudnn$fmhaSoftmax" in text
-    assert "__cudnn$fmhaSoftmaxBackward" in text
-
-
-def test_cudnn_wrapper_fits_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The padding and packing round the library's call, with its portable implementation in cuDNN's place."""
-    library, shapes = jax.nn.dot_product_attention, []
-
-    def portable(q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str, **options: Any) -> jax.Array:
-        assert implementation == "cudnn"
-        shapes.append(v.shape)
-        return library(q, k, v, **options)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", portable)
-    arrays, _ = Spec(21, groups=2, heads=8, state_dim=20, head_dim=50).arrays()
-    low = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
-    wanted = dense_with_gradients([np.asarray(x, np.float32) for x in low], None)
-    for ours, theirs in zip(with_gradients(low, None, implementation="cudnn"), wanted, strict=True):
-        assert relative(ours, theirs) < numpy_oracle.BF16_TOLERANCE
-    assert set(shapes) == {(2, 22, 4, 104)}
-
-
-@pytest.mark.parametrize(
-    ("spec", "dtype"),
-    [
-        (Spec(300, groups=2, heads=2, state_dim=64, head_dim=64, packed=True), "bfloat16"),
-        (Spec(1024, groups=2, heads=2, state_dim=96, head_dim=96), "bfloat16"),
-        (Spec(700, groups=1, heads=8, state_dim=24, head_dim=128, packed=True), "float32"),
-    ],
-    ids=lambda value: f"T{value.length}" if isinstance(value, Spec) else value,
-)
-def test_splash_lowers_for_tpu(spec: Spec, dtype: str) -> None:
-    assert lower(spec, dtype, "tpu", "splash").count("tpu_custom_call") == 3  # forward, dq, dk and dv
-
-
-@pytest.mark.parametrize(("length", "dtype", "block"), [(2047, "bfloat16", 512), (2048, "bfloat16", 1024)])
-def test_blocks_of_splash_are_wider_in_long_rows(length: int, dtype: str, block: int) -> None:
-    text = lower(Spec(length, groups=1, heads=1, state_dim=96, head_dim=96), dtype, "tpu", "splash")
-    assert set(re.findall(r"block_q\\+22: (\d+)", text)) == {str(block)}
-
-
-def test_splash_numbers_in_interpret_mode() -> None:
-    arrays, ids = Spec(200, groups=1, heads=2, state_dim=24, head_dim=16, batch=1, packed=True).arrays()
-    with pltpu.force_tpu_interpret_mode():
-        assert_close(arrays, ids, 1e-6, 2e-6, implementation="splash")
 
 
 @pytest.mark.parametrize(
