@@ -296,11 +296,20 @@ def test_a_config_file_without_a_schedule_on_the_command_line_brings_its_own(fol
         ),
         (["--seq-len", "64"], "--seq-len=64 scales --schedule, and there is none"),
         (["--step", "8"], "no complete checkpoint of step 8"),
+        (["--search", "2"], "--search must be a share in [0, 1], found 2.0"),
     ],
 )
 def test_command_reports_what_is_wrong(saved, capsys, arguments, message):
     assert evaluate_command.main(["--checkpoint", str(saved), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--classes"], ["--search", "0.5"]])
+def test_classes_and_search_of_a_mixture_are_refused_before_the_evaluation(saved, folder, tmp_path, capsys, option):
+    mixed = config_of(folder, data={"source": "stdlib", "mixture": {"stdlib": 1, f"text:{folder}/*": 1}})
+    (tmp_path / "mixed.yaml").write_text(to_yaml(mixed))
+    assert evaluate_command.main(["--checkpoint", str(saved), "--config", str(tmp_path / "mixed.yaml"), *option]) == 2
+    assert f"{option[0]} read one source, found the mixture of stdlib, text:" in capsys.readouterr().err
 
 
 def test_options_are_not_abbreviated(capsys):

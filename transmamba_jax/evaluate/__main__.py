@@ -19,6 +19,7 @@ from transmamba_jax.evaluate.token_classes import class_losses
 from transmamba_jax.evaluate.token_classes import table as class_table
 from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import calibration, compile_cache, logs, serving_mesh
+from transmamba_jax.runtime.checks import require
 from transmamba_jax.runtime.paths import option_path
 
 
@@ -40,6 +41,24 @@ def _configured(saved: Config, options: argparse.Namespace) -> Config:
         config,
         model=command_options.apply(config, options),
         eval=dataclasses.replace(config.eval, windows=windows),
+    )
+
+
+def _check(options: argparse.Namespace, config: Config) -> None:
+    """Refuse before the evaluation what would fail after it.
+
+    Raises:
+        ValueError: `--classes` or `--search` of a mixture, or a share out of range.
+    """
+    further = [name for name in ("classes", "search") if getattr(options, name) not in (None, False)]
+    require(
+        not (config.data.mixture and further),
+        f"--{' and --'.join(further)} read one source, found the mixture of {', '.join(config.data.sources)}; name one "
+        "as data.source in a file for --config",
+    )
+    require(
+        options.search is None or 0 <= options.search <= 1,
+        f"--search must be a share in [0, 1], found {options.search}",
     )
 
 
@@ -129,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         saved = command_options.restore(options.checkpoint, options.step)
         config = _configured(saved.config, options)
+        _check(options, config)
         tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
         params, mesh = serving_mesh.place(saved.params)  # on several devices each reads some of the windows
         with serving_mesh.use(mesh):
