@@ -234,6 +234,21 @@ def test_traced_schedules_share_one_compilation() -> None:
     assert oracle.relative_error(outputs[0], outputs[1]) > 1e-3
 
 
+@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
+def test_unrolled_layers_change_the_loop_alone(traced: bool) -> None:
+    config = dataclasses.replace(CONFIG, num_layers=4, transpoints=(0, 6))
+    _, params = make(config)
+    points = np.array([0, 6, 0, 6], np.int32) if traced else config.transpoints
+    compiled = {}
+    for unrolled in (1, 2, 4):
+        model = tm.TransMamba(config, dataclasses.replace(KERNELS, unrolled_layers=unrolled))
+        hidden = jax.jit(lambda p, model=model: model.apply({"params": p}, tokens_of(), points, method="hidden"))
+        compiled[unrolled] = hidden(params), hidden.lower(params).as_text().count("stablehlo.while")
+    for unrolled, (found, loops) in compiled.items():
+        assert oracle.relative_error(found, compiled[1][0]) < 1e-6
+        assert (loops < compiled[1][1]) == (unrolled == 4)
+
+
 def test_depth_adds_no_code_when_the_schedule_repeats() -> None:
     def size(num_layers: int) -> int:
         model = tm.TransMamba(dataclasses.replace(CONFIG, num_layers=num_layers, transpoints=(0, 6)))

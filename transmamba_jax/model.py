@@ -292,7 +292,7 @@ class TransMamba(nn.Module):
                 x = layer(jax.tree.map(lambda leaf: leaf[index], params), x, points[index])  # noqa: B023
             return x, None
 
-        return jax.lax.scan(block, x, jax.tree.map(regroup, self.layers))[0]
+        return jax.lax.scan(block, x, jax.tree.map(regroup, self.layers), unroll=self._unroll(period))[0]
 
     def _traced_stack(self, x: Hidden, points: Array, segment_ids: SegmentIds | None) -> Hidden:
         layer = self._layer(segment_ids)
@@ -301,7 +301,15 @@ class TransMamba(nn.Module):
             params, point = xs
             return layer(params, x, point), None
 
-        return jax.lax.scan(step, x, (self.layers, points))[0]
+        return jax.lax.scan(step, x, (self.layers, points), unroll=self._unroll(1))[0]
+
+    def _unroll(self, period: int) -> int:
+        """Return the turns of a loop over blocks of `period` layers that are compiled as one.
+
+        A loop writes what the backward pass needs into stacked arrays and reads it back, layer by layer.
+        """
+        blocks, most = self.config.num_layers // period, max(1, self.kernels.unrolled_layers // period)
+        return max(turns for turns in range(1, blocks + 1) if blocks % turns == 0 and turns <= most)
 
 
 def check_tokens(tokens: Tokens, segment_ids: SegmentIds | None) -> None:

@@ -39,8 +39,8 @@ def _choose(model: ModelConfig, options: KernelsConfig, workdir: Path) -> dict[s
         return calibration.to_tree(found)
     device, kernels = earlier
     here, before, now = calibration.device_name(), calibration.describe(kernels), calibration.describe(found)
-    given = (options.ssd, options.attention, options.chunk_size)
-    if device == here and given == (kernels.ssd, kernels.attention, kernels.chunk_size):
+    given = (options.ssd, options.attention, options.chunk_size, options.unrolled_layers)
+    if device == here and given == (kernels.ssd, kernels.attention, kernels.chunk_size, kernels.unrolled_layers):
         if before != now:
             hosts.log_first(
                 f"kernels stay those that this run was started with: {before}; a start from here on would have {now}; "
