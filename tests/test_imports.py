@@ -25,6 +25,10 @@ HEAVY = (
     "triton",
     "wandb",
     "mlflow",
+    "fsspec",
+    "gcsfs",
+    "s3fs",
+    "aiohttp",
 )
 OWNERS = {
     "orbax": ["transmamba_jax/checkpoint/"],
@@ -36,6 +40,9 @@ OWNERS = {
     "tensorboardX": ["transmamba_jax/training/"],
     "wandb": ["transmamba_jax/training/"],
     "mlflow": ["transmamba_jax/training/"],
+    "etils": ["transmamba_jax/runtime/storage/"],
+    "fsspec": ["transmamba_jax/runtime/storage/"],
+    "gcsfs": ["transmamba_jax/runtime/storage/"],
     "flax": ["transmamba_jax/"],
 }
 ABOVE_TRAINING = ("training", "compile_only", "study", "calibrate")

@@ -106,7 +106,7 @@ def read_yaml(path: str | Path) -> Any:
     Raises:
         ValueError: the file cannot be read or is not plain YAML.
     """
-    path = Path(path)
+    path = expand_path(path)
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:

@@ -112,8 +112,8 @@ def test_a_pattern_without_a_file_is_answered_with_one_to_type(tmp_path: Path, p
     ("pattern", "message"),
     [
         (
-            "gs://bucket/books/*.txt",
-            "text:gs://bucket/.*' is an address, .*; copy the files here, or mount the bucket",
+            "https://host/books/*.txt",
+            "text:https://host/.*' is an address, .*; copy the files here, or mount the bucket",
         ),
         ("file:///books/*.txt", r"is an address, and files are read from folders .*; write 'text:/books/\*\.txt'"),
     ],

@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -64,9 +65,9 @@ def run_training(arguments, accident="none", at=0):
     elif accident == "poison-all":
         poison(at, slice(None))
     elif accident == "no-space":
-        usage = checkpoint_steps.shutil.disk_usage
+        usage = shutil.disk_usage
         calls = []
-        checkpoint_steps.shutil.disk_usage = lambda path: (
+        shutil.disk_usage = lambda path: (
             calls.append(path),
             usage(path)._replace(free=1000) if len(calls) in at else usage(path),
         )[1]

@@ -18,10 +18,10 @@ LEASE = 3.0  # seconds; renewed every 0.5
 HOLDER = """
 import fcntl, sys
 from pathlib import Path
-from transmamba_jax.training import run_lock
+from transmamba_jax.training import lock_owner, run_lock
 folder, machine, carries = sys.argv[1:]
 if machine:
-    run_lock._machine = lambda: machine
+    lock_owner.machine = lambda: machine
 if carries == "no":
     fcntl.flock = lambda *_: None
 try:

@@ -11,7 +11,7 @@ from transmamba_jax.checkpoint import manifest as checkpoint_manifest
 from transmamba_jax.checkpoint import steps as checkpoint_steps
 from transmamba_jax.checkpoint import tree as checkpoint_tree
 from transmamba_jax.checkpoint.manifest import DamagedError
-from transmamba_jax.runtime import logs
+from transmamba_jax.runtime import logs, storage
 from transmamba_jax.runtime.paths import option_path
 
 _COMMANDS = {
@@ -57,7 +57,7 @@ def _list(directory: Path) -> list[str]:
     complete = checkpoint_steps.complete(directory)
     for step in found:
         folder = directory / str(step)
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
+        size = sum(storage.files_below(folder).values()) / 2**20
         saved = "-"
         try:
             loss = checkpoint_manifest.read(folder).eval_loss

@@ -10,8 +10,9 @@ One step is one folder, `<directory>/<step>/`, of orbax items and a manifest:
     manifest.json  dtypes, shapes and checksums of all of it, and the held-out loss (manifest.py)
 
 Orbax alone restores any item: `ocp.StandardCheckpointer().restore("<directory>/<step>/params")`. A folder gets its
-final name after the items are on disk, and its manifest after that. A killed save therefore leaves no step, and a
-step that differs from its manifest is never used.
+final name after the items are on disk, and its manifest after that. In a bucket, which has no rename, orbax marks what
+is complete with `commit_success.txt`, and the manifest comes after that too. A killed save therefore leaves no step,
+and a step that differs from its manifest is never used.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ from transmamba_jax.checkpoint.manifest import DamagedError, Leaf, Manifest
 from transmamba_jax.checkpoint.steps import SaveError, complete_steps
 from transmamba_jax.checkpoint.tree import Checkpoint, Restored
 from transmamba_jax.config import CheckpointConfig
-from transmamba_jax.runtime import hosts
+from transmamba_jax.runtime import hosts, storage
 from transmamba_jax.runtime.paths import expand_path
 
 _SAVE_SECONDS = 1200  # orbax gives a save up after these
@@ -52,6 +53,7 @@ class Checkpointer:
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         self._directory = expand_path(directory).absolute()
+        storage.require_checkpoints(self._directory, "checkpoint folder")
         self._config = config
         with hosts.collective_errors(OSError):
             if hosts.is_first():
@@ -223,6 +225,7 @@ class Checkpointer:
             raise
 
     def _delete_unfinished(self, step: str) -> None:
+        steps.delete_unfinished(self._directory)
         for leftover in self._directory.glob(f"{step}{_UNFINISHED}"):
             if steps.is_step(leftover.name.partition(".")[0]):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -231,7 +234,8 @@ class Checkpointer:
         """Count a failed save, delete its files, whose space the next one needs, and return the error to raise."""
         self.failed_saves += 1
         if hosts.is_first():
-            self._delete_unfinished(str(step))
+            with suppress(OSError):  # of a bucket; the next start tries again
+                self._delete_unfinished(str(step))
         return SaveError(f"checkpoint {step} was not saved: {hosts.one_line(error)}")
 
 

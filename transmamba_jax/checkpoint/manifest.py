@@ -31,6 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transmamba_jax.runtime import storage
+
 FILE = "manifest.json"
 
 _CHECKED_BYTES = 2**20
@@ -218,24 +220,16 @@ def write(folder: Path, step: int, eval_loss: float | None, leaves: dict[str, Le
     Raises:
         OSError: it cannot be written.
     """
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    names = [name for name in storage.files_below(folder) if name != FILE]
+    described = storage.map_files(_describe, [folder / name for name in names])
     content = {
         "step": step,
         "eval_loss": eval_loss,
         "leaves": {path: dataclasses.asdict(leaf) for path, leaf in leaves.items()},
-        "files": {name: _describe(path) for name, path in files.items() if name != FILE},
+        "files": dict(zip(names, described, strict=True)),
     }
-    partial = folder / f"{FILE}.partial"
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump({**content, "checksum": _checksum_content(content)}, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(folder / FILE)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    text = json.dumps({**content, "checksum": _checksum_content(content)}, indent=1)
+    storage.replace_text(folder / FILE, text, f"{FILE}.partial", durable=True)
 
 
 def read(folder: Path) -> Manifest:
@@ -266,20 +260,25 @@ def read(folder: Path) -> Manifest:
 
 def changed_files(folder: Path, manifest: Manifest) -> dict[str, str]:
     """Return what is wrong with each file that is not as it was written; files that no manifest lists are ignored."""
+    found = storage.map_files(_describe_or_reason, [folder / name for name in manifest.files])
     changed = {}
-    for name, (size, expected) in manifest.files.items():
-        try:
-            found_size, found = _describe(folder / name)
-        except FileNotFoundError:
-            changed[name] = "is missing"
-        except OSError as error:
-            changed[name] = f"cannot be read: {error.strerror}"
-        else:
-            if found_size != size:
-                changed[name] = f"has {found_size:,} bytes, saved were {size:,}"
-            elif found != expected:
-                changed[name] = "has other bytes than were saved"
+    for (name, (size, expected)), described in zip(manifest.files.items(), found, strict=True):
+        if isinstance(described, str):
+            changed[name] = described
+        elif described[0] != size:
+            changed[name] = f"has {described[0]:,} bytes, saved were {size:,}"
+        elif described[1] != expected:
+            changed[name] = "has other bytes than were saved"
     return changed
+
+
+def _describe_or_reason(path: Path) -> tuple[int, str | None] | str:
+    try:
+        return _describe(path)
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def changed_leaf(path: str, array: Any, saved: Leaf) -> list[str]:

@@ -2,12 +2,12 @@
 
 Only names equal to `str(int(name))` are steps; other files and folders are left alone. Beside `<step>/` there may be
 `saving-<step>`, an empty file during a save; `rejected-<step>`, a damaged step that was moved out of the way; and
-`deleting-<step>`, for a moment.
+`deleting-<step>`, for a moment. A bucket has no rename: there `deleting-<step>` is an empty object beside the step,
+whose manifest is deleted first, and a step has its name from the first file of its save on.
 """
 
 import logging
 import math
-import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import SupportsIndex
 from transmamba_jax.checkpoint import manifest as manifests
 from transmamba_jax.checkpoint.manifest import DamagedError
 from transmamba_jax.config import CheckpointConfig
-from transmamba_jax.runtime import hosts
+from transmamba_jax.runtime import hosts, storage
 from transmamba_jax.runtime.paths import expand_path, show_path
 
 _COMPLETE = ("commit_success.txt", manifests.FILE)  # the first is orbax's, and missing in a copy that is not complete
@@ -48,9 +48,10 @@ def locate(path: str | Path, step: int | None = None) -> tuple[Path, int | None]
     """Return the folder of checkpoints and the step that a path names: a run, its folder of checkpoints, or one step.
 
     Raises:
-        ValueError: the path names another step than `step`.
+        ValueError: the path names another step than `step`, or is on s3://.
     """
     given = expand_path(path).absolute()
+    storage.require_checkpoints(given, "checkpoint")
     if (given / "checkpoints").is_dir() and not folders(given):
         return given / "checkpoints", step
     if is_step(given.name) and any((given / name).exists() for name in ("params", *_COMPLETE)):
@@ -109,16 +110,16 @@ def ensure_space(directory: Path, step: int, nbytes: int, rejected: set[int]) ->
         SaveError: there is not enough space.
         OSError: the directory cannot be written.
     """
-    needed, free = nbytes + _HEADROOM_BYTES, shutil.disk_usage(directory).free
+    needed, free = nbytes + _HEADROOM_BYTES, storage.free_bytes(directory)
     if free < needed:
         raise SaveError(f"{needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free in {directory}")
     for old in {step, *rejected}:
         if not (directory / str(old)).exists():
             continue
         aside = directory / f"rejected-{old}"
-        delete(aside)
+        storage.delete(aside)
         (directory / str(old)).rename(aside)
-        delete(saving_marker(directory, old))
+        storage.delete(saving_marker(directory, old))
         hosts.log_first(f"checkpoint {old} was damaged or not complete: moved to {aside}", level=logging.WARNING)
     saving_marker(directory, step).touch()
 
@@ -126,7 +127,7 @@ def ensure_space(directory: Path, step: int, nbytes: int, rejected: set[int]) ->
 def tidy_up(directory: Path, step: int, config: CheckpointConfig) -> None:
     """Remove the marker of a step that has its manifest, and older steps. The step is saved, whatever fails here."""
     try:
-        delete(saving_marker(directory, step))
+        storage.delete(saving_marker(directory, step))
         delete_superseded(directory, config)
     except OSError as error:
         hosts.log_first(
@@ -147,20 +148,28 @@ def delete_superseded(directory: Path, config: CheckpointConfig) -> None:
     kept = {*list(losses)[-config.keep_latest :], *sorted(measured, key=measured.__getitem__)[: config.keep_best]}
     for step in losses:
         if step not in kept:
-            (directory / str(step)).rename(directory / f"deleting-{step}")
+            doomed = directory / f"deleting-{step}"
+            if storage.is_remote(directory):
+                doomed.touch()
+            else:
+                (directory / str(step)).rename(doomed)
     delete_leftovers(directory)
 
 
 def delete_leftovers(directory: Path) -> None:
-    """Delete the steps that a deletion renamed, now or when it was interrupted."""
+    """Delete the steps that a deletion renamed, now or when it was interrupted; in a bucket, those that it marked."""
     for doomed in directory.glob("deleting-*"):
-        if is_step(doomed.name.removeprefix("deleting-")):
-            delete(doomed)
+        step = doomed.name.removeprefix("deleting-")
+        if is_step(step):
+            if storage.is_remote(directory):
+                storage.delete(directory / step, first=manifests.FILE)
+            storage.delete(doomed)
 
 
-def delete(path: Path) -> None:
-    """Delete a folder, a file or a link, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def delete_unfinished(directory: Path) -> None:
+    """Delete the steps of a bucket whose save was killed; those of a folder never got their names."""
+    if storage.is_remote(directory):
+        for marker in directory.glob("saving-*"):
+            step = directory / marker.name.removeprefix("saving-")
+            if is_step(step.name) and not (step / manifests.FILE).exists():
+                storage.delete(step)

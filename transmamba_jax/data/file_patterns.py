@@ -23,6 +23,9 @@ def find_files(kind: str, pattern: str) -> dict[str, str]:
     Raises:
         ValueError: no file matches; the message says what is there and what to type.
     """
+    address = re.match(r"([a-z][a-z0-9+.-]*)://", pattern)
+    if address is not None:
+        raise ValueError(_not_here(kind, pattern, address[1]))
     expanded = str(expand_path(pattern))
     root = fixed_part(expanded)
     paths = _one_path_each(_expand(expanded), root)
@@ -102,15 +105,17 @@ def _one_path_each(paths: Iterable[str], root: str) -> list[str]:
     return sorted(min(names, key=rank) if len(names) > 1 else names[0] for names in same.values())
 
 
+def _not_here(kind: str, pattern: str, scheme: str) -> str:
+    path = "/" + pattern.removeprefix("file://").lstrip("/")
+    way = f"write '{kind}:{show_path(path)}'" if scheme == "file" else "copy the files here, or mount the bucket"
+    return (
+        f"data.source '{kind}:{show_path(pattern)}' is an address, and files are read from folders of this machine, "
+        f"gs:// and s3://; {way}"
+    )
+
+
 def _nothing_found(kind: str, pattern: str, expanded: str, root: str) -> str:
     source = f"data.source '{kind}:{show_path(pattern)}'"
-    address = re.match(r"([a-z][a-z0-9+.-]*)://", pattern)
-    if address is not None:
-        path = "/" + pattern.removeprefix("file://").lstrip("/")
-        way = (
-            f"write '{kind}:{show_path(path)}'" if address[1] == "file" else "copy the files here, or mount the bucket"
-        )
-        return f"{source} is an address, and files are read from folders of this machine; {way}"
     if os.path.isfile(expanded):  # a literal name that the wildcards in it do not match
         escaped = show_path(glob.escape(pattern))
         return (

@@ -1,14 +1,19 @@
 """Open what `data.source` names as a random-access sequence of UTF-8 documents.
 
 A source opens its files when the first document is asked for and is pickled without them, so that worker processes
-get their own handles.
+get their own handles. Files in a bucket are copied into `data.cache_dir` first, once on every machine, as long as their
+names, sizes and versions stay the same.
 """
 
 from transmamba_jax.config import DataConfig
+from transmamba_jax.data.cache_folder import cache_folder
 from transmamba_jax.data.documents import Documents, GivenDocuments
 from transmamba_jax.data.registry import check_source, find_opener
+from transmamba_jax.runtime import storage
 from transmamba_jax.runtime.checks import require
 from transmamba_jax.runtime.paths import show_path
+
+_OF_FILES = frozenset({"text", "jsonl", "parquet", "hf", "array_record"})
 
 
 def open_documents(config: DataConfig, split: str) -> Documents:
@@ -20,6 +25,11 @@ def open_documents(config: DataConfig, split: str) -> Documents:
     require(not config.mixture, "open_documents is for one source, found a mixture; take config.of_source(name)")
     check_source(config.source)
     name, _, rest = config.source.partition(":")
+    if storage.is_url(rest) and name in _OF_FILES:
+        try:
+            rest = storage.local_pattern(rest, cache_folder(config))
+        except ValueError as error:
+            raise ValueError(f"data.source '{show_path(config.source)}': {error}") from None
     found = find_opener(name)(config, rest, split)
     source = f"split {split!r} of data.source '{show_path(config.source)}'"
     documents = found if isinstance(found, Documents) else GivenDocuments(found, source, config)

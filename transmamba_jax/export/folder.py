@@ -32,7 +32,7 @@ class Loaded(NamedTuple):
 
 
 def save(folder: str | Path, config: Config, params: Mapping[str, Any], tokenizer: data.Tokenizer | None) -> None:
-    """Write parameters, config and tokenizer.
+    """Write parameters, config and tokenizer, into a folder or a bucket (gs:// or s3://).
 
     Raises:
         ValueError: a parameter is not finite; or the folder holds one of the files already, or cannot be written to.

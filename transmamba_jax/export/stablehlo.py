@@ -9,7 +9,6 @@ config's.
 """
 
 import dataclasses
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,7 +51,7 @@ def save_programs(
         waiting = folder / f"{name}.jax.partial"
         with tensor_files.raise_as_value_error(waiting):
             waiting.write_bytes(program.serialize())
-            os.replace(waiting, folder / f"{name}.jax")
+            waiting.replace(folder / f"{name}.jax")
 
 
 def load_program(folder: str | Path, name: str) -> jax_export.Exported:

@@ -16,7 +16,7 @@ from transmamba_jax.generate.decode import Decoder
 from transmamba_jax.generate.sampling import Sampling
 from transmamba_jax.generate.text import stream_text
 from transmamba_jax.model import TransMamba
-from transmamba_jax.runtime import calibration, paths, tensor_files
+from transmamba_jax.runtime import calibration, paths, storage, tensor_files
 
 if TYPE_CHECKING:
     from transmamba_jax.evaluate.inspection import Inspection
@@ -274,6 +274,8 @@ def _model(config: ModelConfig) -> TransMamba:
 
 def _nearest(path: Path) -> str:
     """List the nearest folder above a path that is there."""
+    if storage.is_remote(path):
+        return "no object has a name below it"
     folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
     names = sorted(paths.show_path(entry.name) + "/" * entry.is_dir() for entry in folder.iterdir())
     shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -8,16 +8,17 @@ from pathlib import Path
 from transmamba_jax.report.compare import write_comparison
 from transmamba_jax.report.summary import write_report
 from transmamba_jax.runtime import logs
+from transmamba_jax.runtime.paths import option_path
 
 
 @logs.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report of one run into WORKDIR/report/, or of several side by side into DIR; print the page's path."""
     parser = argparse.ArgumentParser(prog="transmamba report", description=main.__doc__)
-    parser.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="work directory of a run")
+    parser.add_argument("workdirs", nargs="+", type=option_path, metavar="WORKDIR", help="work directory of a run")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=option_path,
         default=Path("comparison"),
         metavar="DIR",
         help="folder for the page of several runs (default: %(default)s)",

@@ -12,7 +12,7 @@ from transmamba_jax import config_io
 from transmamba_jax.report import charts, page, svg
 from transmamba_jax.report.charts import Point
 from transmamba_jax.report.summary import Run, read_run
-from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime import storage, tensor_files
 from transmamba_jax.runtime.paths import expand_path
 
 COLUMNS = (
@@ -32,10 +32,10 @@ def write_comparison(workdirs: Sequence[str | Path], output: str | Path) -> Path
     names = run_names([run.workdir for run in runs])
     rows = [results(name, run) for name, run in zip(names, runs, strict=True)]
     tensor_files.make(folder)
-    with tensor_files.raise_as_value_error(folder):
-        with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    with tensor_files.raise_as_value_error(folder), storage.staged(folder) as local:
+        with (local / "results.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
-        (folder / "index.html").write_text(_page(names, runs, rows), encoding="utf-8")
+        (local / "index.html").write_text(_page(names, runs, rows), encoding="utf-8")
     return folder / "index.html"
 
 

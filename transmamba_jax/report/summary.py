@@ -20,7 +20,7 @@ from transmamba_jax.config import Config
 from transmamba_jax.config_io import load_config
 from transmamba_jax.report import charts, schedules
 from transmamba_jax.report import page as report_page
-from transmamba_jax.runtime import tensor_files
+from transmamba_jax.runtime import storage, tensor_files
 from transmamba_jax.runtime.paths import expand_path
 
 Record = dict[str, Any]
@@ -66,11 +66,11 @@ def write_report(workdir: Path) -> Path:
     folder = workdir / "report"
     samples = _read_samples(folder / "sample.txt")
     tensor_files.make(folder)
-    with tensor_files.raise_as_value_error(folder):
-        _write_files(folder, config, records, training, held_out)
-        index = folder / "index.html"
-        index.write_text(report_page.page(workdir.resolve().name, config, records, samples), encoding="utf-8")
-    return index
+    page = report_page.page(workdir.resolve().name, config, records, samples)
+    with tensor_files.raise_as_value_error(folder), storage.staged(folder) as local:
+        _write_files(local, config, records, training, held_out, sampled=samples is not None)
+        (local / "index.html").write_text(page, encoding="utf-8")
+    return folder / "index.html"
 
 
 def _read_samples(path: Path) -> str | None:
@@ -83,7 +83,12 @@ def _read_samples(path: Path) -> str | None:
 
 
 def _write_files(
-    folder: Path, config: Config, records: list[Record], training: list[Record], held_out: list[Record]
+    folder: Path,
+    config: Config,
+    records: list[Record],
+    training: list[Record],
+    held_out: list[Record],
+    sampled: bool,
 ) -> None:
     """Write what lies beside the page."""
     _write_csv(folder / "loss.csv", ("step", "loss", "eval_loss", "eval_bits_per_byte"), _loss_rows(training, held_out))
@@ -98,7 +103,7 @@ def _write_files(
         found = schedules.measured(config, positions[-1])
         if len(found) > 1:
             charts.save(schedules.loss_by_position(found), folder / "loss_by_schedule.png")
-    (folder / "index.md").write_text("\n".join(_page(config, records, folder)) + "\n", encoding="utf-8")
+    (folder / "index.md").write_text("\n".join(_page(config, records, folder, sampled)) + "\n", encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -140,7 +145,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
         writer.writerows(rows)
 
 
-def _page(config: Config, records: list[Record], folder: Path) -> list[str]:
+def _page(config: Config, records: list[Record], folder: Path, sampled: bool) -> list[str]:
     model, points = config.model, schedule.expand(config.model.transpoints, config.model.num_layers)
     lines = [
         "# Report",
@@ -163,7 +168,7 @@ def _page(config: Config, records: list[Record], folder: Path) -> list[str]:
     if (folder / "loss_by_position.png").exists():
         lines += ["", "![Held-out loss by position](loss_by_position.png)", ""]
         lines += ["Numbers: [loss_by_position.csv](loss_by_position.csv)"]
-    if (folder / "sample.txt").exists():
+    if sampled:
         lines += ["", "Samples: [sample.txt](sample.txt)"]
     lines += ["", "Which layers attend where:", "", "```"]
     return [*lines, schedule.table(model.transpoints, model.num_layers, config.data.seq_len), "```"]

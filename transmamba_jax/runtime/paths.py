@@ -2,17 +2,26 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
+from typing import cast
 
 
 def expand_path(path: str | os.PathLike[str]) -> Path:
     """Return the path that an option means: a leading `~` or `~user` is that home folder.
 
-    The one rule for every path that is read from YAML, from the command line or from Python.
+    The one rule for every path that is read from YAML, from the command line or from Python. `gs://BUCKET/...` and
+    `s3://BUCKET/...` become a `storage.bucket.BucketPath`, which has the methods of a `Path`.
 
     Raises:
-        ValueError: there is no such user; or the path is empty, as an unset variable of a shell leaves it.
+        ValueError: there is no such user; or the path is empty, as an unset variable of a shell leaves it; or the URL
+            names no bucket, or needs a package that is not installed.
     """
+    url = re.match(r"[a-z][a-z0-9+.-]*://", text := os.fspath(path))
+    if url is not None:
+        from transmamba_jax.runtime.storage import bucket  # fsspec
+
+        return cast(Path, bucket.parse(text))
     if os.fspath(path) == "":
         raise ValueError("a path must not be empty (an unset variable?); the current folder is '.'")
     expanded = os.path.expanduser(path)

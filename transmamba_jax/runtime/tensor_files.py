@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from transmamba_jax.runtime import storage
 from transmamba_jax.runtime.paths import show_path
 from transmamba_jax.runtime.tree_paths import listed
 
@@ -61,7 +61,8 @@ def open_folder(folder: Path) -> Iterator[Tensors]:
         opened: dict[str, Any] = {}
         for file in sorted(set(places.values())):
             try:
-                opened[file] = stack.enter_context(safetensors.safe_open(folder / file, framework="np"))
+                place = storage.local_copy(folder / file)
+                opened[file] = stack.enter_context(safetensors.safe_open(place, framework="np"))
             except (OSError, safetensors.SafetensorError) as error:
                 raise ValueError(f"{folder / file} cannot be read as safetensors: {error}") from None
         if not places:
@@ -131,6 +132,8 @@ def make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder {folder}: {error.strerror}") from None
+    if storage.is_remote(folder):
+        return  # a folder of a bucket is there with its first file
     with raise_as_value_error(folder), tempfile.NamedTemporaryFile(dir=folder):
         pass
 
@@ -187,16 +190,16 @@ def write(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     Raises:
         ValueError: it cannot be written.
     """
-    waiting = file.with_name(f"{file.name}.partial")
     # The library takes an array's address: what is not contiguous would be written as other bytes.
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    with raise_as_value_error(file):
+    with raise_as_value_error(file), storage.staged(file.parent) as folder:
+        waiting = folder / f"{file.name}.partial"
         waiting.unlink(missing_ok=True)
         waiting.touch()
         mode = waiting.stat().st_mode  # as the umask says; the library makes a file that its owner alone may read
         safetensors.numpy.save_file(contiguous, waiting, metadata=dict(metadata))
         waiting.chmod(mode)
-        os.replace(waiting, file)
+        waiting.replace(folder / file.name)
 
 
 def read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -206,7 +209,7 @@ def read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         ValueError: it is not there or is not safetensors.
     """
     try:
-        with safetensors.safe_open(file, framework="np") as handle:
+        with safetensors.safe_open(storage.local_copy(file), framework="np") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file} cannot be read as safetensors: {error}") from None

@@ -23,9 +23,17 @@ from transmamba_jax.data.synthetic import is_synthetic
 from transmamba_jax.evaluate import EvaluationStopped, Evaluator
 from transmamba_jax.model import TransMamba
 from transmamba_jax.report import read_metrics, write_report
-from transmamba_jax.runtime import hosts
+from transmamba_jax.runtime import hosts, storage
 from transmamba_jax.runtime.paths import expand_path
-from transmamba_jax.training import kernels, parameter_groups, resume, run_lock, schedule_sampling, starting_points
+from transmamba_jax.training import (
+    bucket_lock,
+    kernels,
+    parameter_groups,
+    resume,
+    run_lock,
+    schedule_sampling,
+    starting_points,
+)
 from transmamba_jax.training.console import Console
 from transmamba_jax.training.loss import Batch, Metrics
 from transmamba_jax.training.metrics import MetricsWriter, Record
@@ -65,6 +73,7 @@ def train(config: Config, model: nn.Module | None = None, documents: Sequence[An
         NonFiniteError: the run diverged; nothing was saved since.
     """
     config = dataclasses.replace(config, workdir=str(expand_path(config.workdir)))
+    storage.require_checkpoints(expand_path(config.workdir), "workdir")
     if documents is not None:
         config = dataclasses.replace(config, data=data.give_documents(config.data, config.workdir, documents))
     for source in config.data.sources:
@@ -97,7 +106,7 @@ def _open_run(
     # 1. What can be refused cheaply is refused first, everywhere: other hosts, devices, the earlier run, the data.
     mesh = _agreed_mesh(config)
     cleanup.enter_context(jax.set_mesh(mesh))
-    workdir = Path(config.workdir)
+    workdir = expand_path(config.workdir)
     lock = None
     with hosts.collective_errors():
         if hosts.is_first():
@@ -179,7 +188,7 @@ class _Run:
 
     config: Config
     workdir: Path
-    lock: run_lock.RunLock | None
+    lock: run_lock.RunLock | bucket_lock.BucketLock | None
     """Of the first process."""
     model: nn.Module
     mesh: Mesh
@@ -295,6 +304,14 @@ class _Run:
             except OSError as error:
                 self.console.alarm(f"metrics of step {record['step']} wait for the next line: {error}")
 
+    def _flush_metrics(self, step: int) -> None:
+        """Store every line up to the step of a checkpoint before it: a resumed run does not write them again."""
+        if self.writer is not None:
+            try:
+                self.writer.flush()
+            except OSError as error:
+                self.console.alarm(f"metrics up to step {step} are not written: {error}")
+
     def _evaluation_due(self, step: int) -> bool:
         every = self.config.eval.every
         return every > 0 and (step % every == 0 or step == self.config.train.steps)
@@ -346,6 +363,7 @@ class _Run:
         with hosts.collective_errors():
             if self.lock is not None:
                 self.lock.check()
+        self._flush_metrics(step)
         texts = config_io.checkpoint_yaml(self.config), self.tokenizer.to_json()
         try:
             self.checkpointer.save(step, state, self.batches.get_state(), *texts, eval_loss)

@@ -3,7 +3,6 @@
 import json
 import math
 import resource
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,9 +13,9 @@ import jax
 
 from transmamba_jax.config import Config
 from transmamba_jax.report.costs import flops_per_token
-from transmamba_jax.runtime import hardware
+from transmamba_jax.runtime import hardware, storage
 from transmamba_jax.runtime.logs import LOGGER
-from transmamba_jax.training.writers import AppendedFile, Writers
+from transmamba_jax.training.writers import Writers
 
 Record = dict[str, Any]
 
@@ -82,10 +81,8 @@ class MetricsWriter:
         """Continue after `step`; a line that a killed run left unfinished goes as well. `close` closes `writers`."""
         path = workdir / "metrics.jsonl"
         self.kept = _lines_up_to(path, step)
-        rewritten = path.with_suffix(".jsonl.new")
-        rewritten.write_text("".join(line + "\n" for line, _ in self.kept), encoding="utf-8")
-        rewritten.replace(path)  # atomic: a kill here leaves one or the other
-        self._file = AppendedFile(path)
+        storage.replace_text(path, "".join(line + "\n" for line, _ in self.kept), "metrics.jsonl.new")
+        self._file = storage.append_to(path)
         self._writers = Writers({}) if writers is None else writers
 
     def has_evaluation(self, step: int) -> bool:
@@ -93,7 +90,7 @@ class MetricsWriter:
         return any(record["step"] == step and "eval/loss" in record for _, record in self.kept)
 
     def write(self, record: Record) -> None:
-        """Append one line, handed to the system before this returns; a value that is not finite is written as null.
+        """Append one line, see `storage.AppendedFile`; a value that is not finite is written as null.
 
         Raises:
             OSError: it could not be written, and goes before the next one.
@@ -106,6 +103,14 @@ class MetricsWriter:
             self._file.write(line)
         finally:
             self._writers.write(record["step"], tags)
+
+    def flush(self) -> None:
+        """Return when every line is with the storage.
+
+        Raises:
+            OSError: a line could not be written.
+        """
+        self._file.flush()
 
     def close(self) -> None:
         """Close the file and the writers.
@@ -141,7 +146,7 @@ def _lines_up_to(path: Path, step: int) -> list[tuple[str, Record]]:
     foreign = [index for index, (_, record) in enumerate(records, start=1) if record is None]
     if foreign:
         copy = path.with_suffix(".jsonl.old")
-        shutil.copy(path, copy)
+        storage.copy(path, copy)
         LOGGER.warning(
             "%s: line %d%s has no step and is left out; the file as it was is %s",
             path,

@@ -16,6 +16,7 @@ from transmamba_jax import config_io, data
 from transmamba_jax.checkpoint import Checkpointer, DamagedError, Restored, complete_steps, manifest, tree
 from transmamba_jax.config import Config
 from transmamba_jax.runtime import hosts, tree_paths
+from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.training import starting_points
 from transmamba_jax.training.optimizer import learning_rate_schedule
 from transmamba_jax.training.step import TrainState, abstract_state, master_weights
@@ -108,7 +109,7 @@ def newest_state(
 
     Parameters are float32, whatever dtype they are stored in.
     """
-    stored = _stored_leaves(Path(config.workdir) / "checkpoints")
+    stored = _stored_leaves(expand_path(config.workdir) / "checkpoints")
     abstract = abstract_state(config, model, mesh)
     restored = checkpointer.restore_newest(_as_stored(abstract, stored), partial=config.checkpoint.partial)
     if restored is None:

@@ -8,22 +8,25 @@ next run takes the lock over. On another machine the flock may not be seen, so t
 renew it for `LEASE_SECONDS` is dead. A job that is requeued on another node waits for that and starts by itself.
 A run that was suspended for so long finds, before its next checkpoint, that it has lost the lock, and stops.
 
+A work directory in a bucket has a lock of another kind: `bucket_lock.py`.
+
 The first of several processes holds the lock for all of them.
 """
 
 import contextlib
-import datetime
 import fcntl
 import json
 import logging
 import os
-import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
+
+from transmamba_jax.runtime import storage
+from transmamba_jax.training import bucket_lock, lock_owner
 
 FILE = "run.lock"
 LEASE_SECONDS = 120.0
@@ -48,11 +51,11 @@ class RunLock:
             ValueError: another run has taken it over.
         """
         content = shown(self._path.parent)
-        owner = _parse(content)
+        owner = lock_owner.parse(content)
         if owner is not None and content != self._content:
             raise ValueError(
-                f"{self._path.parent} was taken over by another run: {_who(owner)}. This run did not renew its lock in "
-                "time (was it suspended?) and stops without saving"
+                f"{self._path.parent} was taken over by another run: {lock_owner.shown(owner)}. This run did not "
+                "renew its lock in time (was it suspended?) and stops without saving"
             )
 
     def close(self) -> None:
@@ -71,7 +74,7 @@ class RunLock:
 @contextlib.contextmanager
 def hold(
     workdir: Path, lease: float = LEASE_SECONDS, stopped: Callable[[], bool] = lambda: False
-) -> Iterator[RunLock | None]:
+) -> Iterator[RunLock | bucket_lock.BucketLock | None]:
     """Hold the lock of `workdir`, which is made if it is not there; `lease` in seconds, the same for all runs.
 
     Waits for the lease of a run on another machine to end, or until `stopped()`: the lock is not held then, and None
@@ -80,7 +83,11 @@ def hold(
     Raises:
         ValueError: another run has it, and the message says which one and what to do; or it cannot be written.
     """
-    path, owner = Path(workdir) / FILE, _myself()
+    if storage.is_remote(workdir):
+        with bucket_lock.hold(workdir, lease, stopped) as found:
+            yield found
+        return
+    path, owner = Path(workdir) / FILE, lock_owner.describe_myself()
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +115,7 @@ def hold(
 def shown(workdir: Path) -> str:
     """Return the lock as this process sees it: processes that see different ones do not share the directory."""
     try:
-        return (Path(workdir) / FILE).read_text(encoding="utf-8")
+        return (workdir / FILE).read_text(encoding="utf-8")
     except OSError as error:
         return f"{error.strerror}"
 
@@ -123,36 +130,36 @@ def _acquire(path: Path, stream: TextIO, lease: float, stopped: Callable[[], boo
     while True:
         free = _try_flock(stream)
         content = path.read_text(encoding="utf-8")  # opened again: network file systems refresh at an open
-        owner = _parse(content)
+        owner = lock_owner.parse(content)
         if owner is None:
             if free is False:
                 raise ValueError(f"{path.parent} belongs to another run that starts or ends now; try again")
             if content:
                 _log.warning("%s is not readable (%r): taking it over", path, content[:40])
             return True
-        if free is not None and owner["machine"] == _machine():
+        if free is not None and owner["machine"] == lock_owner.machine():
             if free:
-                _log.warning("%s: %s, no longer runs: taking the lock over", path, _who(owner))
+                _log.warning("%s: %s, no longer runs: taking the lock over", path, lock_owner.shown(owner))
                 return True
             raise ValueError(
-                f"{path.parent} belongs to another run: {_who(owner)}, is still running; stop it, or use another "
-                "--workdir"
+                f"{path.parent} belongs to another run: {lock_owner.shown(owner)}, is still running; stop it, "
+                "or use another --workdir"
             )
         renewed = path.stat().st_mtime
         age = _now(path.parent) - renewed
         # The second condition ends the wait for a file whose time lies in the future.
         if age > lease or time.monotonic() - begin > lease:
             limit = f"more than {lease:.0f} s: taking it over"
-            _log.warning("%s: %s, last renewed its lock %.0f s ago, %s", path, _who(owner), age, limit)
+            _log.warning("%s: %s, last renewed its lock %.0f s ago, %s", path, lock_owner.shown(owner), age, limit)
             return True
         if seen is None:
             seen = renewed
             until = f"waiting until it is renewed again, or until {lease:.0f} s have passed without"
-            _log.warning("%s belongs to %s, which renewed it %.0f s ago; %s", path, _who(owner), age, until)
+            _log.warning("%s belongs to %s, which renewed it %.0f s ago; %s", path, lock_owner.shown(owner), age, until)
         elif renewed != seen:
             raise ValueError(
-                f"{path.parent} belongs to another run: {_who(owner)}, renewed its lock {max(age, 0):.0f} s ago and "
-                f"loses it after {lease:.0f} s without: it is running; stop it, or use another --workdir"
+                f"{path.parent} belongs to another run: {lock_owner.shown(owner)}, renewed its lock "
+                f"{max(age, 0):.0f} s ago and loses it after {lease:.0f} s without: it is running; stop it, or use another --workdir"
             )
         if stopped():
             return False
@@ -181,31 +188,3 @@ def _write(stream: TextIO, text: str) -> None:
     stream.write(text)
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _parse(content: str) -> dict[str, Any] | None:
-    """Read a lock; None: it is free, or not readable because its owner died while it took it."""
-    try:
-        owner = json.loads(content)
-    except ValueError:
-        return None
-    complete = isinstance(owner, dict) and {"host", "process", "since", "machine"} <= owner.keys()
-    return owner if complete else None
-
-
-def _who(owner: dict[str, Any]) -> str:
-    return f"process {owner['process']} on {owner['host']}, started {owner['since']}"
-
-
-def _myself() -> dict[str, Any]:
-    since = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-    return {"host": socket.gethostname(), "process": os.getpid(), "since": since, "machine": _machine()}
-
-
-def _machine() -> str:
-    """Name this machine since it was started: hosts may share a name, and a restart ends every process."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        boot = "unknown"
-    return f"{socket.gethostname()} {boot}"

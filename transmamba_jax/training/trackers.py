@@ -13,6 +13,7 @@ from typing import Any
 
 from transmamba_jax import config_io
 from transmamba_jax.config import Config
+from transmamba_jax.runtime import storage
 from transmamba_jax.runtime.logs import LOGGER
 
 _UPLOAD_SECONDS = 60.0
@@ -20,7 +21,7 @@ _PARAMS_PER_REQUEST = 100  # MLflow's limit
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases in the project `train.wandb`; its files are in WORKDIR/wandb.
+    """A run of Weights & Biases in the project `train.wandb`; its files are in WORKDIR/wandb, or in the cache.
 
     The axis is the metric `step` and not the count of calls: a resumed run repeats the steps after its checkpoint, and
     Weights & Biases drops what goes back in that count.
@@ -37,7 +38,7 @@ class WeightsAndBiases:
             id=run_id,
             resume="allow",
             name=workdir.name,
-            dir=str(workdir),
+            dir=str(storage.local_folder(workdir)),
             # The console is the run's own, and an upload that hangs must not keep the program from ending.
             settings=wandb.Settings(console="off", finish_timeout=_UPLOAD_SECONDS),
         )

@@ -17,6 +17,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from transmamba_jax.config import Config
+from transmamba_jax.runtime import storage
 from transmamba_jax.runtime.logs import LOGGER
 from transmamba_jax.training import trackers
 
@@ -42,31 +43,6 @@ class Writer(Protocol):
         """
 
 
-class AppendedFile:
-    """A file that bytes are appended to. Bytes that a full disk refuses are kept and written first next time."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
-        self._waiting = b""
-
-    def write(self, content: bytes) -> None:
-        """Add bytes, handed to the system before this returns.
-
-        Raises:
-            OSError: not all of them could be.
-        """
-        self._waiting += content
-        while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
-
-    def close(self) -> None:
-        """Close the file, after one more attempt to write what waits."""
-        try:
-            self.write(b"")
-        finally:
-            self._file.close()
-
-
 class TensorBoard:
     """Event file of TensorBoard in WORKDIR/tensorboard; it hides what an earlier run wrote beyond `step`."""
 
@@ -74,7 +50,7 @@ class TensorBoard:
         folder = workdir / "tensorboard"
         folder.mkdir(exist_ok=True)
         # Not tensorboardX's writer: its thread dies of a full disk, and whoever fills its queue waits for ever.
-        self._file = AppendedFile(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}")
+        self._file = storage.append_to(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}")
         self._event(file_version="brain.Event:2")
         if step:
             self._event(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=step + 1)

@@ -1,0 +1,138 @@
+"""Files that grow line by line.
+
+A file of a folder is appended to. An object cannot be: its bytes are kept in memory and uploaded as a whole by a
+thread, at each write, but not more often than the service takes (one object, once a second) nor than five per cent
+of the time. `flush` returns when all bytes are in the bucket.
+"""
+
+import threading
+import time
+from pathlib import Path
+from typing import Protocol
+
+from transmamba_jax.runtime.storage.files import is_remote
+
+_PERIOD = 1.0
+_SHARE = 20  # of the time of an upload between two of them
+
+
+class AppendedFile(Protocol):
+    """A file that bytes are appended to. Bytes that the storage refuses are kept and written first next time."""
+
+    def write(self, content: bytes) -> None:
+        """Add bytes, handed to the system before this returns, or to the thread that uploads.
+
+        Raises:
+            OSError: not all of them could be, or an upload since the last call failed.
+        """
+
+    def flush(self) -> None:
+        """Return when all bytes are with the storage.
+
+        Raises:
+            OSError: they could not be written.
+        """
+
+    def close(self) -> None:
+        """Close the file, after one more attempt to write what waits.
+
+        Raises:
+            OSError: it failed.
+        """
+
+
+def append_to(path: Path) -> AppendedFile:
+    """Open a file to append to."""
+    return _UploadedFile(path) if is_remote(path) else LocalFile(path)
+
+
+class LocalFile:
+    """A file of a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+
+    def write(self, content: bytes) -> None:
+        """Append; see `AppendedFile`."""
+        self._waiting += content
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+    def flush(self) -> None:
+        """Write what waits; see `AppendedFile`."""
+        self.write(b"")
+
+    def close(self) -> None:
+        """Close; see `AppendedFile`."""
+        try:
+            self.write(b"")
+        finally:
+            self._file.close()
+
+
+class _UploadedFile:
+    """An object of a bucket."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._content = bytearray(path.read_bytes() if path.exists() else b"")
+        self._uploaded = len(self._content)
+        self._change = threading.Condition()
+        self._error: OSError | None = None
+        self._hurry = self._closed = False
+        self._thread = threading.Thread(target=self._run, name=f"upload {path.name}", daemon=True)
+        self._thread.start()
+
+    def write(self, content: bytes) -> None:
+        with self._change:
+            self._content += content
+            error, self._error = self._error, None
+            self._change.notify_all()
+        if error is not None:
+            raise error
+
+    def flush(self) -> None:
+        with self._change:
+            self._error, self._hurry = None, True
+            self._change.notify_all()
+            self._change.wait_for(lambda: self._uploaded == len(self._content) or self._error is not None)
+            self._hurry = False
+            error = self._error
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            with self._change:
+                self._closed = True
+                self._change.notify_all()
+            self._thread.join()
+
+    def _run(self) -> None:
+        pause = 0.0
+        while True:
+            with self._change:
+                # After a failure the bytes wait for the next call.
+                self._change.wait_for(self._due)
+                if self._closed:
+                    return
+                self._change.wait_for(lambda: self._hurry or self._closed, timeout=pause)
+                content = bytes(self._content)
+            begin = time.monotonic()
+            try:
+                self._path.write_bytes(content)
+                error = None
+            except OSError as failure:
+                error = failure
+            pause = max(_PERIOD, _SHARE * (time.monotonic() - begin))
+            with self._change:
+                self._error = error
+                if error is None:
+                    self._uploaded = len(content)
+                self._change.notify_all()
+
+    def _due(self) -> bool:
+        return self._closed or (self._error is None and self._uploaded < len(self._content))

@@ -1,0 +1,128 @@
+"""Copies of what is in a bucket, for readers that need files of this machine, and the way back."""
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from transmamba_jax.runtime.paths import expand_path, user_cache
+from transmamba_jax.runtime.storage.files import is_remote
+
+_PIECE = 2**24  # bytes of a request
+
+_log = logging.getLogger("transmamba_jax.storage")
+
+
+def is_url(text: str) -> bool:
+    """Tell whether a text is the URL of a bucket."""
+    return re.match(r"(gs|s3)://", text) is not None
+
+
+def local_copy(path: Path, cache: Path | None = None) -> Path:
+    """Return a path of this machine with the contents of a file or folder: itself, or a copy in the cache.
+
+    A copy is made once. Its name depends on the names, sizes and versions of the objects, so it is never out of date.
+
+    Raises:
+        OSError: an object cannot be read, or the cache cannot be written.
+    """
+    if not is_remote(path):
+        return path
+    remote: Any = path
+    if remote.is_file():
+        return _mirror(remote.parent, {remote.name: remote.info()}, cache) / remote.name
+    own = remote.files._strip_protocol(str(remote)).rstrip("/") + "/"
+    found = remote.files.find(str(remote), detail=True)
+    return _mirror(remote, {name.removeprefix(own): info for name, info in found.items()}, cache)
+
+
+def local_pattern(pattern: str, cache: Path) -> str:
+    """Copy the objects that a URL with wildcards names and return the pattern of the copies.
+
+    Names below the first wildcard stay as they are: they decide the split.
+
+    Raises:
+        ValueError: nothing matches, or the bucket cannot be read.
+    """
+    parts = pattern.rstrip("/").split("/")
+    wild = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    root: Any = expand_path("/".join(parts[: max(wild, 3)]))
+    own = root.files._strip_protocol(str(root)).rstrip("/") + "/"
+    try:
+        matched = root.files.glob(pattern, detail=True)
+        if len(parts) > 3 and any(info["type"] == "directory" for info in matched.values()) and wild == len(parts) - 1:
+            root, own = expand_path(pattern), root.files._strip_protocol(pattern).rstrip("/") + "/"
+            matched = root.files.find(str(root), detail=True)
+            parts, wild = [*parts, ""], len(parts)
+        found = {name.removeprefix(own): info for name, info in matched.items() if info["type"] == "file"}
+        if not found:
+            raise ValueError(f"{pattern} matches no object; {root} holds {_named(root)}")
+        folder = _mirror(root, found, cache)
+    except OSError as error:
+        raise ValueError(f"cannot read {pattern}: {error.strerror or error}") from None
+    return "/".join([glob.escape(str(folder)), *parts[wild:]]).rstrip("/")
+
+
+def _named(root: Any) -> str:
+    names = [path.name for path in root.iterdir()] if root.exists() else []
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "nothing"
+
+
+def _mirror(root: Any, found: Mapping[str, Mapping[str, Any]], cache: Path | None) -> Path:
+    """Copy objects below `root` into a folder that is named after them, unless it is there."""
+    facts = [(name, info["size"], str(info.get("generation") or info.get("ETag"))) for name, info in found.items()]
+    key = hashlib.blake2b(repr((str(root), sorted(facts))).encode(), digest_size=16).hexdigest()
+    folder = (user_cache() if cache is None else cache) / "buckets" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{key}.lock").open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait for the copy
+        if not folder.is_dir():
+            partial = folder.with_name(f"{key}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            sizes = {name: int(info["size"]) for name, info in found.items()}
+            _log.info("copying %d files, %.1f MiB, of %s", len(sizes), sum(sizes.values()) / 2**20, root)
+            _download(root, sizes, partial)
+            partial.rename(folder)
+    return folder
+
+
+def _download(root: Any, sizes: Mapping[str, int], folder: Path) -> None:
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=str(root), disable=None, leave=False) as bar:
+        for name, size in sizes.items():
+            if not name or name.endswith("/"):
+                continue  # an empty object that stands for a folder
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as file:
+                for start in range(0, size, _PIECE):
+                    piece = root.files.cat_file(str(root / name), start=start, end=min(start + _PIECE, size))
+                    file.write(piece)
+                    bar.update(len(piece))
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write to: itself, or one of this machine whose files are uploaded at the end of the body.
+
+    Raises:
+        OSError: a file cannot be uploaded.
+    """
+    if not is_remote(folder):
+        yield folder
+        return
+    remote: Any = folder
+    with tempfile.TemporaryDirectory(prefix="transmamba-") as made:
+        local = Path(made)
+        yield local
+        for path in sorted(local.rglob("*")):
+            if path.is_file():
+                remote.files.put_file(str(path), str(remote / path.relative_to(local).as_posix()))
