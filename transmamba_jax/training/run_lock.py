@@ -159,7 +159,8 @@ def _acquire(path: Path, stream: TextIO, lease: float, stopped: Callable[[], boo
         elif renewed != seen:
             raise ValueError(
                 f"{path.parent} belongs to another run: {lock_owner.shown(owner)}, renewed its lock "
-                f"{max(age, 0):.0f} s ago and loses it after {lease:.0f} s without: it is running; stop it, or use another --workdir"
+                f"{max(age, 0):.0f} s ago and loses it after {lease:.0f} s without: it is "
+                "running; stop it, or use another --workdir"
             )
         if stopped():
             return False

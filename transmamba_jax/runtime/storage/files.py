@@ -28,8 +28,8 @@ def require_checkpoints(path: Path, option: str) -> None:
     """
     if is_remote(path) and path.scheme != "gs":  # type: ignore[attr-defined]
         raise ValueError(
-            f"{option} {path}: checkpoints are in folders and on gs://, orbax refuses s3:// (to 0.12); data and exported "
-            "folders may be on s3://"
+            f"{option} {path}: checkpoints are in folders and on gs://, orbax refuses s3:// (to 0.12); data and "
+            "exported folders may be on s3://"
         )
 
 
