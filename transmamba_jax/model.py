@@ -6,7 +6,7 @@ blocks: compile time does not grow with depth and one checkpoint serves every sc
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -155,7 +155,8 @@ class TransMamba(nn.Module):
         self.embedding = self.param("embedding", normal, (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
         if not cfg.tie_embeddings:
             self.lm_head = self.param("lm_head", normal, (cfg.d_model, cfg.vocab_size), cfg.param_dtype)
-        self.layers = self.param("layers", self._init_layers)
+        given = self.has_variable("params", "layers")
+        self.layers = self.param("layers", self._layers_to_compare if given else self._init_layers)
         self.final_norm = RMSNorm(cfg.norm_eps, cfg.dtype, cfg.param_dtype, plain=self.kernels.any_derivative)
 
     def __call__(
@@ -258,6 +259,11 @@ class TransMamba(nn.Module):
         init = lambda layer_key: self._block().init(layer_key, dummy, 0)["params"]
         return jax.vmap(init)(jax.random.split(key, self.config.num_layers))
 
+    def _layers_to_compare(self, _: jax.Array) -> Any:
+        # Flax checks the shapes of given parameters by an abstract initialisation, which takes as long as the forward.
+        model = TransMamba(self.config, self.kernels, self.attention, parent=None)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _layer_shapes(model))
+
     def _block(self) -> Block:
         # Detached from this module: its parameters are slices of the stack, handed over explicitly.
         return Block(self.config, self.kernels, self.attention, parent=None)
@@ -336,3 +342,8 @@ def check_traced(transpoints: Array | np.ndarray, num_layers: int, batch: int) -
             f"({num_layers}, {batch}), one per layer or per layer and row, found shape {shape}, dtype {dtype}"
         )
     return jnp.asarray(transpoints)
+
+
+@lru_cache(maxsize=32)
+def _layer_shapes(model: TransMamba) -> Any:
+    return jax.eval_shape(model._init_layers, jax.random.key(0))

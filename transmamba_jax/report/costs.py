@@ -1,9 +1,26 @@
 """Predicted costs of a schedule: FLOPs of training, and bytes of the cache."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
 
 from transmamba_jax import cache, schedule
 from transmamba_jax.config import ModelConfig
+from transmamba_jax.model import TransMamba
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Count the parameters of a model."""
+    return _count(dataclasses.replace(config, transpoints=schedule.mamba2()))  # the schedule quickest to trace
+
+
+@functools.cache  # tracing the initialisation takes seconds, and the cells of a study have few models
+def _count(config: ModelConfig) -> int:
+    shapes = jax.eval_shape(TransMamba(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, chunk_size: int) -> float:

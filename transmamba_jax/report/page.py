@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from transmamba_jax import cache, schedule
 from transmamba_jax.config import Config
-from transmamba_jax.model import TransMamba
 from transmamba_jax.report import charts, schedules, svg
+from transmamba_jax.report.costs import parameter_count
 
 Record = dict[str, Any]
 
@@ -110,9 +108,7 @@ def numbers(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
 
 def _header(name: str, config: Config, records: Sequence[Record]) -> str:
     model, train, rows = config.model, config.train, config.data
-    mamba = TransMamba(dataclasses.replace(model, transpoints=schedule.mamba2()))  # the schedule quickest to trace
-    shapes = jax.eval_shape(mamba.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    parameters = parameter_count(model)
     step = max(record["step"] for record in records)
     lead = (
         f"{_millions(parameters)} parameters in {model.num_layers} layers of width {model.d_model}, "

@@ -1,6 +1,5 @@
 """Facts about a cell beside its metrics: size, state, FLOPs, where and with which versions it ran."""
 
-import dataclasses
 import functools
 import importlib.metadata
 import platform
@@ -9,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from transmamba_jax import __version__
-from transmamba_jax.config import Config, ModelConfig
-from transmamba_jax.model import TransMamba
-from transmamba_jax.report.costs import flops_per_token, largest_cache_bytes
+from transmamba_jax.config import Config
+from transmamba_jax.report.costs import flops_per_token, largest_cache_bytes, parameter_count
 from transmamba_jax.runtime import hardware
 
 
@@ -23,16 +20,10 @@ def model_facts(config: Config) -> dict[str, Any]:
     tokens = config.train.steps * config.data.batch_size * config.data.seq_len
     per_token = flops_per_token(config.model, config.data.seq_len, config.kernels.chunk_size)
     return {
-        "parameters": _parameters(dataclasses.replace(config.model, transpoints=(0,))),
+        "parameters": parameter_count(config.model),
         "state_bytes": largest_cache_bytes(config.model, config.data.seq_len, config.model.transpoints),
         "training_flops": tokens * per_token,
     }
-
-
-@functools.cache  # tracing the initialisation takes seconds, and the cells of a study have few models
-def _parameters(config: ModelConfig) -> int:
-    shapes = jax.eval_shape(TransMamba(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 @functools.cache
