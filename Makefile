@@ -26,7 +26,7 @@ small: $(VENV)/.installed-base
 	$(BIN)/python train.py --config configs/small.yaml --workdir runs/small
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/faults -m "faults or not faults"

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import tempfile
 from collections.abc import Generator, Iterator
 
 import hypothesis
@@ -10,13 +11,15 @@ import jax
 import jaxtyping
 import pytest
 
+from tests import programs
+
 # The TPU's compiler (libtpu) runs on any machine. Without these it asks the network whether this is a TPU, and refuses
 # a second process on the machine, such as another worker of pytest.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-# Tests compile anew: what is on a developer's disk is no part of them. The variable is for processes that they start.
+# What is on a developer's disk is no part of the tests. Programs of one run are kept in a temporary folder (see
+# `pytest_configure`); processes that tests start compile anew, but for those that get `programs.environment`.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-jax.config.update("jax_enable_compilation_cache", False)
 # A callback from a jitted CPU program that converts its arguments, as the interpreter of TPU kernels has them, waits
 # for ever where the CPU client has one thread: a machine, or a process bound to, one core.
 if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
@@ -48,6 +51,31 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what this process compiles until it ends: a run that is resumed or repeated compiles once."""
+    folder = tempfile.TemporaryDirectory(prefix="transmamba_jax_programs_")
+    config.add_cleanup(folder.cleanup)
+    programs.keep_in(folder.name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Draw the charts of reports in tests with the marker `draws` alone, and in processes that tests start."""
+    if item.get_closest_marker("draws") is not None:
+        return (yield)
+    from tests import undrawn  # imports the package, which the hook above has to see
+
+    with undrawn.patch():
+        return (yield)
+
+
+@pytest.fixture
+def programs_not_kept() -> Iterator[None]:
+    """Keep no program that is compiled for a topology: JAX cannot read one back, and warns."""
+    with programs.not_kept():
+        yield
 
 
 @pytest.fixture

@@ -13,14 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests import undrawn
+
 ROOT = Path(__file__).parents[1]
 
 
 def serve(functions: dict[str, Callable[..., int]]) -> None:
     """Run tasks from the standard input until it ends."""
-    for line in sys.stdin:
-        children = [_fork(functions, process) for process in json.loads(line)]
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+    with undrawn.patch():
+        for line in sys.stdin:
+            children = [_fork(functions, process) for process in json.loads(line)]
+            print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 
 
 def _fork(functions: dict[str, Callable[..., int]], process: dict[str, Any]) -> int:

@@ -84,6 +84,7 @@ def test_gradients_of_every_platform_equal_autodiff(
         assert np.linalg.norm(ours - theirs) < 1e-6 * np.linalg.norm(theirs)
 
 
+@pytest.mark.usefixtures("programs_not_kept")
 @pytest.mark.parametrize("kernels", [False, True])
 def test_a_tpu_copies_nothing_for_the_gradient(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its compiler fuses every slice and sum: besides the results, only the cotangent before SiLU is written, once.

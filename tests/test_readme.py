@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import transmamba_jax as tm
+from tests import programs
 from transmamba_jax import config_io
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +56,7 @@ def _folder(tmp_path_factory):
 def run(folder: Path, command: str) -> None:
     """Run a shell line in the folder with this interpreter and this checkout."""
     search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": search, "JAX_PLATFORMS": "cpu"}
+    environment = {**programs.environment(), "PYTHONPATH": search, "JAX_PLATFORMS": "cpu"}
     line = re.sub(r"^python ", f"{sys.executable} ", command)
     result = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"

@@ -73,6 +73,7 @@ def test_a_machine_whose_steps_are_not_sums_misses_the_goal(machine: Simulated) 
     assert "largest error of the prediction 20.0%; goal 10%: missed" in "\n".join(plan.text(found))
 
 
+@pytest.mark.draws
 @pytest.mark.usefixtures("machine")
 def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output, picture = tmp_path / "plan.json", tmp_path / "plan.png"
@@ -127,6 +128,7 @@ def test_layers_and_steps_run_on_this_machine(objective: Any) -> None:
         assert all(call() > 0 for call in parts.values())
 
 
+@pytest.mark.usefixtures("programs_not_kept")
 def test_an_absent_chip_is_predicted_by_its_compiler() -> None:
     # Of two heads the gradients are so small that the compiler of jax 0.12 (libtpu) aborts in their sum over chips.
     sizes = {"d_model": 128, "num_heads": 4, "num_groups": 4, "head_dim": 64, "state_dim": 64, "mlp_dim": 128}

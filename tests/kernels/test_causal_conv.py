@@ -19,6 +19,8 @@ from pallas_kernels.causal_conv1d import pallas_tpu
 from pallas_kernels.causal_conv1d.pallas_tpu import causal_conv1d
 from transmamba_jax.convolution import causal_conv
 
+pytestmark = pytest.mark.usefixtures("programs_not_kept")
+
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 

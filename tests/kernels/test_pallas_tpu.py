@@ -20,6 +20,8 @@ from pallas_kernels.ssd.pallas_tpu import implementation as pallas_tpu
 
 from . import suite
 
+pytestmark = pytest.mark.usefixtures("programs_not_kept")
+
 # The interpreter's programs are large and run once: most of their time would go into optimising them.
 QUICK_COMPILATION: dict[str, bool | int] = {
     "xla_backend_optimization_level": 0,

@@ -16,6 +16,8 @@ from transmamba_jax.report import __main__ as report_command
 from transmamba_jax.report import compare
 from transmamba_jax.report.summary import Run
 
+pytestmark = pytest.mark.draws
+
 DATA = DataConfig(seq_len=16, batch_size=8)  # 128 tokens a step
 
 

@@ -21,6 +21,8 @@ from transmamba_jax.report import charts as report_charts
 from transmamba_jax.report import page as report_page
 from transmamba_jax.report import svg
 
+pytestmark = pytest.mark.draws
+
 CONFIG = Config(
     model=ModelConfig(num_layers=4, d_model=64, num_heads=2, num_groups=1, mlp_dim=0, transpoints=(0, 4, 8, 16)),
     data=DataConfig(seq_len=16, batch_size=8, source="text:<b>&amp;*.txt"),

@@ -20,6 +20,8 @@ from transmamba_jax.config_io import to_yaml
 from transmamba_jax.report import __main__ as report_command
 from transmamba_jax.report import charts
 
+pytestmark = pytest.mark.draws
+
 SPANS = [[0, 1, 4.5], [1, 2, 3.5], [2, 4, 3.0], [4, 8, 2.5], [8, 16, 2.25]]
 
 

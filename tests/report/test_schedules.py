@@ -11,6 +11,8 @@ from transmamba_jax.config import EvalConfig
 from transmamba_jax.report import costs, page, schedules
 from transmamba_jax.report.costs import flops_per_token
 
+pytestmark = pytest.mark.draws
+
 ELASTIC = dataclasses.replace(CONFIG, eval=EvalConfig(schedules=("mamba2", "16 8")))
 OTHERS = {
     f"eval/{name}/{field}": value

@@ -8,6 +8,7 @@ import functools
 import signal
 import sys
 
+from tests import undrawn
 from tests.training.runs import strike
 from tests.training.support import Little
 from transmamba_jax import data
@@ -26,7 +27,8 @@ def main() -> int:
     if int(batch):
         strike(data.BatchIterator, "__next__", signal.SIGKILL, int(batch))
     runner.run_study = functools.partial(runner.run_study, train_cell=little)
-    return command.main(arguments)
+    with undrawn.patch():
+        return command.main(arguments)
 
 
 if __name__ == "__main__":

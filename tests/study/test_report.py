@@ -14,6 +14,8 @@ from transmamba_jax.study.results import Interval
 from transmamba_jax.study.runner import Selection, run_study
 from transmamba_jax.study.spec import FIGURES
 
+pytestmark = pytest.mark.draws
+
 
 @pytest.fixture(name="out", scope="module")
 def _out(tmp_path_factory):

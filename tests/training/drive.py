@@ -4,6 +4,7 @@ import signal
 import sys
 
 import train
+from tests import undrawn
 from tests.training.runs import strike
 from transmamba_jax import data
 from transmamba_jax.evaluate import evaluator
@@ -22,7 +23,8 @@ def main():
         strike(loop, "make_train_step", signal.SIGTERM, int(count))
     else:
         assert accident == "none"
-    return train.main(arguments)
+    with undrawn.patch():
+        return train.main(arguments)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def _steps(settings: Config):
     return checkpoint.complete_steps(Path(settings.workdir) / "checkpoints")
 
 
+@pytest.mark.draws
 def test_a_run_leaves_its_files_and_a_second_start_only_reports_them(make, capsys):
     settings = make(train={"log_every": 3})
     assert train(settings) == 0

@@ -1,6 +1,5 @@
 """A run that is killed, terminated and interrupted ends with the bits of one that is not."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import programs
 from tests.training.runs import assert_same_end, metrics_of
 from transmamba_jax import checkpoint
 from transmamba_jax.training.preemption import EXIT_PREEMPTED
@@ -36,18 +36,13 @@ def _run(tmp_path_factory):
         (folder / f"{index:03}.txt").write_text(text + "\n", encoding="utf-8")
     config = folder / "small.yaml"
     config.write_text(CONFIG.replace("TEXT", str(folder / "*.txt")), encoding="utf-8")
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    environment = {**programs.environment(), "JAX_PLATFORMS": "cpu"}
 
     def run(workdir, accident="none", count=0, expect=0):
-        command = [sys.executable, "-m", "tests.training.drive", accident, str(count), "--config", str(config)]
+        arguments = ["--config", str(config), "--workdir", str(folder / workdir)]
+        program = ["-m", "tests.training.drive", accident, str(count)] if accident else ["train.py"]
         result = subprocess.run(
-            [*command, "--workdir", str(folder / workdir)],
+            [sys.executable, *program, *arguments],
             cwd=Path(__file__).parents[2],
             env=environment,
             capture_output=True,
@@ -62,7 +57,7 @@ def _run(tmp_path_factory):
 
 @pytest.fixture(name="straight", scope="module")
 def _straight(run):
-    return run("straight")[0]
+    return run("straight", accident=None)[0]
 
 
 def test_a_straight_run_learns_and_leaves_everything_behind(straight):
