@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import http.server
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlparse
 
 from gcp_storage_emulator import server as emulator
 from gcp_storage_emulator.exceptions import NotFound
-from gcp_storage_emulator.handlers import buckets
+from gcp_storage_emulator.handlers import buckets, objects
 from gcp_storage_emulator.storage import Storage
 
 BUCKET = "bucket"
@@ -56,6 +57,9 @@ class Bucket:
     """A running server with one bucket."""
 
     def __init__(self) -> None:
+        logging.getLogger("gcp_storage_emulator").setLevel(
+            logging.CRITICAL
+        )  # it reports every object that is not there
         self.storage = Storage(use_memory_fs=True)
         buckets.create_bucket(BUCKET, self.storage)
         self.lock = threading.Lock()
@@ -75,6 +79,9 @@ class Bucket:
             "FSSPEC_GCS_ENDPOINT_URL": self.url,
             # The emulator does not speak gRPC, over which gcsfs asks for the bucket's type.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            "FSSPEC_GCS_REQUESTS_TIMEOUT": "5",
+            # tensorstore looks for credentials, and would ask a metadata server that no machine of tests has.
+            "GCE_METADATA_ROOT": "127.0.0.1:1",
         }
 
     def objects(self, prefix: str = "") -> dict[str, bytes]:
@@ -82,6 +89,12 @@ class Bucket:
         with self.lock:
             found = self.storage.objects.get(BUCKET, {})
             return {name: self.storage.get_file(BUCKET, name) for name in sorted(found) if name.startswith(prefix)}
+
+    def put(self, name: str, content: bytes) -> None:
+        """Make an object."""
+        with self.lock:
+            facts = objects._make_object_resource(self.url, BUCKET, name, "text/plain", str(len(content)))
+            self.storage.create_file(BUCKET, name, content, objects._checksums(content, facts))
 
     def change(self, name: str, content: bytes) -> None:
         """Replace the bytes of an object behind everybody's back."""
@@ -141,8 +154,10 @@ class _Handler(emulator.RequestHandler):
     def _route(self, method: str, request: Request) -> None:
         """Serve a request, and send the answer when `after` has seen it."""
         stream, self.wfile = self.wfile, _Answer(self.wfile)
-        emulator.Router(self).handle(method)
-        answer, self.wfile = self.wfile, stream
+        try:
+            emulator.Router(self).handle(method)
+        finally:
+            answer, self.wfile = self.wfile, stream
         status = self._bucket.after(request)
         if status is None:
             stream.write(b"".join(answer.parts))

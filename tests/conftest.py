@@ -86,6 +86,19 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[object]:
+    """Run a server of the Google Cloud Storage API and point this process to it; see tests/buckets.py."""
+    from tests.buckets import Bucket
+
+    server = Bucket()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+    server.stop()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Fail a skipped test unless it carries the `hardware` marker."""

@@ -156,7 +156,7 @@ def _now(workdir: Any, content: bytes) -> float:
     from transmamba_jax.runtime.storage import gcs
 
     probe = workdir / f"run.lock.{json.loads(content)['token']}"
-    written = gcs.write_versioned(str(probe), b"", 0)
+    written = gcs.write_versioned(str(probe), b"?", 0)
     probe.unlink(missing_ok=True)
     return written.updated
 

@@ -79,7 +79,8 @@ class _UploadedFile:
         self._content = bytearray(path.read_bytes() if path.exists() else b"")
         self._uploaded = len(self._content)
         self._change = threading.Condition()
-        self._error: OSError | None = None
+        self._error: OSError | None = None  # that no call has raised yet
+        self._stalled = False  # an upload failed, and the bytes wait for the next call
         self._hurry = self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"upload {path.name}", daemon=True)
         self._thread.start()
@@ -87,18 +88,18 @@ class _UploadedFile:
     def write(self, content: bytes) -> None:
         with self._change:
             self._content += content
-            error, self._error = self._error, None
+            error, self._error, self._stalled = self._error, None, False
             self._change.notify_all()
         if error is not None:
             raise error
 
     def flush(self) -> None:
         with self._change:
-            self._error, self._hurry = None, True
+            self._stalled, self._hurry = False, True
             self._change.notify_all()
-            self._change.wait_for(lambda: self._uploaded == len(self._content) or self._error is not None)
+            self._change.wait_for(lambda: self._uploaded == len(self._content) or self._stalled)
             self._hurry = False
-            error = self._error
+            error, self._error = self._error if self._stalled else None, None
         if error is not None:
             raise error
 
@@ -115,7 +116,6 @@ class _UploadedFile:
         pause = 0.0
         while True:
             with self._change:
-                # After a failure the bytes wait for the next call.
                 self._change.wait_for(self._due)
                 if self._closed:
                     return
@@ -129,10 +129,10 @@ class _UploadedFile:
                 error = failure
             pause = max(_PERIOD, _SHARE * (time.monotonic() - begin))
             with self._change:
-                self._error = error
+                self._error, self._stalled = error, error is not None
                 if error is None:
                     self._uploaded = len(content)
                 self._change.notify_all()
 
     def _due(self) -> bool:
-        return self._closed or (self._error is None and self._uploaded < len(self._content))
+        return self._closed or (not self._stalled and self._uploaded < len(self._content))

@@ -1,0 +1,216 @@
+"""Paths of a bucket against the HTTP API: what they do, and how requests that fail are repeated and told."""
+
+import logging
+import threading
+import time
+
+import pytest
+
+from tests.buckets import Bucket, Request
+from transmamba_jax.runtime import storage
+from transmamba_jax.runtime.paths import expand_path
+from transmamba_jax.runtime.storage import bucket as buckets
+
+
+@pytest.fixture(name="folder")
+def _folder(bucket, request):
+    """Return a folder of the bucket that no other test uses."""
+    return expand_path(f"gs://bucket/{request.node.name}")
+
+
+@pytest.fixture(name="quick")
+def _quick(monkeypatch, bucket):
+    """Repeat requests without long delays."""
+    from transmamba_jax.runtime.storage import gcs
+
+    monkeypatch.setattr(gcs, "_FIRST_DELAY", 0.001)
+    monkeypatch.setattr(gcs, "_RETRIES", 4)
+
+
+def first(count: int, status: int):
+    """Answer the first requests with a status."""
+    seen: list[Request] = []
+
+    def accident(request: Request) -> int | None:
+        seen.append(request)
+        return status if len(seen) <= count else None
+
+    return accident
+
+
+def test_objects_are_written_listed_read_renamed_and_deleted(folder):
+    assert not folder.exists()
+    assert not folder.is_dir()
+    content = bytes(range(256)) * 9
+    (folder / "a" / "b.bin").write_bytes(content)
+    (folder / "c.txt").write_text("é\n", encoding="utf-8")
+    with (folder / "d.csv").open("w", newline="", encoding="utf-8") as file:
+        file.write("1,2\r\n")
+    assert (folder / "a/b.bin").read_bytes() == content
+    assert (folder / "c.txt").read_text(encoding="utf-8") == "é\n"
+    assert (folder / "d.csv").read_bytes() == b"1,2\r\n"
+    assert (folder.exists(), folder.is_dir(), folder.is_file()) == (True, True, False)
+    assert ((folder / "c.txt").is_file(), (folder / "c.txt").is_dir()) == (True, False)
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "c.txt", "d.csv"]
+    assert storage.files_below(folder) == {"a/b.bin": 2304, "c.txt": 3, "d.csv": 5}
+    assert [path.name for path in folder.rglob("*.bin")] == ["b.bin"]
+    assert [path.name for path in folder.glob("*.txt")] == ["c.txt"]
+    assert abs((folder / "c.txt").stat().st_mtime - time.time()) < 60
+
+    (folder / "a").rename(folder / "z")
+    assert storage.files_below(folder) == {"c.txt": 3, "d.csv": 5, "z/b.bin": 2304}
+    storage.delete(folder / "z")
+    (folder / "c.txt").unlink()
+    (folder / "c.txt").unlink(missing_ok=True)
+    for missing in (folder / "c.txt").unlink, (folder / "c.txt").read_bytes, (folder / "c.txt").stat:
+        with pytest.raises(FileNotFoundError, match=r"c\.txt"):
+            missing()
+    assert list(storage.files_below(folder)) == ["d.csv"]
+
+
+def test_what_another_process_writes_is_seen_at_once(folder, bucket):
+    assert list(folder.parent.iterdir()) is not None
+    assert not (folder / "new").exists()
+    bucket.put(f"{folder.name}/new", b"there")
+    assert (folder / "new").read_bytes() == b"there"
+    assert [path.name for path in folder.iterdir()] == ["new"]
+
+
+def test_a_file_that_an_error_closes_is_not_uploaded(folder):
+    def fail():
+        with (folder / "half").open("w") as file:
+            file.write("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not (folder / "half").exists()
+
+
+@pytest.mark.parametrize(("status", "reason"), [(429, "HTTP 429"), (500, "HTTP 500"), (503, "HTTP 503")])
+def test_a_request_that_fails_is_repeated_and_said(folder, bucket, quick, caplog, status, reason):
+    with bucket.accident(before=first(3, status)), caplog.at_level(logging.WARNING):
+        (folder / "file").write_bytes(b"content")
+    assert (folder / "file").read_bytes() == b"content"
+    assert [record.message for record in caplog.records if reason in record.message] == [
+        record.message for record in caplog.records
+    ]
+    assert len(caplog.records) == 3
+    assert "attempt 4 of 5" in caplog.messages[-1]
+
+
+def test_a_request_without_an_answer_is_repeated_and_said(folder, bucket, quick, caplog, monkeypatch):
+    monkeypatch.setattr(folder.files, "_seconds", 0.2)
+    waiting, seen = threading.Event(), []
+
+    def silent(request: Request) -> None:
+        seen.append(request)
+        if len(seen) == 1:
+            waiting.wait(10)
+
+    with bucket.accident(before=silent), caplog.at_level(logging.WARNING):
+        (folder / "file").write_bytes(b"content")
+        waiting.set()
+    assert (folder / "file").read_bytes() == b"content"
+    assert "no answer within 0.2 s; attempt 2 of 5" in caplog.text
+
+
+def test_a_request_that_never_succeeds_is_an_error_that_says_so(folder, bucket, quick):
+    with bucket.accident(before=lambda _: 503), pytest.raises(OSError, match=r"HTTP 503 .*\(5 attempts\)"):
+        (folder / "file").write_bytes(b"content")
+    with bucket.accident(before=lambda _: 500), pytest.raises(OSError, match="HTTP 500"):
+        (folder / "file").exists()  # an error is no answer
+
+
+def test_a_forbidden_request_is_not_repeated(folder, bucket, quick):
+    seen: list[Request] = []
+    forbid = lambda request: seen.append(request) or 403
+    with bucket.accident(before=forbid), pytest.raises(OSError, match="Forbidden: .*accident 403") as caught:
+        (folder / "file").write_bytes(b"content")
+    assert caught.value.denied
+    assert len(seen) == 1
+
+
+def test_a_version_is_written_once(folder, bucket):
+    from transmamba_jax.runtime.storage import gcs
+
+    path = str(folder / "object")
+    assert gcs.read_versioned(path) == (b"", 0, 0.0)
+    made = gcs.write_versioned(path, b"one", 0)
+    assert gcs.read_versioned(path) == made
+    with pytest.raises(FileExistsError):
+        gcs.write_versioned(path, b"two", 0)
+    again = gcs.write_versioned(path, b"two", made.generation)
+    assert again.generation > made.generation
+    with pytest.raises(FileExistsError):
+        gcs.delete_versioned(path, made.generation)
+    gcs.delete_versioned(path, again.generation)
+    assert not (folder / "object").exists()
+
+
+def test_appended_bytes_are_uploaded_soon_and_all_of_them_at_a_flush(folder, bucket):
+    path, before = folder / "lines", len(bucket.requests)
+    file = storage.append_to(path)
+    for index in range(40):
+        file.write(b"%d\n" % index)
+    file.flush()
+    assert path.read_bytes() == b"".join(b"%d\n" % index for index in range(40))
+    assert sum(request.method == "POST" for request in bucket.requests[before:]) <= 3  # forty at once are few uploads
+    file.write(b"last\n")
+    deadline = time.monotonic() + 20
+    while not path.read_bytes().endswith(b"last\n"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    file.close()
+    more = storage.append_to(path)
+    more.write(b"more\n")
+    more.close()
+    assert path.read_bytes().endswith(b"39\nlast\nmore\n")
+
+
+def test_bytes_that_the_bucket_refuses_wait_and_go_first(folder, bucket, quick):
+    path = folder / "lines"
+    file = storage.append_to(path)
+    with bucket.accident(before=lambda _: 403):
+        file.write(b"one\n")
+        with pytest.raises(OSError, match="Forbidden"):
+            file.flush()
+    file.write(b"two\n")
+    file.close()
+    assert path.read_bytes() == b"one\ntwo\n"
+
+
+def test_copies_are_made_once_and_again_when_an_object_changes(folder, bucket, tmp_path):
+    (folder / "sub" / "a").write_bytes(b"first")
+    copy = storage.local_copy(folder, tmp_path)
+    assert (copy / "sub/a").read_bytes() == b"first"
+    reads = lambda: sum(request.query.get("alt") == ["media"] for request in bucket.requests)
+    before = reads()
+    assert storage.local_copy(folder, tmp_path) == copy
+    assert reads() == before
+    (folder / "sub" / "a").write_bytes(b"other")
+    assert (storage.local_copy(folder, tmp_path) / "sub/a").read_bytes() == b"other"
+    assert storage.local_copy(folder / "sub/a", tmp_path).read_bytes() == b"other"
+    assert storage.local_copy(tmp_path, tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("gs://", "names the bucket ''"),
+        ("gs:///run", "names the bucket ''"),
+        ("gs://Bucket/run", "names the bucket 'Bucket'; a name has 3 to 222 lower-case"),
+        ("https://host/run", "must be a path of this machine, gs://BUCKET/"),
+    ],
+)
+def test_a_url_that_names_no_bucket_is_refused_without_a_request(url, message):
+    with pytest.raises(ValueError, match=message):
+        expand_path(url)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"needs the package gcsfs: pip install 'transmamba-jax\[gcs\]'"):
+        expand_path("gs://bucket/run")
+    with pytest.raises(ValueError, match=r"needs the package s3fs: pip install 'transmamba-jax\[s3\]'"):
+        expand_path("s3://bucket/run")
