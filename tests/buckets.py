@@ -1,15 +1,18 @@
 """A server of the Google Cloud Storage API for tests: gcp-storage-emulator, with what it lacks and with accidents.
 
-It lacks preconditions: `ifGenerationMatch` is checked here, under the lock that serves one request at a time. Accidents
-are functions of a request: they delay it, answer in its place, or kill who sent it.
+It lacks versions of objects: the conditions that name one are checked here, under the lock that serves one request at a
+time, and downloads say theirs. Accidents are functions of a request: they delay it, answer in its place, or kill who
+sent it.
 """
 
 import contextlib
 import dataclasses
 import functools
 import http.server
+import io
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +24,7 @@ from gcp_storage_emulator.handlers import buckets, objects
 from gcp_storage_emulator.storage import Storage
 
 BUCKET = "bucket"
+_CONDITIONS = ("ifGenerationMatch", "ifGenerationNotMatch", "generation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Request:
     method: str
     path: str
     query: dict[str, list[str]]
+    body: bytes
 
     @property
     def writes(self) -> bool:
@@ -39,9 +44,11 @@ class Request:
 
     @property
     def object(self) -> str:
-        """Return the name of the object that it reads, writes or deletes; "" for a listing or a multipart upload."""
+        """Return the name of the object that it reads, writes or deletes; "" for a listing."""
         if "name" in self.query:
             return self.query["name"][0]
+        if self.query.get("uploadType") == ["multipart"]:
+            return json.loads(re.search(rb"\{.*?\}", self.body)[0])["name"]
         return unquote(self.path.partition("/o/")[2])
 
 
@@ -57,9 +64,8 @@ class Bucket:
     """A running server with one bucket."""
 
     def __init__(self) -> None:
-        logging.getLogger("gcp_storage_emulator").setLevel(
-            logging.CRITICAL
-        )  # it reports every object that is not there
+        # It reports every object that is not there.
+        logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
         self.storage = Storage(use_memory_fs=True)
         buckets.create_bucket(BUCKET, self.storage)
         self.lock = threading.Lock()
@@ -91,15 +97,10 @@ class Bucket:
             return {name: self.storage.get_file(BUCKET, name) for name in sorted(found) if name.startswith(prefix)}
 
     def put(self, name: str, content: bytes) -> None:
-        """Make an object."""
+        """Make an object, or replace one behind everybody's back."""
         with self.lock:
             facts = objects._make_object_resource(self.url, BUCKET, name, "text/plain", str(len(content)))
             self.storage.create_file(BUCKET, name, content, objects._checksums(content, facts))
-
-    def change(self, name: str, content: bytes) -> None:
-        """Replace the bytes of an object behind everybody's back."""
-        with self.lock:
-            self.storage.create_file(BUCKET, name, content, self.storage.get_file_obj(BUCKET, name))
 
     @contextlib.contextmanager
     def accident(self, before: Accident | None = None, after: Accident | None = None) -> Iterator[None]:
@@ -139,17 +140,29 @@ class _Handler(emulator.RequestHandler):
 
     def _serve(self, method: str) -> None:
         parsed = urlparse(self.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if body:
+            self.rfile = io.BytesIO(body)
         with self._bucket.lock:
-            request = Request(len(self._bucket.requests), method, parsed.path, parse_qs(parsed.query))
+            request = Request(len(self._bucket.requests), method, parsed.path, parse_qs(parsed.query), body)
             self._bucket.requests.append(request)
         status = self._bucket.before(request)
         if status is None:
             with self._bucket.lock:
-                expected = request.query.get("ifGenerationMatch")
-                if expected is None or expected[0] == self._generation(request.object):
+                status = self._unmet(request)
+                if status is None:
                     return self._route(method, request)
-            status = 412
         self._refuse(status)
+
+    def _unmet(self, request: Request) -> int | None:
+        """Return the status of a condition that does not hold."""
+        found = self._generation(request.object)
+        asked = {name: request.query[name][0] for name in _CONDITIONS if name in request.query}
+        if asked.get("ifGenerationMatch", found) != found:
+            return 412
+        if asked.get("ifGenerationNotMatch") == found:
+            return 304 if request.method == "GET" else 412
+        return 404 if asked.get("generation", found) != found else None
 
     def _route(self, method: str, request: Request) -> None:
         """Serve a request, and send the answer when `after` has seen it."""
@@ -160,13 +173,17 @@ class _Handler(emulator.RequestHandler):
             answer, self.wfile = self.wfile, stream
         status = self._bucket.after(request)
         if status is None:
-            stream.write(b"".join(answer.parts))
+            # Of a download, tensorstore reads the version in the header.
+            line, _, rest = b"".join(answer.parts).partition(b"\r\n")
+            generation = f"X-Goog-Generation: {self._generation(request.object)}\r\n".encode()
+            stream.write(line + b"\r\n" + (generation if request.method == "GET" else b"") + rest)
         else:
             self._refuse(status)
 
     def _refuse(self, status: int) -> None:
         with contextlib.suppress(ConnectionError):
             body = json.dumps({"error": {"code": status, "message": f"accident {status}"}}).encode()
+            body = b"" if status == 304 else body
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

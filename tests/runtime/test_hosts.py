@@ -26,6 +26,7 @@ from tests.training.support import Little, little_config
 from transmamba_jax import checkpoint, config_io, data, sharding
 from transmamba_jax.config import HostsConfig, MeshConfig
 from transmamba_jax.runtime import hosts
+from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.training.preemption import EXIT_PREEMPTED
 
 DEVICES = 8
@@ -96,13 +97,13 @@ def run_process(arguments, accidents, little):
 class Runs(Server):
     """Runs train.py in one or more processes of a run."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, **environment):
         compiled = {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        super().__init__("tests.runtime.test_hosts", folder, **compiled)
+        super().__init__("tests.runtime.test_hosts", folder, **compiled, **environment)
         config = little_config(
             model={"vocab_size": 256},
             data={"source": write_text(folder / "text"), "streams": 2},
@@ -121,7 +122,13 @@ class Runs(Server):
         for index, accidents in enumerate(processes):
             own = ["--hosts.coordinator", addresses[accidents.pop("lost", 0)], "--hosts.num-processes", len(processes)]
             own += ["--hosts.process-id", index, *accidents.pop("options", ())]
-            arguments = ["--config", self.config, "--workdir", self.folder / workdir, *options]
+            arguments = [
+                "--config",
+                self.config,
+                "--workdir",
+                workdir if "://" in workdir else self.folder / workdir,
+                *options,
+            ]
             arguments += own if len(processes) > 1 else []
             tasks.append({"arguments": [str(each) for each in arguments], "accidents": accidents, "little": little})
         self.send("process", *tasks, devices=DEVICES // len(tasks))
@@ -135,10 +142,17 @@ def _free_addresses(count):
 
 
 @pytest.fixture(name="server", scope="module")
-def _server(tmp_path_factory):
-    server = Runs(tmp_path_factory.mktemp("hosts"))
+def _server(tmp_path_factory, bucket):
+    server = Runs(tmp_path_factory.mktemp("hosts"), **bucket.environment)
     yield server
     server.stop()
+
+
+@pytest.fixture(name="one", scope="module")
+def _one(server):
+    """Return the work directory of a run of one process."""
+    server.run("one", {})
+    return server.folder / "one"
 
 
 def losses(workdir):
@@ -146,8 +160,7 @@ def losses(workdir):
     return {(line["step"], name): line[name] for line in lines for name in ("loss", "eval/loss") if name in line}
 
 
-def test_two_processes_are_one_run_through_a_failing_save_a_signal_and_another_number_of_them(server):
-    server.run("one", {})
+def test_two_processes_are_one_run_through_a_failing_save_a_signal_and_another_number_of_them(server, one):
     workdir = server.folder / "two"
     steps = lambda: checkpoint.complete_steps(workdir / "checkpoints")
 
@@ -171,13 +184,35 @@ def test_two_processes_are_one_run_through_a_failing_save_a_signal_and_another_n
     for step in steps():
         checkpoint.verify(workdir / "checkpoints" / str(step))
 
-    expected, found = losses(server.folder / "one"), losses(workdir)
+    expected, found = losses(one), losses(workdir)
     assert len(expected) == 15
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-6, atol=0)
-    arrays = [checkpoint.restore(folder / "checkpoints") for folder in (server.folder / "one", workdir)]
+    arrays = [checkpoint.restore(folder / "checkpoints") for folder in (one, workdir)]
     for left, right in zip(*(jax.tree.leaves((saved.params, saved.state)) for saved in arrays), strict=True):
         np.testing.assert_allclose(np.float64(left), np.float64(right), rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_share_a_bucket_and_no_disk(server, one, bucket):
+    """The work directory and the text are in a bucket; one of two processes is asked to stop, and both resume."""
+    for file in (server.folder / "text").iterdir():
+        bucket.put(f"text/{file.name}", file.read_bytes())
+    workdir = expand_path("gs://bucket/two")
+    options = "--data.source", "text:gs://bucket/text/*.txt", "--data.cache-dir", server.folder / "copies"
+    ends = (EXIT_PREEMPTED, EXIT_PREEMPTED)
+    first, second = server.run(str(workdir), {}, {"terminate": 6}, options=options, expect=ends)
+    assert "stopped at step 7; the same command continues from there" in first
+    assert "step" not in second
+    first, _ = server.run(str(workdir), {}, {}, options=options, expect=(0, 0))
+    assert "continuing from step 7" in first
+    assert "complete: step 12 of 12" in first
+    steps = checkpoint.complete_steps(workdir / "checkpoints")
+    assert steps == [4, 7, 8, 12]
+    for step in steps:
+        checkpoint.verify(workdir / "checkpoints" / str(step))
+    expected, found = losses(one), losses(workdir)
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-6, atol=0)
 
 
 def test_the_model_itself_is_cut_across_processes_and_the_first_one_samples(server):

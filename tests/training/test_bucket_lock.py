@@ -28,6 +28,7 @@ with run_lock.hold(expand_path(sys.argv[1]), 1.5):
 
 @pytest.fixture(name="workdir")
 def _workdir(bucket, request):
+    assert bucket.url
     return expand_path(f"gs://bucket/{request.node.name}")
 
 
@@ -127,12 +128,15 @@ def test_a_wait_for_a_lease_ends_when_it_is_asked_to(workdir, elsewhere):
             assert lock is None
 
 
-def test_a_killed_run_of_this_machine_is_followed_at_once_and_a_living_one_refused(workdir, bucket, caplog):
+def test_a_killed_run_of_this_machine_is_followed_at_once_and_a_living_one_refused(workdir, caplog):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", HOLDER, str(workdir)]
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"process {other.pid} .* it is running"), run_lock.hold(workdir, LEASE):
+        with (
+            pytest.raises(ValueError, match=f"process {other.pid} .*, is still running"),
+            run_lock.hold(workdir, LEASE),
+        ):
             pass
         other.kill()
         other.wait()

@@ -27,7 +27,7 @@ def open_documents(config: DataConfig, split: str) -> Documents:
     name, _, rest = config.source.partition(":")
     if storage.is_url(rest) and name in _OF_FILES:
         try:
-            rest = storage.local_pattern(rest, cache_folder(config))
+            rest = storage.local_pattern(rest, cache_folder(config), folders=name == "hf")
         except ValueError as error:
             raise ValueError(f"data.source '{show_path(config.source)}': {error}") from None
     found = find_opener(name)(config, rest, split)

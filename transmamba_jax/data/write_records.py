@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transmamba_jax.config_io import load_config
 from transmamba_jax.data.documents import Documents
 from transmamba_jax.data.sources import open_documents
-from transmamba_jax.runtime import logs
+from transmamba_jax.runtime import logs, storage
 from transmamba_jax.runtime.checks import require
 from transmamba_jax.runtime.paths import option_path
 
@@ -76,10 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require(not options.output.exists(), f"--output {options.output} exists; name a new folder")
         config = load_config(options.config, overrides).data
         documents = open_documents(config, options.split)
-        files = write(documents, options.output, options.shards)
+        with storage.staged(options.output.parent) as folder:
+            files = write(documents, folder / options.output.name, options.shards)
+            size = sum(file.stat().st_size for file in files)
     except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
-    size = sum(file.stat().st_size for file in files)
     print(
         f"{len(documents):,} documents, {size:,} bytes in {len(files)} files. Read them with --data.source "
         f"'array_record:{options.output}/*'"

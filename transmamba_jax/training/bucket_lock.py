@@ -106,10 +106,16 @@ def _acquire(workdir: Any, content: bytes, lease: float, stopped: Callable[[], b
     while True:
         found = gcs.read_versioned(_url(workdir))
         owner = lock_owner.parse(found.content.decode("utf-8", "replace"))
-        if owner is None or lock_owner.is_gone(owner):
+        runs = owner is not None and lock_owner.runs(owner)
+        if owner is None or runs is False:
             if owner is not None:
                 _log.warning("%s: %s, no longer runs: taking the lock over", workdir, lock_owner.shown(owner))
             return _write(workdir, content, found.generation)
+        if runs:
+            raise ValueError(
+                f"{workdir} belongs to another run: {lock_owner.shown(owner)}, is still running; stop it, or use "
+                "another --workdir"
+            )
         age = _now(workdir, content) - found.updated if not seen else time.monotonic() - begin
         if age > lease:
             limit = f"more than {lease:.0f} s: taking it over"
@@ -170,8 +176,7 @@ def _unusable(workdir: Any, error: OSError) -> str:
 
     if isinstance(error, BucketError) and error.denied:
         return (
-            f"workdir {workdir} cannot be read and written: {error.strerror}. Give this machine credentials (gcloud "
-            "auth application-default login, or a service account) with the role Storage Object User "
-            f"(roles/storage.objectUser) on gs://{workdir.bucket}; or use another --workdir"
+            f"workdir {workdir} cannot be read and written: {error.strerror}, with the role Storage Object User "
+            "(roles/storage.objectUser); or use another --workdir"
         )
     return f"workdir {workdir} cannot be read and written: {error.strerror or error}; try again, or another --workdir"

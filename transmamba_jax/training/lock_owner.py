@@ -44,15 +44,15 @@ def machine() -> str:
     return f"{socket.gethostname()} {boot}"
 
 
-def is_gone(owner: dict[str, Any]) -> bool:
-    """Tell whether an owner that `describe_with_token` described ran on this machine and does no more.
+def runs(owner: dict[str, Any]) -> bool | None:
+    """Tell whether an owner that `describe_with_token` described still runs; None: that cannot be seen from here.
 
-    A process number means the same process only in one PID namespace, and with one start time.
+    A process number means the same process only on one machine, in one PID namespace, and with one start time.
     """
     space = _process_space()
     if owner["machine"] != machine() or not space or owner.get("space") != space or not owner.get("begin"):
-        return False
-    return _begin(owner["process"]) != owner["begin"]
+        return None
+    return _begin(owner["process"]) == owner["begin"]
 
 
 def _process_space() -> str:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.buckets import Bucket, Request
+from tests.buckets import Request
 from transmamba_jax.runtime import storage
 from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.runtime.storage import bucket as buckets
@@ -15,11 +15,12 @@ from transmamba_jax.runtime.storage import bucket as buckets
 @pytest.fixture(name="folder")
 def _folder(bucket, request):
     """Return a folder of the bucket that no other test uses."""
+    assert bucket.url
     return expand_path(f"gs://bucket/{request.node.name}")
 
 
 @pytest.fixture(name="quick")
-def _quick(monkeypatch, bucket):
+def _quick(monkeypatch):
     """Repeat requests without long delays."""
     from transmamba_jax.runtime.storage import gcs
 
@@ -87,8 +88,9 @@ def test_a_file_that_an_error_closes_is_not_uploaded(folder):
     assert not (folder / "half").exists()
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("status", "reason"), [(429, "HTTP 429"), (500, "HTTP 500"), (503, "HTTP 503")])
-def test_a_request_that_fails_is_repeated_and_said(folder, bucket, quick, caplog, status, reason):
+def test_a_request_that_fails_is_repeated_and_said(folder, bucket, caplog, status, reason):
     with bucket.accident(before=first(3, status)), caplog.at_level(logging.WARNING):
         (folder / "file").write_bytes(b"content")
     assert (folder / "file").read_bytes() == b"content"
@@ -99,7 +101,8 @@ def test_a_request_that_fails_is_repeated_and_said(folder, bucket, quick, caplog
     assert "attempt 4 of 5" in caplog.messages[-1]
 
 
-def test_a_request_without_an_answer_is_repeated_and_said(folder, bucket, quick, caplog, monkeypatch):
+@pytest.mark.usefixtures("quick")
+def test_a_request_without_an_answer_is_repeated_and_said(folder, bucket, caplog, monkeypatch):
     monkeypatch.setattr(folder.files, "_seconds", 0.2)
     waiting, seen = threading.Event(), []
 
@@ -115,23 +118,25 @@ def test_a_request_without_an_answer_is_repeated_and_said(folder, bucket, quick,
     assert "no answer within 0.2 s; attempt 2 of 5" in caplog.text
 
 
-def test_a_request_that_never_succeeds_is_an_error_that_says_so(folder, bucket, quick):
+@pytest.mark.usefixtures("quick")
+def test_a_request_that_never_succeeds_is_an_error_that_says_so(folder, bucket):
     with bucket.accident(before=lambda _: 503), pytest.raises(OSError, match=r"HTTP 503 .*\(5 attempts\)"):
         (folder / "file").write_bytes(b"content")
     with bucket.accident(before=lambda _: 500), pytest.raises(OSError, match="HTTP 500"):
         (folder / "file").exists()  # an error is no answer
 
 
-def test_a_forbidden_request_is_not_repeated(folder, bucket, quick):
+@pytest.mark.usefixtures("quick")
+def test_a_forbidden_request_is_not_repeated(folder, bucket):
     seen: list[Request] = []
     forbid = lambda request: seen.append(request) or 403
-    with bucket.accident(before=forbid), pytest.raises(OSError, match="Forbidden: .*accident 403") as caught:
+    with bucket.accident(before=forbid), pytest.raises(OSError, match=r"Forbidden: .*accident 403") as caught:
         (folder / "file").write_bytes(b"content")
     assert caught.value.denied
     assert len(seen) == 1
 
 
-def test_a_version_is_written_once(folder, bucket):
+def test_a_version_is_written_once(folder):
     from transmamba_jax.runtime.storage import gcs
 
     path = str(folder / "object")
@@ -168,7 +173,8 @@ def test_appended_bytes_are_uploaded_soon_and_all_of_them_at_a_flush(folder, buc
     assert path.read_bytes().endswith(b"39\nlast\nmore\n")
 
 
-def test_bytes_that_the_bucket_refuses_wait_and_go_first(folder, bucket, quick):
+@pytest.mark.usefixtures("quick")
+def test_bytes_that_the_bucket_refuses_wait_and_go_first(folder, bucket):
     path = folder / "lines"
     file = storage.append_to(path)
     with bucket.accident(before=lambda _: 403):

@@ -45,31 +45,47 @@ def local_copy(path: Path, cache: Path | None = None) -> Path:
     return _mirror(remote, {name.removeprefix(own): info for name, info in found.items()}, cache)
 
 
-def local_pattern(pattern: str, cache: Path) -> str:
+def local_pattern(pattern: str, cache: Path, folders: bool = False) -> str:
     """Copy the objects that a URL with wildcards names and return the pattern of the copies.
 
-    Names below the first wildcard stay as they are: they decide the split.
+    Names below the first wildcard stay as they are: they decide the split. With `folders`, a URL names a folder.
 
     Raises:
         ValueError: nothing matches, or the bucket cannot be read.
     """
+    if folders:
+        return _local_folder(pattern, cache)
     parts = pattern.rstrip("/").split("/")
     wild = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     root: Any = expand_path("/".join(parts[: max(wild, 3)]))
     own = root.files._strip_protocol(str(root)).rstrip("/") + "/"
     try:
         matched = root.files.glob(pattern, detail=True)
-        if len(parts) > 3 and any(info["type"] == "directory" for info in matched.values()) and wild == len(parts) - 1:
-            root, own = expand_path(pattern), root.files._strip_protocol(pattern).rstrip("/") + "/"
-            matched = root.files.find(str(root), detail=True)
-            parts, wild = [*parts, ""], len(parts)
         found = {name.removeprefix(own): info for name, info in matched.items() if info["type"] == "file"}
+        if matched and not found:
+            raise ValueError(f"{pattern} names folders; for the objects in them write {pattern.rstrip('/')}/**/*")
         if not found:
             raise ValueError(f"{pattern} matches no object; {root} holds {_named(root)}")
         folder = _mirror(root, found, cache)
     except OSError as error:
-        raise ValueError(f"cannot read {pattern}: {error.strerror or error}") from None
-    return "/".join([glob.escape(str(folder)), *parts[wild:]]).rstrip("/")
+        raise _unreadable(root, error) from None
+    return "/".join([glob.escape(str(folder)), *parts[wild:]])
+
+
+def _local_folder(url: str, cache: Path) -> str:
+    root: Any = expand_path(url)
+    try:
+        if not root.is_dir():
+            raise ValueError(f"there is no folder {root}; {root.parent} holds {_named(root.parent)}")
+        return str(local_copy(root, cache))
+    except OSError as error:
+        raise _unreadable(root, error) from None
+
+
+def _unreadable(root: Any, error: OSError) -> ValueError:
+    if isinstance(error, FileNotFoundError):
+        return ValueError(f"there is no bucket {root.bucket}, or an object was deleted while it was read: {error}")
+    return ValueError(f"cannot read {root}: {error.strerror or error}")
 
 
 def _named(root: Any) -> str:

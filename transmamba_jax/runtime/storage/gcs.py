@@ -19,6 +19,9 @@ from gcsfs.retry import RETRIABLE_EXCEPTIONS, HttpError, is_retriable
 _RETRIES = 8  # after 0.25, 0.5, 1, ... 32 s: a minute, like an outage of a service that others lean on
 _FIRST_DELAY = 0.25
 _REQUEST_SECONDS = 120.0
+_CREDENTIALS = (
+    "Give this machine credentials for the bucket: gcloud auth application-default login, or a service account"
+)
 
 _log = logging.getLogger("transmamba_jax.storage")
 
@@ -62,8 +65,8 @@ class FileSystem(gcsfs.GCSFileSystem):
                 reason = self._reason(error)
                 if denied or not again or attempt == _RETRIES:
                     after = f" ({attempt + 1} attempts)" if attempt else ""
-                    begin = "Forbidden: " if denied else ""
-                    raise BucketError(f"{begin}{_shown(method, path, args)}: {reason}{after}", denied) from error
+                    text = f"{_shown(method, path, args)}: {reason}{after}"
+                    raise BucketError(f"Forbidden: {text}. {_CREDENTIALS}" if denied else text, denied) from error
                 delay = _FIRST_DELAY * 2**attempt * random.uniform(1, 1.25)
                 what = _shown(method, path, args)
                 _log.warning("%s: %s; attempt %d of %d in %.1f s", what, reason, attempt + 2, _RETRIES + 1, delay)
@@ -74,8 +77,7 @@ class FileSystem(gcsfs.GCSFileSystem):
             return f"no answer within {self._seconds:g} s"
         if isinstance(error, HttpError):
             return f"HTTP {error.code} {' '.join(str(error.message).split())[:200]}"
-        text = " ".join(str(error).split())
-        return text.removeprefix("Forbidden: ") or type(error).__name__
+        return " ".join(str(error).splitlines()[1:] or str(error).split()) or type(error).__name__
 
 
 def _shown(method: str, path: str, args: tuple[Any, ...]) -> str:
