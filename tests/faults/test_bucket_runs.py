@@ -147,25 +147,27 @@ def test_requests_that_fail_are_repeated_and_the_run_is_the_same(runs, local, bu
     assert metrics_of(expand_path("gs://bucket/busy")) == metrics_of(local)
 
 
-def test_a_bucket_that_refuses_to_write_is_an_alarm_and_the_run_goes_on(runs, local, bucket):
-    """From the metrics of step 5 on until the save of step 8 has failed, the bucket is full."""
-    full = threading.Event()
+@pytest.mark.parametrize("reads_too", [False, True])
+def test_a_bucket_that_refuses_is_an_alarm_and_the_run_goes_on(runs, local, bucket, reads_too):
+    """The bucket refuses to write, or everything, from the save of step 8 until it is given the metrics of step 10."""
+    workdir, refusing = f"gs://bucket/refused-{reads_too}", threading.Event()
 
     def refuse(request):
-        if request.writes and request.object.endswith("saving-8"):
-            full.set()
-        if request.object.endswith("saving-12"):
-            full.clear()
-        return 403 if full.is_set() and request.writes else None
+        if b'"step": 8' in request.body and b'"step": 10' not in request.body:
+            refusing.set()
+        if b'"step": 10' in request.body:
+            refusing.clear()
+        return 403 if refusing.is_set() and (reads_too or request.writes) else None
 
     with bucket.accident(before=refuse):
-        text = runs.train("gs://bucket/full", *STEPS)
+        text = runs.train(workdir, *STEPS, "--checkpoint.every", 8)
     assert "ALARM: checkpoint 8 was not saved: Forbidden: " in text
-    assert "Failed saves: 1. The checkpoints are [4]" in text
-    assert 8 not in good("gs://bucket/full")
-    found, expected = (checkpoint.restore(folder) for folder in ("gs://bucket/full", local))
+    assert "ALARM: metrics up to step 8 are not written: Forbidden: " in text
+    assert f"Failed saves: 1. The checkpoints are {'not known: Forbidden' if reads_too else '[]'}" in text
+    assert 8 not in good(workdir)
+    found, expected = (checkpoint.restore(folder) for folder in (workdir, local))
     assert found.data_states == expected.data_states
-    lines = metrics_of(expand_path("gs://bucket/full"))
+    lines = metrics_of(expand_path(workdir))
     assert {"step": 8, "checkpoint/failed_saves": 1} in lines
     assert [line for line in lines if "checkpoint/failed_saves" not in line] == metrics_of(local)
 

@@ -87,8 +87,12 @@ class Checkpointer:
             SaveError: the previous save failed in the background; or there is no space for this one, or no permission.
         """
         self.wait()
+        try:
+            with hosts.collective_errors(SaveError):
+                done = self.steps() if hosts.is_first() else []
+        except OSError as error:
+            raise self._failure(step, error) from error
         with hosts.collective_errors():
-            done = self.steps() if hosts.is_first() else []
             if done and step <= done[-1]:
                 raise ValueError(f"step must be newer than the newest checkpoint {done[-1]}, found {step}")
         arrays = trees.map_leaves(trees.physical, trees.entries(state))

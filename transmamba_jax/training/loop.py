@@ -87,7 +87,7 @@ def train(config: Config, model: nn.Module | None = None, documents: Sequence[An
         # 3. Steps, then the report.
         state, step = run.train(state, start)
         if run.checkpointer.newest != step:
-            run.console.say(f"step {step} is NOT saved; the checkpoints are {run.checkpointer.steps()}")
+            run.console.say(f"step {step} is NOT saved; the checkpoints are {run.saved_steps()}")
             return EXIT_NOT_SAVED
         if run.any_process.now(preemption.requested):
             run.console.say(f"stopped at step {step}; the same command continues from there")
@@ -312,6 +312,13 @@ class _Run:
             except OSError as error:
                 self.console.alarm(f"metrics up to step {step} are not written: {error}")
 
+    def saved_steps(self) -> str:
+        """List the complete checkpoints, for a message."""
+        try:
+            return str(self.checkpointer.steps())
+        except OSError as error:
+            return f"not known: {error}"
+
     def _evaluation_due(self, step: int) -> bool:
         every = self.config.eval.every
         return every > 0 and (step % every == 0 or step == self.config.train.steps)
@@ -379,5 +386,5 @@ class _Run:
 
     def _alarm(self, step: int, error: SaveError) -> None:
         failed = self.checkpointer.failed_saves
-        self.console.alarm(f"{error}. Failed saves: {failed}. The checkpoints are {self.checkpointer.steps()}")
+        self.console.alarm(f"{error}. Failed saves: {failed}. The checkpoints are {self.saved_steps()}")
         self.write({"step": step, "checkpoint/failed_saves": failed})
