@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -102,6 +103,7 @@ def launches(function: Any, arguments: dict[str, jax.ShapeDtypeStruct]) -> list[
     return list(found)
 
 
+@functools.cache
 def variants(head_dim: int, state_dim: int, dtype: str) -> list[Launch]:
     """Every variant of the kernels for values and gradients of `ssd` and `ssd_state` with these dimensions."""
     found: dict[Launch, Launch] = {}

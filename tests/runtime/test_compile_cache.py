@@ -29,8 +29,8 @@ SMALL = [
         "--train.sample-tokens",
         "0",
     ),
-    *("--model.num-layers", "1", "--model.transpoints", "8", "--model.d-model", "32", "--model.mlp-dim", "32"),
-    *("--data.seq-len", "16", "--data.batch-size", "2"),
+    *("--model.num-layers", "1", "--model.transpoints", "0", "--model.d-model", "32", "--model.mlp-dim", "32"),
+    *("--optimizer.name", "adamw", "--data.seq-len", "16", "--data.batch-size", "2"),
 ]
 
 

@@ -1,6 +1,7 @@
 """The command with real runs in processes of their own."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,13 @@ from transmamba_jax.study.spec import merge
 ROOT = Path(__file__).parents[2]
 
 
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a module in a process of its own; its cells share compiled programs in a folder of the test's."""
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(folder / "cache")}
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+
+
 def test_two_jobs_search_report_and_write_the_page(tmp_path):
     model = {"num_layers": 1, "d_model": 4, "num_heads": 1, "head_dim": 4}
     axes = {"schedule": {"ssm": {"model": {"transpoints": [0]}}}}  # the schedule quickest to compile
@@ -20,8 +28,7 @@ def test_two_jobs_search_report_and_write_the_page(tmp_path):
     quick = {"learning_rates": [1e-2], "search_seeds": [0], "seeds": [10, 11]}
     file = study_file(tmp_path, axes=axes, config=config, quick=quick, figures=["curves"])
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "transmamba_jax.study", str(file), "--quick", "--jobs", "2", "--out", str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    result = run(tmp_path, "transmamba_jax.study", str(file), "--quick", "--jobs", "2", "--out", str(out))
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == str(out / "index.html")
     records = [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -44,12 +51,10 @@ def test_a_study_that_is_killed_in_a_cell_continues_in_that_cell(tmp_path):
     out = tmp_path / "out"
     folders = [out / "cells/ssm" / f"search-rate0.01-seed{seed}" for seed in (0, 1)]
 
-    def run(batch):
-        command = [sys.executable, "-m", "tests.study.drive", batch, str(file), "--quick", "--out", str(out)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    drive = lambda batch: run(tmp_path, "tests.study.drive", batch, str(file), "--quick", "--out", str(out))
 
     # Forty steps a cell, with a checkpoint every two: batch 79 is the last but one of the second cell.
-    killed = run("79")
+    killed = drive("79")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     finished = (folders[0] / "result.json").read_bytes()
     step = max(complete_steps(folders[1] / "checkpoints"))
@@ -57,7 +62,7 @@ def test_a_study_that_is_killed_in_a_cell_continues_in_that_cell(tmp_path):
     assert not (folders[1] / "result.json").exists()
     before = (folders[1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
 
-    again = run("0")
+    again = drive("0")
     assert again.returncode == 0, again.stderr
     assert (folders[0] / "result.json").read_bytes() == finished
     lines = (folders[1] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
