@@ -55,6 +55,7 @@ def test_the_table_shows_other_fields_where_an_arm_has_them(out):
     header, rows = report.table(study, results.read_results(study, out), results.choose_rates(study, out))
     row = dict(zip(header, rows[0], strict=True))
     assert (row["eval/loss"], row["eval/mamba2/loss"]) == ("1.0000 ± 0.0000", "–")
+    assert row["tokens/s"] == "60"  # the median of 5, 70 and 60
 
 
 def test_results_are_one_line_a_cell(index):
@@ -67,6 +68,7 @@ def test_results_are_one_line_a_cell(index):
         "versions",
         "machine",
         "metrics",
+        "tokens_per_second",
         "seconds",
         "learning_rate",
         "stage",

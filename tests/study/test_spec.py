@@ -124,7 +124,8 @@ def test_an_evaluation_after_training_keeps_or_scales_the_transpoints(tmp_path):
     ("entry", "message"),
     [
         ({"dta": {}}, "unknown key of measure 2T: 'dta'; did you mean 'data'"),
-        (3, "measure 2T must be a mapping of data, eval, transpoints, classes, found 3"),
+        (3, "measure 2T must be a mapping of data, eval, transpoints, classes, search, found 3"),
+        ({"search": 2}, "measure 2T: search must be a share of the cost in [0, 1], found 2"),
         ({"transpoints": "doubled"}, "measure 2T: transpoints must be kept or scaled, found 'doubled'"),
         ({"data": {"seq_len": 0}}, "measure 2T: data.seq_len must be >= 1, found 0"),
     ],

@@ -94,7 +94,7 @@ def search(
     total = sum(float(each.sum(dtype=np.float64)) for each in weights)
 
     @jax.jit
-    def nll(points: Any, inputs: dict[str, Any], targets: Any, weights: Any) -> Any:
+    def nll(params: Any, points: Any, inputs: dict[str, Any], targets: Any, weights: Any) -> Any:
         hidden = model.apply({"params": params}, **inputs, transpoints=points, method="hidden")
         logits = lambda part: model.apply({"params": params}, part, method="logits")
         scores, _ = chunked_log_likelihoods(logits, hidden, targets, config.train.loss_chunk)
@@ -105,7 +105,7 @@ def search(
         traced, summed = np.asarray(points, np.int32), 0.0
         for batch, weight in zip(batches, weights, strict=True):
             inputs = {name: batch[name][:, :-1] for name in ("tokens", "segment_ids") if name in batch}
-            summed += float(nll(traced, inputs, batch["tokens"][:, 1:], weight))
+            summed += float(nll(params, traced, inputs, batch["tokens"][:, 1:], weight))
         return summed / total
 
     def cost(points: schedule.Schedule) -> float:

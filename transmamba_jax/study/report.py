@@ -89,6 +89,7 @@ def table(study: Study, records: Sequence[Record], choices: dict[str, Choice]) -
         "parameters",
         "state bytes",
         "training FLOPs",
+        "tokens/s",
         "seconds",
     ]
     rows = []
@@ -106,6 +107,7 @@ def table(study: Study, records: Sequence[Record], choices: dict[str, Choice]) -
                 f"{first['parameters']:,}",
                 f"{first['state_bytes']:,}",
                 f"{first['training_flops']:.3g}",
+                _speed(found),
                 f"{statistics.fmean(record['seconds'] for record in found):.0f}",
             ]
         )
@@ -121,6 +123,12 @@ def _also(found: Sequence[Record], field: str) -> str:
     """Write the interval of another field; a dash where the arm does not have it."""
     values = [record["metrics"][field] for record in found if field in record["metrics"]]
     return format_interval(results.interval(values)) if values and None not in values else "–"
+
+
+def _speed(found: Sequence[Record]) -> str:
+    """Write the mean speed of training; a dash where a run logged none, or its record is older than the column."""
+    speeds = [record["tokens_per_second"] for record in found if "tokens_per_second" in record]
+    return f"{statistics.fmean(speeds):,.0f}" if speeds and None not in speeds else "–"
 
 
 def _examples(found: Sequence[Record]) -> str:

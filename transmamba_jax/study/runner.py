@@ -9,6 +9,7 @@ import dataclasses
 import fnmatch
 import logging
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -170,10 +171,12 @@ def _record(
     }
     if error is not None:
         return record
-    lines = [line for line in read_metrics(Path(config.workdir) / "metrics.jsonl") if "eval/loss" in line]
+    logged = read_metrics(Path(config.workdir) / "metrics.jsonl")
+    lines = [line for line in logged if "eval/loss" in line]
     if not lines:
         return {**record, "error": "no evaluation line in metrics.jsonl; set eval.every"}
     metrics = {name: value for name, value in lines[-1].items() if name != "step"} | extra
+    speeds = [line["tokens_per_second"] for line in logged if "tokens_per_second" in line]
     results.metric_of(study, {"metrics": metrics})  # refuses a metric that evaluation lines do not have
     curve = [[line["step"] * config.data.batch_size, line[study.metric]] for line in lines]
     target = study.target
@@ -182,6 +185,7 @@ def _record(
         **measure.model_facts(config),
         "metrics": metrics,
         "curve": curve,
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
         "examples_to_target": None if target is None else results.examples_to_target(curve, target, study.better),
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transmamba_jax import config_io
-from transmamba_jax.config import Config
+from transmamba_jax.config import Config, DataConfig
 from transmamba_jax.evaluate.lengths import with_length
 from transmamba_jax.runtime.checks import require, suggestion
 
@@ -39,7 +39,7 @@ _KEYS = {
     "figures": list,
     "quick": dict,
 }
-_MEASURE = ("data", "eval", "transpoints", "classes")
+_MEASURE = ("data", "eval", "transpoints", "classes", "search")
 _QUICK = ".quick"
 _OPTIONAL: Tree = {"target": None, "also": [], "measure": {}, "report_split": "test"}
 
@@ -94,7 +94,8 @@ class Study:
     """Other fields of an evaluation line that the table shows."""
     measure: dict[str, Tree]
     """Name -> an evaluation after training of reported cells: changes of `data` and `eval`, `transpoints: kept` (as
-    numbers of tokens, the default) or `scaled` with data.seq_len, and `classes: true` for losses by class of token."""
+    numbers of tokens, the default) or `scaled` with data.seq_len, `classes: true` for losses by class of token, and
+    `search: SHARE` for the TransPoints that a greedy search finds within that share of the cost, see `search`."""
     report_split: str
     """Held-out split of the reported runs. The search uses the base config's `data.eval_split`."""
     budget_hours: float
@@ -104,6 +105,12 @@ class Study:
     figures: tuple[str, ...]
     quick: bool
     """This is the two-minute variant, which proves the pipeline and no claim."""
+
+    @property
+    def search_split(self) -> str:
+        """Held-out split that learning rates are chosen on."""
+        split: str = merge({"data": {"eval_split": DataConfig.eval_split}}, self.config)["data"]["eval_split"]
+        return split
 
     def arms(self) -> list[tuple[str, ...]]:
         """Return every combination of variants, in the order of the file."""
@@ -316,6 +323,9 @@ def _check_study(study: Study) -> None:
             _require_known(str(key), _MEASURE, f"key of measure {name}:")
         if "transpoints" in entry and entry["transpoints"] not in ("kept", "scaled"):
             raise ValueError(f"measure {name}: transpoints must be kept or scaled, found {entry['transpoints']!r}")
+        share = merge({"search": 0}, entry)["search"]
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"measure {name}: search must be a share of the cost in [0, 1], found {share!r}")
     for axis, variants in study.axes.items():
         for variant in variants:
             if not variant or set(variant) & set("/\\ "):
