@@ -86,7 +86,7 @@ class TrainConfig:
     """Optimizer steps of the whole run, resumed or not."""
     init_from: str | None = None
     """Parameters that a new run starts from: a run, a checkpoint (PATH@STEP; the newest without @STEP), an exported
-    folder, or a folder of Mamba-2 safetensors. Optimizer, step and data start anew. A resumed run does not read it."""
+    folder, or a folder of Mamba-2 safetensors. Optimizer, step and data start again. A resumed run does not read it."""
     init_partial: bool = False
     """Take from init_from what fits, with the rows of the embedding that two vocabularies share; the rest keeps its
     initial values."""
@@ -209,7 +209,7 @@ class CheckpointConfig:
     """Checkpoints with the lowest held-out loss that are kept besides, of those whose step was evaluated: let
     checkpoint.every and eval.every be multiples of one another; 0: none."""
     partial: bool = False
-    """Load what matches from a checkpoint of another configuration, and list the rest, which starts anew."""
+    """Load what matches from a checkpoint of another configuration, and list the rest, which starts from its initialisation."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -50,7 +50,7 @@ def test_events_that_a_full_disk_refuses_are_written_before_the_next_one(tmp_pat
     several.write(1, {"a": 1})
     several.write(2, {"a": 2})
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "TensorBoard: [Errno 28] No space left on device. The run goes on; metrics.jsonl has" in caplog.text
+    assert "TensorBoard: [Errno 28] No space left on device. The run continues; metrics.jsonl has" in caplog.text
     file.room = 10**6
     several.write(3, {"a": 3})
     several.close()
@@ -94,7 +94,7 @@ def test_an_error_of_any_kind_in_the_background_is_one_warning(count, caplog):
     assert good == written
     assert calls == written[: max(count - 2, 0)]
     lines = [record.getMessage() for record in caplog.records]
-    assert lines == ["one: LookupError: no such run. The run goes on; metrics.jsonl has every line"] * (count < 5)
+    assert lines == ["one: LookupError: no such run. The run continues; metrics.jsonl has every line"] * (count < 5)
 
 
 def test_a_writer_that_hangs_holds_up_neither_steps_nor_the_end(caplog):
@@ -110,7 +110,7 @@ def test_a_writer_that_hangs_holds_up_neither_steps_nor_the_end(caplog):
     several.write(1, {})
     several.write(2, {})
     several.close()
-    assert "slow: not everything was sent within 0.1 s. The run goes on" in caplog.text
+    assert "slow: not everything was sent within 0.1 s. The run continues" in caplog.text
     assert calls == []
     release.set()
     background._thread.join()

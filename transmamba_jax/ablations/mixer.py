@@ -77,6 +77,6 @@ class AblatedMixer(Mixer):
 
 
 def _restarted(before: Bool[Array, "_ T"], x: Hidden, segment_ids: SegmentIds | None) -> SegmentIds:
-    """Return segment ids that also begin anew at the TransPoint, so that the SSM's state restarts there."""
+    """Return segment ids that also begin again at the TransPoint, so that the SSM's state restarts there."""
     ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
     return jnp.where(ids == 0, 0, 2 * ids + before)

@@ -93,7 +93,7 @@ def read(folder: Path) -> tuple[ModelConfig, Naming]:
         raise ValueError(f"{path}: {error}") from None
     raise ValueError(
         f"{path} must have model_type 'mamba2' (transformers), or d_model and ssm_cfg (state-spaces); "
-        f"found model_type {tree.get('model_type')!r} among {sorted(tree)}"
+        f"found model_type {tree.get('model_type')!r} among {', '.join(sorted(tree))}"
     )
 
 

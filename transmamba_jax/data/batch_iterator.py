@@ -106,7 +106,7 @@ class BatchIterator(Iterator[Batch]):
             self._open(count)
         for settings, index in zip(self._settings, self._indices, strict=True):
             if index not in saved:
-                raise ValueError(f"the saved data position has no stream {index} of {count}, only {sorted(saved)}")
+                raise ValueError(f"the saved data position has no stream {index} of {count}, only {', '.join(map(str, sorted(saved)))}")
             found = saved[index]["settings"]
             differences = [
                 f"{name}: saved {found.get(name)!r}, now {settings.get(name)!r}"

@@ -49,7 +49,7 @@ class DataConfig:
     packing: Literal["concat", "first_fit"] = "concat"
     """Concatenate documents and cut rows, or place whole documents first-fit with segment ids."""
     shuffle: bool = True
-    """Shuffle documents of the training split, anew each epoch."""
+    """Shuffle documents of the training split, in a new order each epoch."""
     seed: int = 0
     """Seed of the shuffling."""
     num_workers: int = 0

@@ -1,6 +1,6 @@
 """From documents to batches: shuffling, packing, batching per process and exact resume, all of it Grain's.
 
-A training stream (a process reads one or more): documents, shuffled anew each epoch -> this stream's share -> tokens
+A training stream (a process reads one or more): documents, in a new order each epoch -> this stream's share -> tokens
 with an end-of-document id -> windows of rows of seq_len + 1 tokens -> rows shuffled within their window -> its part of
 a batch. Epochs follow one another without a seam: a row may hold the end of one epoch and the start of the next.
 """

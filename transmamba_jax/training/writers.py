@@ -1,6 +1,6 @@
 """Writers of metrics beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow.
 
-A writer that fails is one warning: the run goes on, and metrics.jsonl has every line.
+A writer that fails is one warning: the run continues, and metrics.jsonl has every line.
 """
 
 import importlib.util
@@ -105,7 +105,7 @@ class Background:
             while (item := self._queue.get()) is not None:
                 writer.write(*item)
             writer.close()
-        except BaseException as error:  # whatever another package raises: the run goes on
+        except BaseException as error:  # whatever another package raises: the run continues
             self._error = error
 
     def _raise(self) -> None:
@@ -145,7 +145,7 @@ class Writers:
     def _warn(self, name: str, error: OSError) -> None:
         if name not in self._warned:
             self._warned.add(name)
-            LOGGER.warning("%s: %s. The run goes on; metrics.jsonl has every line", name, error)
+            LOGGER.warning("%s: %s. The run continues; metrics.jsonl has every line", name, error)
 
 
 def check_installed(config: Config) -> None:
