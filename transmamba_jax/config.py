@@ -209,7 +209,7 @@ class CheckpointConfig:
     """Checkpoints with the lowest held-out loss that are kept besides, of those whose step was evaluated: let
     checkpoint.every and eval.every be multiples of one another; 0: none."""
     partial: bool = False
-    """Load what matches from a checkpoint of another configuration, and list the rest, which starts from its initialisation."""
+    """Load what matches from a checkpoint of another configuration, and list the rest, which is initialised."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -106,7 +106,8 @@ class BatchIterator(Iterator[Batch]):
             self._open(count)
         for settings, index in zip(self._settings, self._indices, strict=True):
             if index not in saved:
-                raise ValueError(f"the saved data position has no stream {index} of {count}, only {', '.join(map(str, sorted(saved)))}")
+                there = ", ".join(map(str, sorted(saved)))
+                raise ValueError(f"the saved data position has no stream {index} of {count}, only {there}")
             found = saved[index]["settings"]
             differences = [
                 f"{name}: saved {found.get(name)!r}, now {settings.get(name)!r}"

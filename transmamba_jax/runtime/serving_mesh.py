@@ -29,7 +29,8 @@ def place(params: Any) -> tuple[Any, Mesh | None]:
     found = [place.mesh for place in placed if isinstance(place, NamedSharding)]
     meshes = {mesh for mesh in found if isinstance(mesh, Mesh) and mesh.size > 1}
     if len(meshes) > 1:
-        raise ValueError(f"params must be placed on one mesh, found them on {len(meshes)}: {', '.join(sorted(map(str, meshes)))}")
+        names = ", ".join(sorted(map(str, meshes)))
+        raise ValueError(f"params must be placed on one mesh, found them on {len(meshes)}: {names}")
     mesh = meshes.pop() if meshes else jax.sharding.get_mesh()
     if mesh.size <= 1:
         return params, None
