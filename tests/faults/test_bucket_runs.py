@@ -228,8 +228,8 @@ def test_killed_between_requests_loses_no_complete_step(runs, bucket, local):
 
 
 @pytest.mark.faults
-def test_killed_between_any_two_requests(runs, bucket, local):
-    moments = random.Random(0)
-    for index in range(12):
-        numbers = [(moments.randint(1, 900), moments.random() < 0.5) for _ in range(3)]
-        killed_between_requests(runs, bucket, local, f"any-{index}", numbers)
+@pytest.mark.parametrize("seed", range(12))
+def test_killed_between_any_two_requests(runs, bucket, local, seed):
+    moments = random.Random(seed)
+    numbers = [(moments.randint(1, 900), moments.random() < 0.5) for _ in range(3)]
+    killed_between_requests(runs, bucket, local, f"any-{seed}", numbers)
