@@ -2,6 +2,7 @@
 # make small: a tokenizer and the experiment of 8M parameters, about two and a half hours; again: it resumes.
 # make test:  environment with test tools, then the whole suite.
 # make faults: the accidents that take minutes (50 kills at random moments, a full disk) besides those of the suite.
+# make exhaustive: every case of what the suite samples, such as all shapes of the Triton kernels.
 # make wheel-check: the wheel, installed outside the repository, trains and generates.
 # make notebooks: run the notebooks and store their outputs.
 # make docs:   the documentation, into site/; a broken link fails.
@@ -15,7 +16,7 @@ INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/pyt
 # Each environment remembers its interpreter: another PYTHON makes a new one.
 IDENTITY := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 
-.PHONY: train small test faults lint notebooks wheel-check docs clean
+.PHONY: train small test faults exhaustive lint notebooks wheel-check docs clean
 
 train: $(VENV)/.installed-base
 	$(BIN)/python train.py --config configs/tiny.yaml
@@ -30,6 +31,9 @@ test: $(VENV)/.installed-dev
 
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/faults -m "faults or not faults"
+
+exhaustive: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m exhaustive
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
