@@ -1,5 +1,6 @@
-"""Baselines that a model has to beat: a byte model of order 2 and gzip."""
+"""Baselines that a model has to beat: a byte model of order 2, gzip and xz."""
 
+import lzma
 import zlib
 
 import numpy as np
@@ -14,11 +15,11 @@ def has_baselines(config: DataConfig) -> bool:
 
 
 def baselines(train: bytes, held_out: bytes) -> dict[str, float]:
-    """Return bits per byte of `held_out` under an order-2 byte model of `train` and under gzip -9.
+    """Return bits per byte of `held_out` under an order-2 byte model of `train`, gzip -9 and xz -9e.
 
     The order-2 model backs off by Witten and Bell's rule, in which d(ctx) counts the distinct bytes seen after ctx:
     p_n(c | ctx) = (count(ctx c) + d(ctx) p_{n-1}(c)) / (count(ctx) + d(ctx)), p_{n-1} where ctx was never seen, p_{-1}
-    uniform over 256 bytes. gzip sees `held_out` alone.
+    uniform over 256 bytes. gzip and xz see `held_out` alone.
 
     Raises:
         ValueError: either text has fewer than 3 bytes.
@@ -29,6 +30,7 @@ def baselines(train: bytes, held_out: bytes) -> dict[str, float]:
     return {
         "order2_bits_per_byte": _order2(np.frombuffer(train, np.uint8), np.frombuffer(held_out, np.uint8)),
         "gzip_bits_per_byte": 8 * len(zlib.compress(held_out, 9)) / len(held_out),
+        "xz_bits_per_byte": 8 * len(lzma.compress(held_out, preset=9 | lzma.PRESET_EXTREME)) / len(held_out),
     }
 
 
