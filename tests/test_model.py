@@ -239,14 +239,16 @@ def test_unrolled_layers_change_the_loop_alone(traced: bool) -> None:
     config = dataclasses.replace(CONFIG, num_layers=4, transpoints=(0, 6))
     _, params = make(config)
     points = np.array([0, 6, 0, 6], np.int32) if traced else config.transpoints
-    compiled = {}
+    found, turns = {}, {}
     for unrolled in (1, 2, 4):
         model = tm.TransMamba(config, dataclasses.replace(KERNELS, unrolled_layers=unrolled))
-        hidden = jax.jit(lambda p, model=model: model.apply({"params": p}, tokens_of(), points, method="hidden"))
-        compiled[unrolled] = hidden(params), hidden.lower(params).as_text().count("stablehlo.while")
-    for unrolled, (found, loops) in compiled.items():
-        assert oracle.relative_error(found, compiled[1][0]) < 1e-6
-        assert (loops < compiled[1][1]) == (unrolled == 4)
+        hidden = lambda p, model=model: model.apply({"params": p}, tokens_of(), points, method="hidden")
+        found[unrolled] = jax.jit(hidden)(params)
+        equations = jax.make_jaxpr(hidden)(params).jaxpr.eqns
+        (turns[unrolled],) = [each.params["unroll"] for each in equations if each.primitive.name == "scan"]
+    assert turns == ({1: 1, 2: 2, 4: 4} if traced else {1: 1, 2: 1, 4: 2})  # of blocks of one layer, or of two
+    for each in found.values():
+        assert oracle.relative_error(each, found[1]) < 1e-6
 
 
 def test_depth_adds_no_code_when_the_schedule_repeats() -> None:
