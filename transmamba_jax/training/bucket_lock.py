@@ -35,7 +35,7 @@ class BucketLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Read the lock again; a bucket that does not answer is the business of whoever writes there.
+        """Read the lock again; a bucket that does not answer is reported by the next write to it.
 
         Raises:
             ValueError: another run has taken it over.
@@ -48,10 +48,7 @@ class BucketLock:
             return
         owner = lock_owner.parse(found.content.decode("utf-8", "replace"))
         if owner is not None and found.content != self._held.content:
-            raise ValueError(
-                f"{self._workdir} was taken over by another run: {lock_owner.shown(owner)}. This run did not renew "
-                "its lock in time (was it suspended?) and stops without saving"
-            )
+            raise ValueError(lock_owner.taken_over(self._workdir, owner))
 
     def close(self) -> None:
         """Stop renewing, and free the lock where it is ours."""
@@ -112,10 +109,7 @@ def _acquire(workdir: Any, content: bytes, lease: float, stopped: Callable[[], b
                 _log.warning("%s: %s, no longer runs: taking the lock over", workdir, lock_owner.shown(owner))
             return _write(workdir, content, found.generation)
         if runs:
-            raise ValueError(
-                f"{workdir} belongs to another run: {lock_owner.shown(owner)}, is still running; stop it, or use "
-                "another --workdir"
-            )
+            raise ValueError(lock_owner.still_runs(workdir, owner))
         age = _now(workdir, content) - found.updated if not seen else time.monotonic() - begin
         if age > lease:
             limit = f"more than {lease:.0f} s: taking it over"

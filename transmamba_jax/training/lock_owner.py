@@ -35,6 +35,19 @@ def shown(owner: dict[str, Any]) -> str:
     return f"process {owner['process']} on {owner['host']}, started {owner['since']}"
 
 
+def still_runs(workdir: object, owner: dict[str, Any]) -> str:
+    """Refuse a work directory whose owner runs."""
+    return f"{workdir} belongs to another run: {shown(owner)}, is still running; stop it, or use another --workdir"
+
+
+def taken_over(workdir: object, owner: dict[str, Any]) -> str:
+    """Tell a run that it has lost its lock."""
+    return (
+        f"{workdir} was taken over by another run: {shown(owner)}. This run did not renew its lock in time (was it "
+        "suspended?) and stops without saving"
+    )
+
+
 def machine() -> str:
     """Name this machine since it was started: hosts may share a name, and a restart ends every process."""
     try:

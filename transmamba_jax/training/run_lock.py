@@ -53,10 +53,7 @@ class RunLock:
         content = shown(self._path.parent)
         owner = lock_owner.parse(content)
         if owner is not None and content != self._content:
-            raise ValueError(
-                f"{self._path.parent} was taken over by another run: {lock_owner.shown(owner)}. This run did not "
-                "renew its lock in time (was it suspended?) and stops without saving"
-            )
+            raise ValueError(lock_owner.taken_over(self._path.parent, owner))
 
     def close(self) -> None:
         """Stop renewing."""
@@ -141,10 +138,7 @@ def _acquire(path: Path, stream: TextIO, lease: float, stopped: Callable[[], boo
             if free:
                 _log.warning("%s: %s, no longer runs: taking the lock over", path, lock_owner.shown(owner))
                 return True
-            raise ValueError(
-                f"{path.parent} belongs to another run: {lock_owner.shown(owner)}, is still running; stop it, "
-                "or use another --workdir"
-            )
+            raise ValueError(lock_owner.still_runs(path.parent, owner))
         renewed = path.stat().st_mtime
         age = _now(path.parent) - renewed
         # The second condition ends the wait for a file whose time lies in the future.

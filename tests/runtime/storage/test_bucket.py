@@ -1,5 +1,6 @@
 """Paths of a bucket against the HTTP API: what they do, and how requests that fail are repeated and told."""
 
+import importlib
 import logging
 import threading
 import time
@@ -198,6 +199,55 @@ def test_copies_are_made_once_and_again_when_an_object_changes(folder, bucket, t
     assert (storage.local_copy(folder, tmp_path) / "sub/a").read_bytes() == b"other"
     assert storage.local_copy(folder / "sub/a", tmp_path).read_bytes() == b"other"
     assert storage.local_copy(tmp_path, tmp_path) == tmp_path
+
+
+def test_an_object_that_changes_while_it_is_copied_leaves_no_copy(folder, bucket, tmp_path):
+    (folder / "a").write_bytes(b"first")
+
+    def replace(request: Request) -> None:
+        if request.object.endswith("/a") and request.query.get("alt") == ["media"]:
+            bucket.put(f"{folder.name}/a", b"other")
+
+    with bucket.accident(before=replace), pytest.raises(OSError, match="changed while they were copied; try again"):
+        storage.local_copy(folder, tmp_path)
+    assert (storage.local_copy(folder, tmp_path) / "a").read_bytes() == b"other"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("module", "name", "attempts"),
+    [
+        ("google.auth.exceptions", "DefaultCredentialsError", 1),
+        ("gcsfs.retry", "NonRetryableError", 1),
+        ("google.auth.exceptions", "RefreshError", 5),
+        ("google.auth.exceptions", "TransportError", 5),
+    ],
+)
+def test_credentials_that_fail_are_an_error_of_the_storage(folder, monkeypatch, module, name, attempts):
+    error = getattr(importlib.import_module(module), name)("the credentials failed")
+    calls = []
+
+    def fail(*_: object) -> None:
+        calls.append(error)
+        raise error
+
+    monkeypatch.setattr(folder.files.credentials, "apply", fail)
+    with pytest.raises(OSError, match="the credentials failed") as caught:
+        (folder / "file").write_bytes(b"content")
+    assert len(calls) == attempts
+    assert caught.value.denied == (attempts == 1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_of_uploads_that_dies_is_an_error_of_the_next_flush(folder, monkeypatch):
+    file = storage.append_to(folder / "lines")
+    monkeypatch.setattr(buckets.BucketPath, "write_bytes", lambda *_: [][0])
+    file.write(b"one\n")
+    for _ in range(2):
+        with pytest.raises(OSError, match="lines is no longer uploaded"):
+            file.flush()
+    with pytest.raises(OSError, match="lines is no longer uploaded"):
+        file.close()
 
 
 @pytest.mark.parametrize(

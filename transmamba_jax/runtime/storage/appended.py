@@ -5,6 +5,7 @@ thread, at each write, but not more often than the service takes (one object, on
 of the time. `flush` returns when all bytes are in the bucket.
 """
 
+import errno
 import threading
 import time
 from pathlib import Path
@@ -82,6 +83,7 @@ class _UploadedFile:
         self._error: OSError | None = None  # that no call has raised yet
         self._stalled = False  # an upload failed, and the bytes wait for the next call
         self._hurry = self._closed = False
+        self._ended = False  # the thread ended, by `close` or by an error that nobody expected
         self._thread = threading.Thread(target=self._run, name=f"upload {path.name}", daemon=True)
         self._thread.start()
 
@@ -95,11 +97,13 @@ class _UploadedFile:
 
     def flush(self) -> None:
         with self._change:
-            self._stalled, self._hurry = False, True
+            self._stalled, self._hurry = self._ended, True
             self._change.notify_all()
             self._change.wait_for(lambda: self._uploaded == len(self._content) or self._stalled)
             self._hurry = False
             error, self._error = self._error if self._stalled else None, None
+            if self._ended and self._uploaded < len(self._content):
+                error = OSError(errno.EIO, f"{self._path} is no longer uploaded: its thread ended with an error")
         if error is not None:
             raise error
 
@@ -113,6 +117,14 @@ class _UploadedFile:
             self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._upload()
+        finally:
+            with self._change:
+                self._ended = self._stalled = True
+                self._change.notify_all()
+
+    def _upload(self) -> None:
         pause = 0.0
         while True:
             with self._change:

@@ -1,6 +1,7 @@
 """Copies of what is in a bucket, for readers that need files of this machine, and the way back."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from transmamba_jax.runtime.paths import expand_path, user_cache
 from transmamba_jax.runtime.storage.files import is_remote
 
-_PIECE = 2**24  # bytes of a request
+_RANGE = 2**24  # bytes of a request
 
 _log = logging.getLogger("transmamba_jax.storage")
 
@@ -95,8 +96,8 @@ def _named(root: Any) -> str:
 
 def _mirror(root: Any, found: Mapping[str, Mapping[str, Any]], cache: Path | None) -> Path:
     """Copy objects below `root` into a folder that is named after them, unless it is there."""
-    facts = [(name, info["size"], str(info.get("generation") or info.get("ETag"))) for name, info in found.items()]
-    key = hashlib.blake2b(repr((str(root), sorted(facts))).encode(), digest_size=16).hexdigest()
+    facts = _facts(found)
+    key = hashlib.blake2b(repr((str(root), facts)).encode(), digest_size=16).hexdigest()
     folder = (user_cache() if cache is None else cache) / "buckets" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{key}.lock").open("w", encoding="utf-8") as lock:
@@ -107,8 +108,20 @@ def _mirror(root: Any, found: Mapping[str, Mapping[str, Any]], cache: Path | Non
             sizes = {name: int(info["size"]) for name, info in found.items()}
             _log.info("copying %d files, %.1f MiB, of %s", len(sizes), sum(sizes.values()) / 2**20, root)
             _download(root, sizes, partial)
+            root.files.invalidate_cache()
+            now = root.files.find(str(root), detail=True)
+            own = root.files._strip_protocol(str(root)).rstrip("/") + "/"
+            if _facts({name: now[own + name] for name in found if own + name in now}) != facts:
+                raise OSError(errno.EIO, "its objects changed while they were copied; try again")
             partial.rename(folder)
     return folder
+
+
+def _facts(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, int, str]]:
+    """Return name, size and version of every object, sorted."""
+    return sorted(
+        (name, int(info["size"]), str(info.get("generation") or info.get("ETag"))) for name, info in found.items()
+    )
 
 
 def _download(root: Any, sizes: Mapping[str, int], folder: Path) -> None:
@@ -119,10 +132,10 @@ def _download(root: Any, sizes: Mapping[str, int], folder: Path) -> None:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("wb") as file:
-                for start in range(0, size, _PIECE):
-                    piece = root.files.cat_file(str(root / name), start=start, end=min(start + _PIECE, size))
-                    file.write(piece)
-                    bar.update(len(piece))
+                for start in range(0, size, _RANGE):
+                    part = root.files.cat_file(str(root / name), start=start, end=min(start + _RANGE, size))
+                    file.write(part)
+                    bar.update(len(part))
 
 
 @contextlib.contextmanager

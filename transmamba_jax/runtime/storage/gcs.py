@@ -1,4 +1,4 @@
-"""Google Cloud Storage through gcsfs, with its requests retried aloud, and objects that change on a condition.
+"""Google Cloud Storage through gcsfs: requests are retried with a line in the log; objects change on a condition.
 
 Importing this module imports gcsfs and makes the file system here the one that fsspec opens for `gs://`: orbax writes
 its metadata through it as well. Listings are not cached, because other processes write to the same folders.
@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import fsspec
 import gcsfs
-from gcsfs.retry import RETRIABLE_EXCEPTIONS, HttpError, is_retriable
+from gcsfs.retry import RETRIABLE_EXCEPTIONS, HttpError, NonRetryableError, is_retriable
+from google.auth.exceptions import GoogleAuthError, TransportError
 
-_RETRIES = 8  # after 0.25, 0.5, 1, ... 32 s: a minute, like an outage of a service that others lean on
+_RETRIES = 8  # after 0.25, 0.5, 1, ... 32 s: a minute
 _FIRST_DELAY = 0.25
 _REQUEST_SECONDS = 120.0
 _CREDENTIALS = (
@@ -58,10 +59,14 @@ class FileSystem(gcsfs.GCSFileSystem):
                 return await asyncio.wait_for(send(), self._seconds)
             except (FileNotFoundError, FileExistsError):
                 raise
-            except (HttpError, OSError, *RETRIABLE_EXCEPTIONS) as error:
+            except (HttpError, OSError, NonRetryableError, GoogleAuthError, *RETRIABLE_EXCEPTIONS) as error:
                 # A TimeoutError is an OSError. Of the other ones, gcsfs raises a bare one for 403.
-                again = isinstance(error, TimeoutError) or is_retriable(error)
-                denied = not again and (type(error) is OSError or getattr(error, "code", None) in (401, 403))
+                again = isinstance(error, TimeoutError | TransportError) or is_retriable(error)
+                denied = not again and (
+                    type(error) is OSError
+                    or isinstance(error, NonRetryableError | GoogleAuthError)
+                    or getattr(error, "code", None) in (401, 403)
+                )
                 reason = self._reason(error)
                 if denied or not again or attempt == _RETRIES:
                     after = f" ({attempt + 1} attempts)" if attempt else ""
