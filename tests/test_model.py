@@ -4,6 +4,7 @@ import dataclasses
 from functools import partial
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -232,6 +233,19 @@ def test_traced_schedules_share_one_compilation() -> None:
     outputs = [apply(jnp.array(points)) for points in ((0, 6, 24), (1, 2, 3), (24, 24, 24))]
     assert len(traces) == 1
     assert oracle.relative_error(outputs[0], outputs[1]) > 1e-3
+
+
+def test_given_layers_of_another_shape_or_without_a_leaf_are_refused() -> None:
+    """The shapes that they are compared with are traced once; what is wrong with them is found at every call."""
+    model, params = make()
+    for _ in range(2):
+        wrong = jax.tree.map(lambda leaf: leaf, params)
+        wrong["layers"]["mixer"]["out"]["kernel"] = wrong["layers"]["mixer"]["out"]["kernel"][:, :-1]
+        with pytest.raises(flax.errors.ScopeParamShapeError, match="layers"):
+            model.apply({"params": wrong}, tokens_of())
+        del wrong["layers"]["mixer"]["out"]
+        with pytest.raises(flax.errors.ScopeParamShapeError, match="layers"):
+            model.apply({"params": wrong}, tokens_of())
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])

@@ -260,9 +260,8 @@ class TransMamba(nn.Module):
         return jax.vmap(init)(jax.random.split(key, self.config.num_layers))
 
     def _layers_to_compare(self, _: jax.Array) -> Any:
-        # Flax checks the shapes of given parameters by an abstract initialisation, which takes as long as the forward.
-        model = TransMamba(self.config, self.kernels, self.attention, parent=None)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _layer_shapes(model))
+        # Flax compares given parameters with an abstract initialisation, whose trace takes as long as a forward pass.
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), _layer_shapes(self.config))
 
     def _block(self) -> Block:
         # Detached from this module: its parameters are slices of the stack, handed over explicitly.
@@ -345,5 +344,5 @@ def check_traced(transpoints: Array | np.ndarray, num_layers: int, batch: int) -
 
 
 @lru_cache(maxsize=32)
-def _layer_shapes(model: TransMamba) -> Any:
-    return jax.eval_shape(model._init_layers, jax.random.key(0))
+def _layer_shapes(config: ModelConfig) -> Any:
+    return jax.eval_shape(TransMamba(config)._init_layers, jax.random.key(0))
