@@ -11,6 +11,15 @@ from transmamba_jax.study.spec import Cell, find_study, keep_file, load_study, m
 STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
 
 
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_compares_with_a_plain_transformer(path):
+    """A plain one has no convolution, which alone lets a layer recall. Ablations compare a layer with itself."""
+    study = load_study(path)
+    configs = [study.cell_config(Cell(arm, "search", study.learning_rates[0], 0), Path()) for arm in study.arms()]
+    kinds = {(each.model.conv_width, each.model.conv_activation, each.model.transpoints) for each in configs}
+    assert (1, "none", (configs[0].data.seq_len,)) in kinds or study.name == "s4_ablations"
+
+
 def test_the_rule_makes_a_search_and_new_seeds(tmp_path):
     study = write_study(tmp_path)
     search = study.search_cells()
