@@ -158,7 +158,7 @@ def test_a_teacher_must_be_a_schedule_of_the_model():
         config(schedule_distillation=2)
 
 
-@pytest.mark.parametrize(("sampling", "share"), [("rows", 0.0), ("pool", 0.5)])
+@pytest.mark.parametrize(("sampling", "share"), [("pool", 0.0), ("rows", 0.0), ("pool", 0.5)])
 def test_a_resumed_run_equals_the_run_without_a_break(tmp_path, sampling, share):
     schedules = EvalConfig(every=6, windows=8, schedules=("transformer", "mamba2") if sampling == "pool" else ())
     config = config_of(sampling, eval=schedules)
