@@ -18,7 +18,7 @@ from tests import programs
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # What is on a developer's disk is no part of the tests. Programs of one run are kept in a temporary folder (see
-# `pytest_configure`); processes that tests start compile anew, but for those that get `programs.environment`.
+# `pytest_configure`); processes that tests start compile by themselves, but for those that get `programs.environment`.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # A callback from a jitted CPU program that converts its arguments, as the interpreter of TPU kernels has them, waits
 # for ever where the CPU client has one thread: a machine, or a process bound to, one core.

@@ -1,6 +1,6 @@
 """Measure the cost of the split at the TransPoint: mixers, their parts and compilation, in one process.
 
-    python -m benchmarks.cpu.layer [--seq-len 8192] [--rounds 7] [--only cost|compilation]
+    python -m benchmarks.cpu.layer [--seq-len 8192] [--rounds 7] [--only cost|compilation|unrolled]
 
 Prints ratios, forward and forward + backward, float32, batch 1:
   1. the mixer at P = 0 (P = T) over a mixer that has only the SSM (attention) branch;
@@ -9,10 +9,13 @@ Prints ratios, forward and forward + backward, float32, batch 1:
   3. the mixer averaged over the TransPoints of schedule V9 over the mixer at P = T;
   4. compilation of the gradient of a 16-layer model over that of an 8-layer one, in seconds of CPU time (other work on
      the machine does not count): under four TransPoints, and under V9, of which 8 layers are one period and need no
-     loop over periods; what is kept for the backward pass passes through that loop, so for every choice of remat.
+     loop over periods; what is kept for the backward pass passes through that loop, so for every choice of remat;
+  5. forward + backward of whole models, and compilation in seconds of CPU time, by `kernels.unrolled_layers`: the
+     studies' model (4 layers of width 64, 32 rows of 64 tokens) and one of 8 layers of width 256, 4 rows of 512.
 """
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -117,18 +120,59 @@ def cost(length: int, rounds: int) -> None:
         print("    ms:", ", ".join(f"{name} {1e3 * times[name].minimum:.0f}" for name in contenders))
 
 
+def unrolled(rounds: int) -> None:
+    """Print what several layers in one turn of the loop over layers save and cost."""
+    narrow = ModelConfig(
+        vocab_size=64,
+        num_layers=4,
+        d_model=64,
+        num_heads=2,
+        num_groups=1,
+        head_dim=32,
+        state_dim=8,
+        mlp_dim=0,
+        dtype="float32",
+        remat="none",
+        transpoints=(0,),
+    )
+    wide = ModelConfig(vocab_size=256, num_layers=8, dtype="float32", remat="dots", transpoints=(0,))
+    for config, rows, length, chunk in ((narrow, 32, 64, 32), (wide, 4, 512, 64)):
+        tokens = jnp.zeros((rows, length), jnp.int32)
+        params = jax.jit(tm.TransMamba(config).init)(jax.random.key(0), tokens[:1, :1])["params"]
+        for name, points in (("Mamba-2", (0,)), ("Transformer", (length,))):
+            contenders, seconds = {}, {}
+            for count in (1, 2, 4, 8)[: config.num_layers.bit_length()]:
+                kernels = KernelsConfig(chunk_size=chunk, unrolled_layers=count)
+                model = tm.TransMamba(dataclasses.replace(config, transpoints=points), kernels)
+                run = lambda params, model=model, tokens=tokens: model.apply(
+                    {"params": params}, tokens, method="hidden"
+                )
+                start = time.process_time()
+                contenders[str(count)] = contender(run, True, params)
+                seconds[str(count)] = time.process_time() - start
+            times = timing.round_robin(contenders, rounds=rounds)
+            found = (
+                f"{count}: {1e3 * times[count].minimum:.1f} ms, {times[count].ratio(times['1']):.2f}, "
+                f"compilation {seconds[count]:.1f} s"
+                for count in contenders
+            )
+            print(f"{config.num_layers} layers of width {config.d_model}, {name}: {'; '.join(found)}", flush=True)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-len", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", choices=("cost", "compilation"))
+    parser.add_argument("--only", choices=("cost", "compilation", "unrolled"))
     options = parser.parse_args()
     host_memory.keep_freed()  # as train.py does
     print(timing.heading("jax", "flax"))
-    if options.only != "compilation":
+    if options.only in (None, "cost"):
         cost(options.seq_len, options.rounds)
-    if options.only != "cost":
+    if options.only in (None, "unrolled"):
+        unrolled(options.rounds)
+    if options.only in (None, "compilation"):
         compile_seconds(1, 16, (16,))  # what a process does once
         length = 256
         four, v9 = schedule.log_spaced(length, period=4), schedule.v9(length)
