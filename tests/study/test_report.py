@@ -56,6 +56,8 @@ def test_the_table_shows_other_fields_where_an_arm_has_them(out):
     row = dict(zip(header, rows[0], strict=True))
     assert (row["eval/loss"], row["eval/mamba2/loss"]) == ("1.0000 ± 0.0000", "–")
     assert row["tokens/s"] == "60"  # the median of 5, 70 and 60
+    records = [{**record, "tokens_per_second": None} for record in results.read_results(study, out)]
+    assert "tokens/s" not in report.table(study, records, results.choose_rates(study, out))[0]
 
 
 def test_results_are_one_line_a_cell(index):

@@ -79,6 +79,8 @@ def publish(study: Study, out: Path, folder: Path) -> Path:
 def table(study: Study, records: Sequence[Record], choices: dict[str, Choice]) -> tuple[Row, list[Row]]:
     """Return header and rows of the table: one row for each arm with reported cells."""
     reached = [] if study.target is None else [f"examples to {study.target:g}"]
+    speeds = {arm: _speed(found) for arm, found in results.reported(study, records).items()}
+    timed = ["tokens/s"] if any(speeds.values()) else []
     header = [
         *study.axes,
         f"{study.metric} (mean ± 95 %)",
@@ -89,7 +91,7 @@ def table(study: Study, records: Sequence[Record], choices: dict[str, Choice]) -
         "parameters",
         "state bytes",
         "training FLOPs",
-        "tokens/s",
+        *timed,
         "seconds",
     ]
     rows = []
@@ -107,7 +109,7 @@ def table(study: Study, records: Sequence[Record], choices: dict[str, Choice]) -
                 f"{first['parameters']:,}",
                 f"{first['state_bytes']:,}",
                 f"{first['training_flops']:.3g}",
-                _speed(found),
+                *([speeds[arm] or "–"] if timed else []),
                 f"{statistics.fmean(record['seconds'] for record in found):.0f}",
             ]
         )
@@ -126,9 +128,9 @@ def _also(found: Sequence[Record], field: str) -> str:
 
 
 def _speed(found: Sequence[Record]) -> str:
-    """Write the mean speed of training; a dash where a run logged none, or its record is older than the column."""
+    """Write the mean speed of training; "" where a run logged none, or its record has none."""
     speeds = [record["tokens_per_second"] for record in found if "tokens_per_second" in record]
-    return f"{statistics.fmean(speeds):,.0f}" if speeds and None not in speeds else "–"
+    return f"{statistics.fmean(speeds):,.0f}" if speeds and None not in speeds else ""
 
 
 def _examples(found: Sequence[Record]) -> str:
