@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from benchmarks import timing
 from transmamba_jax.config import DataConfig
 from transmamba_jax.data import load_tokenizer, register_source, train_batches
 from transmamba_jax.data.train_tokenizer import train
+from transmamba_jax.runtime import host_memory
 
 ROWS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "hf", "long_jsonl", "prompts", "mixture")
 SOURCES = ("text", "array_record", "tfds", "registered", "long", *ROWS)
@@ -184,7 +184,7 @@ def measure(source: str, tokenizer_file: str, cache: str, batches: int) -> dict[
         "CPU s": first_cpu,
         "tokens/s": tokens / seconds,
         "tokens/CPU s": tokens / cpu,
-        "peak MB": _peak(),
+        "peak MB": host_memory.peak_bytes() / 1e6,
     }
 
 
@@ -202,12 +202,6 @@ def library_tokens_per_cpu_second(tokenizer_file: Path) -> float:
     for start in range(0, len(texts), 128):
         tokens += sum(map(len, library.encode_batch_fast(texts[start : start + 128], add_special_tokens=False)))
     return tokens / (time.process_time() - begin)
-
-
-def _peak() -> float:
-    # Not ru_maxrss: a process begins with that of the one that started it.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6  # type: ignore[index]
 
 
 def main() -> None:

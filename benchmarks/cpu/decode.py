@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import importlib.util
 import math
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from transmamba_jax import cache as memory
 from transmamba_jax import schedule
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.generate.decode import BLOCK_STEPS, Decoder, DecodeState
+from transmamba_jax.runtime import host_memory
 
 CONFIG = ModelConfig(transpoints=(0,), dtype="float32")  # 8 layers, d_model 256, H 4, head dim and state 64, MLP 704
 NEVER = 10**9
@@ -134,7 +134,7 @@ def prompt_memory(params: Any, _seconds: float, _contexts: tuple[int, ...]) -> N
     for length in (8192, 16384, 65536):
         state = decoder.prefill([text[:length]], total=length + 1)
         jax.block_until_ready(state)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = host_memory.peak_bytes() / 2**20
         print(f"   {length:>6} tokens {peak:8.0f} {memory.nbytes(state):>12,}", flush=True)
         del state
 

@@ -13,7 +13,6 @@ three steps and prints the peak of the process, so that each is measured alone.
 import argparse
 import dataclasses
 import importlib.util
-import resource
 import statistics
 import subprocess
 import sys
@@ -173,7 +172,7 @@ def main() -> None:
         step = make(options.memory, *options.shapes[0])
         for index in range(3):
             step(index)
-        print(f"peak MB {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
+        print(f"peak MB {host_memory.peak_bytes() / 2**20:.0f}")
         return
     print(timing.heading("jax", *(["torch", "transformers"] if peers else [])), "\n")
     ratios: dict[tuple[str, str], list[float]] = {}

@@ -1,6 +1,7 @@
 """Memory that was freed is there for the next step, in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -25,6 +26,26 @@ for _ in range(6):
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(json.dumps([arranged, faults]))
 """
+
+
+PEAK = """
+import os, sys
+from transmamba_jax.runtime import host_memory
+
+if sys.argv[1] == "start":
+    held = b"x" * 600_000_000
+    os.execv(sys.executable, [sys.executable, "-c", os.environ["PROGRAM"], "measure"])
+before = host_memory.peak_bytes()
+held = b"x" * 300_000_000
+print(before, host_memory.peak_bytes())
+"""
+
+
+def test_the_peak_is_that_of_the_program_and_not_of_what_started_it() -> None:
+    command = [sys.executable, "-c", PEAK, "start"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PROGRAM": PEAK})
+    before, after = map(int, result.stdout.split())
+    assert before < 300_000_000 <= after < 600_000_000
 
 
 def run(how: str) -> tuple[bool | None, list[int]]:

@@ -1,10 +1,12 @@
-"""Have the C library keep the memory that a step frees, where the step runs on a CPU.
+"""Memory of the host: its peak, and a C library that keeps what a step frees, where the step runs on a CPU.
 
 XLA takes a step's temporaries from malloc and frees them after it. glibc gives so large a block back to the system,
 which hands out fresh pages, zeroed one fault at a time, at the next step: a third of the time of a step on a CPU.
 """
 
 import ctypes
+import re
+import resource
 import sys
 from pathlib import Path
 
@@ -29,6 +31,19 @@ def keep_freed() -> bool:
         return False
     options = ((_ARENA_MAX, _ONE), (_MMAP_MAX, _NONE), (_TRIM_THRESHOLD, _NEVER))
     return all([mallopt(name, value) for name, value in options])
+
+
+def peak_bytes() -> int:
+    """Return the most resident memory that this process has had, in bytes.
+
+    On Linux that of the program that runs. `ru_maxrss` begins with the peak of the process that started it.
+    """
+    if sys.platform.startswith("linux"):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+        if found is not None:
+            return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _accelerator() -> bool:

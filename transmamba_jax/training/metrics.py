@@ -2,8 +2,6 @@
 
 import json
 import math
-import resource
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +11,7 @@ import jax
 
 from transmamba_jax.config import Config
 from transmamba_jax.report.costs import flops_per_token
-from transmamba_jax.runtime import hardware, storage
+from transmamba_jax.runtime import hardware, host_memory, storage
 from transmamba_jax.runtime.logs import LOGGER
 from transmamba_jax.training.writers import Writers
 
@@ -33,10 +31,7 @@ def peak_memory_bytes() -> int:
     """Return the most memory that a local device has held; on a CPU, the most that this process has held."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [each["peak_bytes_in_use"] for each in stats if each and "peak_bytes_in_use" in each]
-    if peaks:
-        return max(peaks)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return max(peaks) if peaks else host_memory.peak_bytes()
 
 
 class Throughput:
