@@ -142,3 +142,18 @@ def test_yaml_and_the_command_line_name_mixtures(make, tmp_path: Path) -> None:
 def test_mixtures_that_are_none_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataConfig(**options)
+
+
+def test_a_file_of_two_sources_whose_splits_differ_is_refused(tmp_path: Path, make: Any) -> None:
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text("text " * 99)
+        (tmp_path / f"{number}.txt").write_text("other text " * 99)
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "again.jsonl").symlink_to(tmp_path / "a.jsonl")
+    for shares in ({"text:**/*.txt": 1, "text:sub/*.txt": 1}, {"jsonl:*.jsonl": 1, "jsonl:again.jsonl": 2}):
+        with pytest.raises(ValueError, match=r"is in '.*' and in '.*', where its splits differ.*one source"):
+            train_batches(make(shares), BYTES)
+    same = make({"text:sub/*.txt": 1, "text:sub/1*.txt": 3, "text:link/0*.txt": 1})  # one name below the wildcards
+    next(train_batches(same, BYTES))

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transmamba_jax.config import DataConfig
+from transmamba_jax.data import records
 from transmamba_jax.data.documents import take
 from transmamba_jax.data.sources import open_documents
 from transmamba_jax.data.splits import SPLITS, records_of_split, split_of, split_of_record
@@ -164,3 +165,22 @@ def test_take_stops_behind_the_document_that_reaches_the_limit(tmp_path):
     documents = open_documents(text_source(tmp_path), "all")
     assert len(list(take(documents, 9))) == 3
     assert len(list(take(documents, 100, stride=2))) == 3
+
+
+def test_a_record_is_read_by_its_range(tmp_path, monkeypatch):
+    """A list of one number takes time in proportion to the records of the whole file: 1,186 against 6 microseconds."""
+    write_records(tmp_path / "a.array_record", [b"one", b"two", b"three"])
+    calls, opened = [], records._open_reader
+
+    class Reader:
+        def __init__(self, path):
+            self._reader = opened(path)
+            self.num_records = self._reader.num_records
+
+        def read(self, *arguments):
+            calls.append(arguments)
+            return self._reader.read(*arguments)
+
+    monkeypatch.setattr(records, "_open_reader", Reader)
+    assert read(DataConfig(source=f"array_record:{tmp_path}/*"), "all") == [b"one", b"two", b"three"]
+    assert calls == [(0, 1), (1, 2), (2, 3)]

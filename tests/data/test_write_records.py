@@ -1,6 +1,7 @@
 """Test the command that writes any source into array_record files."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -66,3 +67,12 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
         main([*words, "--output", str(tmp_path / "records"), "--shards", "0"])
     with pytest.raises(SystemExit, match=r"no split 'nowhere'"):
         main([*words, "--output", str(tmp_path / "records"), "--split", "nowhere"])
+
+
+def test_an_output_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    output = tmp_path / os.fsdecode(b"rec\xe9")
+    arguments = ["--config", "tiny", "--data.source", f"jsonl:{tmp_path}/*.jsonl", "--output", str(output)]
+    with pytest.raises(SystemExit, match=r"--output .*/rec\\xe9 must be UTF-8"):
+        main(arguments)
+    assert not output.exists()

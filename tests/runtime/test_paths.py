@@ -1,6 +1,7 @@
 """Test the paths that options name and the names that messages show."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import tokenizers
 
 import transmamba_jax as tm
+from tests.study.support import study_file
 from transmamba_jax import checkpoint, config_io, convert, data, export
 from transmamba_jax.checkpoint import __main__ as checkpoint_command
 from transmamba_jax.config import CheckpointConfig, Config, DataConfig
@@ -23,6 +25,7 @@ from transmamba_jax.generate import __main__ as generate_command
 from transmamba_jax.report import __main__ as report_command
 from transmamba_jax.report import write_report
 from transmamba_jax.runtime.paths import expand_path, show_path
+from transmamba_jax.study import __main__ as study_command
 from transmamba_jax.training import __main__ as train_command
 from transmamba_jax.training.loop import train
 
@@ -80,6 +83,20 @@ def test_a_tilde_in_every_argument_of_a_command(name: str, home: Path, capsys: p
 def test_a_tilde_in_the_folders_of_a_conversion(command: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert_command.main([command, "~/missing", "~/out"]) == 2
     assert f"{home}/missing" in capsys.readouterr().err
+    assert not Path("~").exists()
+
+
+def test_a_tilde_in_the_folders_of_a_study(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = study_file(home)
+    assert study_command.main(["~/little.yaml", "--quick", "--list", "--out", "~/missing"]) == 0
+    assert study_command.main([str(file), "--out", "gs://bucket/out"]) == 2
+    assert "--out must be a folder of this machine, found gs://bucket/out" in capsys.readouterr().err
+    (home / "out").mkdir()
+    shutil.copy(file, home / "out")
+    for arguments in (["report", "~/missing"], ["report", "~/out", "--publish", "~/published"]):
+        capsys.readouterr()
+        assert study_command.main(arguments) == 2
+        assert f"{home}/" in capsys.readouterr().err
     assert not Path("~").exists()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import signal
@@ -148,7 +149,13 @@ def test_extending_a_finished_run_says_how_the_rate_changes_and_a_restart_or_con
         make(train={"steps": steps}, eval={"every": 0}, checkpoint={"every": 0}, optimizer={**optimizer, **more})
     )
     run(6)
+    shutil.copytree(make().workdir, f"{make().workdir}-plain")
     capsys.readouterr()
+    plain = make(train={"steps": 12}, eval={"every": 0}, checkpoint={"every": 0}, optimizer=optimizer)
+    assert train(dataclasses.replace(plain, workdir=f"{plain.workdir}-plain")) == 0
+    # The new schedule of 12 steps has left its warm-up, and the old one had reached its final rate.
+    at = {"wsd": "0.01", "cosine": f"{1e-3 + 9e-3 * (1 + math.cos(math.pi * 5 / 10)) / 2:.3g}"}[schedule]
+    assert f"the learning rate of step 7 changes from 0.001 to {at}: train.steps" in capsys.readouterr().out
     assert run(12, restart_step=6) == 0  # the warm-up has two steps: half of it is above the final rate
     said = [line for line in capsys.readouterr().out.splitlines() if " rate of step 7 changes from " in line]
     assert [re.search("the (.*) of step", line).group(1) for line in said] == [

@@ -4,15 +4,43 @@ Row n of the run comes from the source that Grain's mix has at position n, which
 all processes together has the sources in their shares.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
+from transmamba_jax.config import DataConfig
 from transmamba_jax.data.batch_iterator import SOURCES, Batch
+from transmamba_jax.data.file_patterns import find_files
+from transmamba_jax.runtime import storage
+from transmamba_jax.runtime.paths import show_path
 
 _ENDLESS = 2**50
+_OF_FILES = frozenset({"text", "jsonl", "parquet", "array_record"})
+
+
+def refuse_shared_files(config: DataConfig) -> None:
+    """Refuse a mixture in which one file is in two sources and may be in two splits.
+
+    The split of a text file follows from its name below the first wildcard, that of a row from its number.
+
+    Raises:
+        ValueError: a file is in two sources, under two names or with rows; the message names it.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    for source, _ in config.mixture:
+        kind, _, pattern = source.partition(":")
+        if kind not in _OF_FILES or storage.is_url(pattern):
+            continue
+        for path, name in find_files(kind, pattern).items():
+            other, earlier = seen.setdefault(os.path.realpath(path), (source, name))
+            if other != source and (kind != "text" or name != earlier):
+                raise ValueError(
+                    f"data.mixture: {show_path(path)} is in '{show_path(other)}' and in '{show_path(source)}', where "
+                    "its splits differ: held-out text would be trained on. Name it in one source"
+                )
 
 
 class _Endless:

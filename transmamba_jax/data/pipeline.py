@@ -80,6 +80,7 @@ def train_batches(
         )
     if is_synthetic(config.source):
         return BatchIterator(functools.partial(_open_task_stream, config), plan)
+    mixture.refuse_shared_files(config)
     sources = [_open_source(config.of_source(name), tokenizer, plan.streams) for name in config.sources]
     if config.num_workers > 0 and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only absl's own programs parse

@@ -7,6 +7,7 @@ JSON of its fields; the run gets the same --data.prompt-field and so on.
 """
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from transmamba_jax.data.documents import Documents
 from transmamba_jax.data.sources import open_documents
 from transmamba_jax.runtime import logs, storage
 from transmamba_jax.runtime.checks import require
-from transmamba_jax.runtime.paths import option_path
+from transmamba_jax.runtime.paths import option_path, show_path
 
 
 def write(documents: Documents, folder: Path, shards: int) -> list[Path]:
@@ -74,6 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         require(options.shards >= 1, f"--shards must be >= 1, found {options.shards}")
         require(not options.output.exists(), f"--output {options.output} exists; name a new folder")
+        require(
+            os.fsencode(options.output).decode("utf-8", "replace") == str(options.output),
+            f"--output {show_path(options.output)} must be UTF-8, array_record writes no file of another name",
+        )
         config = load_config(options.config, overrides).data
         documents = open_documents(config, options.split)
         with storage.staged(options.output.parent) as folder:

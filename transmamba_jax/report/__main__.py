@@ -8,7 +8,7 @@ from pathlib import Path
 from transmamba_jax.report.compare import write_comparison
 from transmamba_jax.report.summary import write_report
 from transmamba_jax.runtime import logs
-from transmamba_jax.runtime.paths import option_path
+from transmamba_jax.runtime.paths import option_path, show_path
 
 
 @logs.command
@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         several = len(options.workdirs) > 1
-        print(write_comparison(options.workdirs, options.output) if several else write_report(*options.workdirs))
+        page = write_comparison(options.workdirs, options.output) if several else write_report(*options.workdirs)
+        print(show_path(page))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from transmamba_jax.runtime import compile_cache, host_memory, logs
+from transmamba_jax.runtime import compile_cache, host_memory, logs, storage
+from transmamba_jax.runtime.checks import require
+from transmamba_jax.runtime.paths import option_path
 from transmamba_jax.study.spec import Cell, Study, find_study, keep_file, load_study
 
 if TYPE_CHECKING:
@@ -36,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if arguments[:1] == ["report"]:
                 return _report(arguments[1:])
             options = _parser().parse_args(arguments)
+            require(
+                options.out is None or not storage.is_remote(options.out),
+                f"--out must be a folder of this machine, found {options.out}",
+            )
             study = load_study(options.file, options.quick)
             return _run(study, options.out or Path("runs/studies") / (study.name + "-quick" * study.quick), options)
         except ValueError as error:
@@ -48,10 +54,10 @@ def _report(arguments: Sequence[str]) -> int:
     from transmamba_jax.study import report
 
     parser = argparse.ArgumentParser(prog="transmamba study report", description="Write the report of a study again.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the study's results")
+    parser.add_argument("folder", type=option_path, metavar="DIR", help="folder of the study's results")
     parser.add_argument(
         "--publish",
-        type=Path,
+        type=option_path,
         metavar="FOLDER",
         help="copy study, results, table, plots and page there, without checkpoints, such as docs/results/s1_recall",
     )
@@ -146,9 +152,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="transmamba study", usage="%(prog)s [report] FILE [options]", description=_DESCRIPTION
     )
     parser.add_argument(
-        "file", type=Path, metavar="FILE", help="YAML file of the study, such as configs/studies/s1_recall.yaml"
+        "file", type=option_path, metavar="FILE", help="YAML file of the study, such as configs/studies/s1_recall.yaml"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (default: runs/studies/<name>)")
+    parser.add_argument(
+        "--out", type=option_path, metavar="DIR", help="folder of the results (default: runs/studies/<name>)"
+    )
     parser.add_argument("--quick", action="store_true", help="run the two-minute variant, which proves no claim")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="cells whose names match, such as 'mamba2/*'")
     parser.add_argument("--list", action="store_true", help="list the cells with estimated times and run nothing")
