@@ -67,6 +67,7 @@ def test_a_run_its_checkpoints_and_a_step_are_accepted_everywhere(
 ) -> None:
     run = tmp_path / "7"  # the name of a run may look like a step
     folder = run / "checkpoints"
+    (run / "2026").mkdir(parents=True)  # and so may that of a folder of one's own in it
     save(folder, 3, 8)
     for path, newest, all_steps in ((run, 8, [3, 8]), (folder, 8, [3, 8]), (folder / "3", 3, [3])):
         assert checkpoint.complete_steps(path) == all_steps

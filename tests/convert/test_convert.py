@@ -228,6 +228,20 @@ def test_the_end_of_a_document_is_the_one_that_the_model_names(spelling: object,
     assert tokenizer.end_of_document == 3
 
 
+@pytest.mark.parametrize(("index", "end"), [(3, 3), (1, 2), (7, 2)], ids=["added", "a word", "no token"])
+def test_without_a_named_end_the_id_of_the_model_s_config_is_taken(index: int, end: int, tmp_path: Path) -> None:
+    source = copied(tmp_path)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.add_special_tokens(["</s>", "<|padding|>"])
+    words.save(str(source / "tokenizer.json"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "eos_token_id": index}))
+    assert convert_command.main(["from-mamba2", str(source), str(tmp_path / "out")]) == 0
+    tokenizer = export.load(tmp_path / "out").tokenizer
+    assert tokenizer is not None
+    assert tokenizer.end_of_document == end  # </s> where the config names no added token
+
+
 def test_the_command_goes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, middle, back = tmp_path / "limited", tmp_path / "middle", tmp_path / "back"
     shutil.copytree(GOLDEN / "limited", source)

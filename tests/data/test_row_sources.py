@@ -241,6 +241,22 @@ datasets.DatasetDict({"train": one, "test": one.select([3, 1])}).save_to_disk(sy
 """
 
 
+@pytest.mark.parametrize(("name", "key"), [("state.json", "_data_files"), ("dataset_dict.json", "splits")])
+@pytest.mark.parametrize("content", ["{}", "[]", '{"_data_files": 3, "splits": "a"}'])
+def test_a_description_without_its_list_is_refused(tmp_path: Path, name: str, key: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{name} must have a list '{key}'; save the data set again"):
+        open_documents(DataConfig(source=f"hf:{tmp_path}", cache_dir=str(tmp_path / "cache")), "train")
+
+
+def test_a_field_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    config = DataConfig(source=f"parquet:{tmp_path}/*.parquet", cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"has several fields 'text' \(data.text_field\); rename all but one"):
+        open_documents(config, "train")
+
+
 def test_the_library_s_own_folders_are_read(tmp_path: Path) -> None:
     folders = str(tmp_path / "one"), str(tmp_path / "two")
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}

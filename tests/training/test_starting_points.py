@@ -58,6 +58,13 @@ def _sources(tmp_path_factory):
     return places, model, params
 
 
+def test_a_started_run_is_the_same_from_every_folder(sources, tmp_path, monkeypatch):
+    places, _, _ = sources
+    monkeypatch.chdir(tmp_path)
+    start_run(places["exported"], "run")
+    assert tm.load_config(tmp_path / "run" / "config.yaml").workdir == str(tmp_path / "run")
+
+
 KINDS = ("Mamba-2", "exported", "run", "run@step", "checkpoints", "step")
 
 

@@ -52,7 +52,7 @@ def locate(path: str | Path, step: int | None = None) -> tuple[Path, int | None]
     """
     given = expand_path(path).absolute()
     storage.require_checkpoints(given, "checkpoint")
-    if (given / "checkpoints").is_dir() and not folders(given):
+    if (given / "checkpoints").is_dir() and not complete(given):  # a run may have other folders called by a number
         return given / "checkpoints", step
     if is_step(given.name) and any((given / name).exists() for name in ("params", *_COMPLETE)):
         own = int(given.name)

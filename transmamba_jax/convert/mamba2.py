@@ -150,7 +150,7 @@ def start_run(folder: str | Path, workdir: str | Path) -> None:
     """
     from transmamba_jax import checkpoint  # orbax takes seconds to import, and conversion does not need it
 
-    workdir = expand_path(workdir)
+    workdir = expand_path(workdir).absolute()  # its config names it, wherever training is started
     loaded, directory = export.load(folder), workdir / "checkpoints"
     done = checkpoint.complete_steps(directory)
     if done:

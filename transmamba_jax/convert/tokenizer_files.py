@@ -1,7 +1,9 @@
 """Read and write the files of a tokenizer beside a Mamba-2 model: tokenizer.json and tokenizer_config.json."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -9,11 +11,14 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transmamba_jax.data.tokenizers import END_OF_DOCUMENT, ByteTokenizer, JsonTokenizer, Tokenizer
 from transmamba_jax.runtime import tensor_files
 
-TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER, SETTINGS, CONFIG = "tokenizer.json", "tokenizer_config.json", "config.json"
 
 
 def read(folder: Path) -> JsonTokenizer | None:
-    """Read the tokenizer.json beside a model, None where there is none; its `eos_token` ends a document.
+    """Read the tokenizer.json beside a model, None where there is none.
+
+    A document ends with the `eos_token` of tokenizer_config.json; else with the `eos_token_id` of config.json if that
+    is an added token, since transformers writes a default there; else as `JsonTokenizer` finds.
 
     Raises:
         ValueError: a file cannot be read, or no token can end a document.
@@ -24,8 +29,16 @@ def read(folder: Path) -> JsonTokenizer | None:
     settings = tensor_files.read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     end = settings.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
+    if end is None and (folder / CONFIG).is_file():
+        end = _added_token(tensor_files.read_json(file), tensor_files.read_json(folder / CONFIG).get("eos_token_id"))
     with tensor_files.raise_as_value_error(file, "read"):
         return JsonTokenizer(file.read_text(encoding="utf-8"), str(file), end)
+
+
+def _added_token(tokenizer: Mapping[str, Any], index: Any) -> str | None:
+    found = tokenizer.get("added_tokens")
+    added = {each.get("id"): each.get("content") for each in found or () if isinstance(each, dict)}
+    return added.get(index) if isinstance(index, int) else None
 
 
 def names(tokenizer: Tokenizer | None) -> list[str]:

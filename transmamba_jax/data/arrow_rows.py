@@ -93,7 +93,7 @@ def open_hf(config: DataConfig, folder: str, split: str) -> Documents:
 def _own_splits(root: Path) -> list[str]:
     """Return the splits of a folder that has several data sets."""
     description = root / "dataset_dict.json"
-    return _json(description)["splits"] if description.is_file() else []
+    return _listed(description, "splits") if description.is_file() else []
 
 
 def _arrow_files(source: str, root: Path) -> list[str]:
@@ -111,7 +111,7 @@ def _arrow_files(source: str, root: Path) -> list[str]:
             f"data.source '{show_path(source)}' must be a folder that save_to_disk of Hugging Face datasets wrote; "
             f"{there}{way}"
         )
-    paths = [str(root / file["filename"]) for file in _json(state)["_data_files"]]
+    paths = [str(root / file["filename"]) for file in _listed(state, "_data_files")]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise ValueError(
@@ -120,11 +120,15 @@ def _arrow_files(source: str, root: Path) -> list[str]:
     return paths
 
 
-def _json(path: Path) -> Any:
+def _listed(path: Path, name: str) -> list[Any]:
+    """Read the list called `name` of a description."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"the description {show_path(path)} cannot be read: {error}") from None
+    if not isinstance(found, dict) or name not in found or not isinstance(found[name], list):
+        raise ValueError(f"the description {show_path(path)} must have a list {name!r}; save the data set again")
+    return list(found[name])
 
 
 @dataclasses.dataclass(frozen=True)

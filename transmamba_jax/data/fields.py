@@ -67,6 +67,8 @@ class Fields:
                 near = difflib.get_close_matches(name, found, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise RowError(f"has no field {name!r} ({option}), its fields are {', '.join(found) or 'none'}{hint}")
+            if list(found).count(name) > 1:
+                raise RowError(f"has several fields {name!r} ({option}); rename all but one")
 
     def document(self, row: Any) -> bytes:
         """Return the document of a row, UTF-8; one with a completion or a chat is a `CompletionDocument`.
