@@ -241,11 +241,12 @@ def test_odd_documents_do_not_end_an_evaluation():
     ]
     model = TransMambaLM(scorer)
     found = model.loglikelihood(ask("loglikelihood", asked))
-    assert found[0] == found[1]
-    assert found[2] == found[3]
-    assert found[0] != found[2]
+    # Equal tokens in two rows of a batch: a processor may sum them in different orders.
+    assert found[0] == (pytest.approx(found[1][0], rel=1e-6), found[1][1])
+    assert found[2] == (pytest.approx(found[3][0], rel=1e-6), found[3][1])
+    assert found[0][0] != pytest.approx(found[2][0], rel=1e-3)
     assert found[4] == (0.0, True)
-    assert found[5] == scorer.text_log_likelihoods([("", "  \n")])[0]
+    assert found[5] == (pytest.approx(scorer.text_log_likelihoods([("", "  \n")])[0][0], rel=1e-6), False)
     assert all(-1e4 < score <= 0 for score, _ in found)
     long = scorer.document_log_likelihoods([scorer.tokenizer.encode("a " + "b" * 90)])
     assert found[6][0] == pytest.approx(long[0] - scorer.text_log_likelihoods([("", "a")])[0][0], rel=0.05)

@@ -9,7 +9,7 @@ import pytest
 from tests.study.support import Trainer, accuracy, write_study
 from tests.training.support import Little
 from transmamba_jax.report import read_metrics
-from transmamba_jax.study import results, runner
+from transmamba_jax.study import report, results, runner
 from transmamba_jax.study.runner import COMPLETE, UNFINISHED, Selection, run_study
 from transmamba_jax.study.spec import Cell
 from transmamba_jax.training.loop import EXIT_NOT_SAVED, train
@@ -175,3 +175,34 @@ def test_a_cell_is_an_ordinary_run_and_is_reproduced_to_the_digit(tmp_path):
         record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         curves.append((lines, record["metrics"], record["curve"]))
     assert curves[0] == curves[1]
+
+
+def test_finished_cells_are_taken_from_an_earlier_part(tmp_path):
+    study, first, second = write_study(tmp_path), tmp_path / "first", tmp_path / "second"
+    trainer = Trainer()
+    failing = study.search_cells()[0].name
+    trainer.failures[failing] = ValueError("no")
+    run_study(study, first, Selection("attention/n2/*"), train_cell=trainer)
+    report.write_report(study, first)
+    report.publish(study, first, tmp_path / "published")
+    records = len((tmp_path / "published" / "results.jsonl").read_text(encoding="utf-8").splitlines())
+
+    assert results.take_results(study, second, tmp_path / "published" / "results.jsonl") == records - 1
+    assert results.take_results(study, second, tmp_path / "published" / "results.jsonl") == 0
+    trainer = Trainer()
+    run_study(study, second, Selection("attention/n2/search*"), train_cell=trainer)
+    assert trainer.trained == [failing]
+
+
+@pytest.mark.parametrize("change", [{"study": "another"}, {"quick": True}])
+def test_results_of_another_study_are_not_taken(tmp_path, change):
+    study, out = write_study(tmp_path), tmp_path / "out"
+    run_study(study, out, Selection("attention/n2/*"), train_cell=Trainer())
+    record = results.read_result(out, study.search_cells()[0])
+    file = tmp_path / "results.jsonl"
+    file.write_text(json.dumps({**record, **change}) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 1: a cell of .*, not of little"):
+        results.take_results(study, tmp_path / "new", file)
+    file.write_text("{}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 1: no record of a cell"):
+        results.take_results(study, tmp_path / "new", file)

@@ -20,7 +20,7 @@ def main():
     elif accident == "interrupt-in-evaluation":
         strike(evaluator, "target_weights", signal.SIGINT, int(count))
     elif accident == "terminate-in-compilation":
-        strike(loop, "make_train_step", signal.SIGTERM, int(count))
+        strike(loop, "compile_train_step", signal.SIGTERM, int(count))
     else:
         assert accident == "none"
     with undrawn.patch():

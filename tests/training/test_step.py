@@ -14,9 +14,10 @@ import transmamba_jax as tm
 from tests import precision
 from tests.training.support import LENGTH, VOCABULARY, Little, little_config, packed_batch, relative
 from transmamba_jax import sharding
+from transmamba_jax.training import step as train_step
 from transmamba_jax.training.loss import loss_and_gradient, token_weights
-from transmamba_jax.training.optimizer import make_optimizer
-from transmamba_jax.training.step import TrainState, first_nonfinite, leaf_name, make_train_step
+from transmamba_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from transmamba_jax.training.step import TrainState, abstract_batch, first_nonfinite, leaf_name, make_train_step
 
 
 def test_weights_leave_out_padding_and_the_first_token_of_another_document():
@@ -64,6 +65,27 @@ def test_accumulation_equals_the_large_batch(initial):
     parts = [{name: rows[start::4] for name, rows in batch.items()} for start in range(4)]
     means = [run(part, 1) for part in parts]
     assert relative(jax.tree.map(lambda *g: sum(g) / 4, *means), large) > 1e-2
+
+
+def test_runs_that_differ_in_seed_and_rate_share_a_program(mesh):
+    abstract = abstract_batch(CONFIG, mesh)
+    batch = {name: packed_batch(4)["tokens"][: leaf.shape[0], : leaf.shape[1]] for name, leaf in abstract.items()}
+    rate = learning_rate_schedule(CONFIG, CONFIG.optimizer.learning_rate)
+    train_step._compile.cache_clear()
+    for seed, scale in ((0, 1.0), (1, 0.25)):
+        config = dataclasses.replace(
+            CONFIG,
+            train=dataclasses.replace(CONFIG.train, seed=seed),
+            optimizer=dataclasses.replace(CONFIG.optimizer, learning_rate_scale=scale),
+        )
+        alone = make_train_step(config, MODEL, make_optimizer(config), mesh)
+        shared = train_step.compile_train_step(config, MODEL, mesh)
+        results = [run(TrainState.create(config, MODEL, mesh), batch) for run in (alone, shared)]
+        (one, metrics), (other, again) = results
+        assert relative(one.params, other.params) < 1e-6
+        assert float(metrics["learning_rate"]) == pytest.approx(float(again["learning_rate"]), rel=1e-6)
+        assert float(again["learning_rate"]) == pytest.approx(float(rate(0)) * scale, rel=1e-6)
+    assert train_step._compile.cache_info().misses == 1
 
 
 def test_weights_of_a_batch_scale_its_losses(initial):

@@ -135,21 +135,15 @@ class Evaluator:
         self._sets = [[{key: pad(rows) for key, rows in batch.items()} for batch in sets[name]] for name in sets]
         self._mixture = config.data.mixture
         self._transpoints = config.model.transpoints
-        self._score = self._compile()
+        self._score = _score(model, self._chunk, mesh)
 
     def under(self, transpoints: Sequence[int]) -> "Evaluator":
         """Return an evaluator of the same windows that runs the model, a `TransMamba`, under another schedule."""
         other = copy.copy(self)
         other._transpoints = schedule.expand(transpoints, self._model.config.num_layers)
         other._model = self._model.clone(config=dataclasses.replace(self._model.config, transpoints=other._transpoints))
-        other._score = other._compile()
+        other._score = _score(other._model, self._chunk, self._mesh)
         return other
-
-    def _compile(self) -> Callable[..., Any]:
-        return jax.jit(
-            functools.partial(_nll_by_position, self._model, self._chunk),
-            out_shardings=None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec()),
-        )
 
     def __call__(self, params: Any, should_stop: Callable[[], bool] = lambda: False) -> EvalResult:
         """Evaluate `params`; with a mesh, each batch's rows are split over its devices.
@@ -212,6 +206,14 @@ def spans(seq_len: int) -> list[tuple[int, int]]:
     while edges[-1] < seq_len:
         edges.append(min(max(2 * edges[-1], 1), seq_len))
     return list(itertools.pairwise(edges))
+
+
+@functools.lru_cache(maxsize=16)  # the runs of a study follow one another in one process
+def _score(model: nn.Module, chunk: int, mesh: Mesh | None) -> Callable[..., Any]:
+    return jax.jit(
+        functools.partial(_nll_by_position, model, chunk),
+        out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
+    )
 
 
 def _nll_by_position(

@@ -73,7 +73,7 @@ def _report(arguments: Sequence[str]) -> int:
 def _run(study: Study, out: Path, options: argparse.Namespace) -> int:
     host_memory.keep_freed()
     compile_cache.keep_programs()
-    from transmamba_jax.study import report, runner  # these import JAX, orbax and Grain
+    from transmamba_jax.study import report, results, runner  # these import JAX, orbax and Grain
 
     shard, shards = options.shard
     selection = runner.Selection(options.only, shard, shards, options.stage)
@@ -81,6 +81,8 @@ def _run(study: Study, out: Path, options: argparse.Namespace) -> int:
         _list(study, out, selection)
         return 0
     keep_file(options.file, study, out)
+    if options.finished is not None:
+        logs.write_line(f"{results.take_results(study, out, options.finished)} cells taken from {options.finished}")
     if options.jobs > 1:
         if shards > 1:
             raise ValueError("--jobs divides the cells itself, found --shard too; give one of them")
@@ -165,6 +167,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--shard", type=_shard, default=(0, 1), metavar="I/N", help="run the I-th of N parts of the cells, I from 0"
+    )
+    parser.add_argument(
+        "--finished",
+        type=option_path,
+        metavar="FILE",
+        help="results.jsonl of an earlier part, whose finished cells are not run again",
     )
     parser.add_argument("--stage", choices=("search", "report"), help="run the search or the reported cells alone")
     parser.add_argument("--retry-failed", action="store_true", help="run cells that failed again")

@@ -63,6 +63,34 @@ def write_result(out: Path, cell: Cell, record: Record) -> None:
     os.replace(part, path)
 
 
+def take_results(study: Study, out: Path, file: Path) -> int:
+    """Take the cells that a results.jsonl has and the folder `out` has not, and return their number.
+
+    Failed cells stay behind. What a record's config must equal is checked when its cell is due.
+
+    Raises:
+        ValueError: the file is none of this study.
+        OSError: it cannot be read.
+    """
+    taken = 0
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            found = record["study"], record["quick"]
+            cell = Cell(tuple(record["variants"].values()), record["stage"], record["learning_rate"], record["seed"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}, line {number}: no record of a cell ({type(error).__name__}: {error})") from None
+        if found != (study.name, study.quick):
+            raise ValueError(
+                f"{file}, line {number}: a cell of {found[0]}{' --quick' * found[1]}, not of "
+                f"{study.name}{' --quick' * study.quick}"
+            )
+        if record["error"] is None and read_result(out, cell) is None:
+            write_result(out, cell, record)
+            taken += 1
+    return taken
+
+
 def read_results(study: Study, out: Path) -> list[Record]:
     """Return the records of the study's cells, those of the search first, in the order of the file."""
     search = [read_result(out, cell) for cell in study.search_cells()]

@@ -73,7 +73,11 @@ def run_study(
     out.mkdir(parents=True, exist_ok=True)
     for stage in ("search", "report") if selection.stage is None else (selection.stage,):
         cells = [cell for cell in selection.of(stage_cells(study, out, stage)) if _is_due(study, out, cell, retry)]
+        arm = None
         for cell in _bar(cells, stage):
+            if cell.arm != arm:
+                jax.clear_caches()  # cells of one arm share their programs, and other arms trace functions of their own
+            arm = cell.arm
             if time.perf_counter() - begin > 3600 * study.budget_hours:
                 logs.write_line(f"budget_hours={study.budget_hours:g} are spent; the same command continues")
                 return UNFINISHED
@@ -110,7 +114,6 @@ def run_cell(study: Study, out: Path, cell: Cell, retry: bool, train_cell: Train
         error = f"{type(failure).__name__}: {failure}"
     record = _record(study, cell, config, error, seconds or time.perf_counter() - begin, extra)
     results.write_result(out, cell, record)
-    jax.clear_caches()  # every cell traces functions of its own
     logs.write_line(_line(study, cell, record))
     return True
 

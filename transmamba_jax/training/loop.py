@@ -7,7 +7,7 @@ lines beyond the restored step are taken back, and an evaluation that was due bu
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,15 @@ from transmamba_jax.training import (
     starting_points,
 )
 from transmamba_jax.training.console import Console
-from transmamba_jax.training.loss import Batch, Metrics
 from transmamba_jax.training.metrics import MetricsWriter, Record
-from transmamba_jax.training.optimizer import make_optimizer
 from transmamba_jax.training.preemption import EXIT_PREEMPTED, Preemption
 from transmamba_jax.training.sample import sample_text
-from transmamba_jax.training.step import TrainState, abstract_batch, make_train_step
+from transmamba_jax.training.step import Step, TrainState, compile_train_step
 from transmamba_jax.training.step_log import StepLog
 from transmamba_jax.training.writers import check_installed, open_writers
 
 EXIT_NOT_SAVED = 74
 """Exit code of a run whose last state, or another file that it needs, could not be saved: EX_IOERR."""
-
-
-_Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def train(config: Config, model: nn.Module | None = None, documents: Sequence[Any] | None = None) -> int:
@@ -327,16 +322,13 @@ class _Run:
         every = self.config.checkpoint.every
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
-    def _compile(self, state: TrainState, log: StepLog) -> Sequence[_Step]:
+    def _compile(self, state: TrainState, log: StepLog) -> Sequence[Step]:
         """Compile the step of every schedule before any data is consumed, so that a stop during it loses nothing."""
         self.console.say(parameter_groups.describe(self.config, state.params, state.opt_state))
         self.console.say(f"compiling for {jax.device_count()} x {jax.devices()[0].device_kind}")
-        tx = make_optimizer(self.config)
-        begin, batch = time.perf_counter(), abstract_batch(self.config, self.mesh)
-        compiled = []
-        for model in schedule_sampling.models(self.config, self.model):
-            train_step = make_train_step(self.config, model, tx, self.mesh)
-            compiled.append(train_step.lower(state, batch).compile())
+        begin = time.perf_counter()
+        models = schedule_sampling.models(self.config, self.model)
+        compiled = [compile_train_step(self.config, model, self.mesh) for model in models]
         log.start(compile_seconds=time.perf_counter() - begin)
         return compiled
 

@@ -32,8 +32,12 @@ def learning_rate_schedule(config: Config, peak: float) -> optax.Schedule:
     With `restart_step` R (arXiv 1608.03983) steps 1 to R are the schedule of a run of R steps, and the others that of a
     run of steps - R, whose warm-up starts at the rate of step R.
     """
+    unscaled = _unscaled_schedule(config, peak)
+    return lambda count: unscaled(count) * config.optimizer.learning_rate_scale
+
+
+def _unscaled_schedule(config: Config, peak: float) -> optax.Schedule:
     cfg = config.optimizer
-    peak = peak * cfg.learning_rate_scale
     if cfg.restart_step == 0:
         return _shifted(_cycle(cfg, peak, config.train.steps, 0.0))
     first = _cycle(cfg, peak, cfg.restart_step, 0.0)
@@ -63,14 +67,16 @@ def _cycle(cfg: OptimizerConfig, peak: float, steps: int, start: float) -> optax
     return optax.join_schedules([optax.linear_schedule(start, peak, cfg.warmup_steps), decay], [cfg.warmup_steps])
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """Build the update rule of `config.optimizer` for the parameters that `train.freeze` leaves.
 
     Clipping counts the gradients of those alone. `init` raises ValueError where a pattern matches no parameter.
+    `update` takes `learning_rate_scale` in the place of the config's, a traced scalar for one compiled program under
+    several learning rates.
     """
     cfg = config.optimizer
     rest = optax.adamw(
-        learning_rate_schedule(config, cfg.learning_rate),
+        _unscaled_schedule(config, cfg.learning_rate),
         b1=cfg.beta1,
         b2=cfg.beta2,
         eps=cfg.eps,
@@ -81,7 +87,24 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     # One structure of the state: clipping and multipliers may change in a run.
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm > 0 else optax.identity()
     factors = [parameter_groups.scale_by_factors(config)] if cfg.lr_multipliers else []
-    return parameter_groups.without_frozen(config, optax.chain(clip, rule, *factors))
+    return parameter_groups.without_frozen(config, optax.chain(clip, rule, *factors, _scale_rates(config)))
+
+
+def _scale_rates(config: Config) -> optax.GradientTransformationExtraArgs:
+    """Scale all learning rates: an update, weight decay included, is proportional to its rate."""
+
+    def update(
+        updates: Any,
+        state: optax.EmptyState,
+        _params: Any = None,
+        *,
+        learning_rate_scale: jax.Array | float | None = None,
+        **_: Any,
+    ) -> tuple[Any, optax.EmptyState]:
+        scale = config.optimizer.learning_rate_scale if learning_rate_scale is None else learning_rate_scale
+        return jax.tree.map(lambda leaf: leaf * scale, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def decay_mask(params: Any) -> Any:
@@ -102,7 +125,7 @@ def _muon(config: Config) -> optax.GradientTransformation:
     cfg = config.optimizer
     per_layer = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     return contrib.muon(
-        learning_rate_schedule(config, cfg.muon_learning_rate),
+        _unscaled_schedule(config, cfg.muon_learning_rate),
         weight_decay=cfg.weight_decay,
         muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: per_layer, params),
     )

@@ -50,7 +50,7 @@ def scale_by_factors(config: Config) -> optax.GradientTransformation:
     return optax.partition({value: optax.scale(value) for value in values}, lambda params: factors(config, params))
 
 
-def without_frozen(config: Config, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def without_frozen(config: Config, tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """Run `tx` on the parameters that are not frozen; frozen ones have updates of 0, and no state.
 
     The state is that of `tx` itself, so that the paths of its leaves are the same with and without frozen parameters.
@@ -64,11 +64,11 @@ def without_frozen(config: Config, tx: optax.GradientTransformation) -> optax.Gr
         check_patterns(config, params)
         return trained.init(params).inner_state
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, masked = trained.update(updates, optax.MaskedState(state), params)
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, masked = trained.update(updates, optax.MaskedState(state), params, **extra)
         return zero.update(updates, zero.init(updates), params)[0], masked.inner_state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def zero_frozen(config: Config, gradient: Any) -> Any:

@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, no_type_check
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,6 +23,8 @@ from transmamba_jax.shapes import Array, Float32, Int
 from transmamba_jax.training.loss import Batch, Metrics, make_objective, token_weights
 from transmamba_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from transmamba_jax.training.parameter_groups import zero_frozen
+
+Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 
 
 @no_type_check
@@ -51,17 +55,35 @@ class TrainState:
         Parameters and moments are float32. `mesh`: None is that of `config.mesh` over all devices.
         """
         mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
-        return jax.jit(partial(init_state, config, model), out_shardings=shardings)()
+        key = np.asarray(jax.random.key_data(jax.random.key(config.train.seed)))
+        return _initializer(program_config(config), model, mesh)(key)
 
 
-def init_state(config: Config, model: nn.Module) -> TrainState:
+def program_config(config: Config) -> Config:
+    """Reset the options that no compiled program depends on: runs that differ in these alone share their programs."""
+    default = Config()
+    return dataclasses.replace(
+        config,
+        workdir=default.workdir,
+        train=dataclasses.replace(config.train, seed=default.train.seed),
+        data=dataclasses.replace(config.data, seed=default.data.seed, eval_split=default.data.eval_split),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate_scale=default.optimizer.learning_rate_scale),
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _initializer(config: Config, model: nn.Module, mesh: Mesh) -> jax.stages.Wrapped:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
+    return jax.jit(partial(init_state, config, model), out_shardings=shardings)
+
+
+def init_state(config: Config, model: nn.Module, key_data: jax.Array) -> TrainState:
     """Initialise parameters, optimizer and counters; a pure function to trace, see `TrainState.create`.
 
     Parameters and moments are float32, whatever `model.param_dtype` is: an update of 3e-4 is lost in a bfloat16 1.0,
     whose neighbours are 4e-3 and 8e-3 away.
     """
-    init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
+    init_key, run_key = jax.random.split(jax.random.wrap_key_data(key_data))
     params = jax.tree.map(master_weights, model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"])
     zero = lambda: jnp.zeros((), jnp.int32)  # one buffer each: donated buffers must not be shared
     opt_state = make_optimizer(config).init(params)
@@ -73,10 +95,15 @@ def master_weights(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
-@functools.lru_cache(maxsize=2)  # tracing the initialisation takes seconds, and several callers ask
 def abstract_state(config: Config, model: nn.Module, mesh: Mesh) -> TrainState:
     """Return the shapes, dtypes and shardings of the state without making it."""
-    shapes = jax.eval_shape(partial(init_state, config, model))
+    return _abstract_state(program_config(config), model, mesh)
+
+
+@functools.lru_cache(maxsize=2)  # tracing the initialisation takes seconds, and several callers ask
+def _abstract_state(config: Config, model: nn.Module, mesh: Mesh) -> TrainState:
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    shapes = jax.eval_shape(partial(init_state, config, model), key)
     everywhere = NamedSharding(mesh, P())
     shardings = dataclasses.replace(
         jax.tree.map(lambda _: everywhere, shapes),
@@ -125,18 +152,57 @@ def make_train_step(
         ValueError: the batch does not divide over the devices.
     """
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
-    sharding.check_divides(config, mesh)
-    rate = learning_rate_schedule(config, config.optimizer.learning_rate)
-    objective = make_objective(config, model)
+    step, scale = _step_function(config, model, tx), config.optimizer.learning_rate_scale
+    return _jit(lambda state, batch: step(state, batch, scale), config, model, mesh)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+
+def compile_train_step(config: Config, model: nn.Module, mesh: Mesh) -> Step:
+    """Compile the step (state, batch) -> (state, metrics); runs with the same `program_config` share the program.
+
+    Raises:
+        ValueError: the batch does not divide over the devices.
+    """
+    program = _compile(program_config(config), model, mesh)
+    scale = jax.device_put(np.float32(config.optimizer.learning_rate_scale), NamedSharding(mesh, P()))
+    return lambda state, batch: program(state, batch, scale)
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(config: Config, model: nn.Module, mesh: Mesh) -> jax.stages.Compiled:
+    step = _jit(_step_function(config, model, make_optimizer(config)), config, model, mesh, 1)
+    scale = jax.ShapeDtypeStruct((), jnp.float32)
+    return step.lower(abstract_state(config, model, mesh), abstract_batch(config, mesh), scale).compile()
+
+
+def _jit(
+    step: Callable[..., Any], config: Config, model: nn.Module, mesh: Mesh, scalars: int = 0
+) -> jax.stages.Wrapped:
+    """Jit a step of state, batch and some scalars."""
+    sharding.check_divides(config, mesh)
+    everywhere = NamedSharding(mesh, P())
+    states = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(states, sharding.batch_sharding(mesh), *[everywhere] * scalars),
+        out_shardings=(states, everywhere),
+    )
+
+
+def _step_function(config: Config, model: nn.Module, tx: optax.GradientTransformation) -> Callable[..., Any]:
+    """Return the step (state, batch, learning_rate_scale) -> (state, metrics)."""
+    rate = learning_rate_schedule(program_config(config), config.optimizer.learning_rate)
+    objective = make_objective(config, model)
+    tx = optax.with_extra_args_support(tx)
+
+    def train_step(state: TrainState, batch: Batch, scale: jax.Array | float) -> tuple[TrainState, Metrics]:
         losses, gradient = objective(state.params, batch)
         loss = losses["loss"]
         gradient = zero_frozen(config, gradient)
         squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradient)])
         grad_norm = jnp.sqrt(jnp.sum(squares))
         good = functools.reduce(jnp.logical_and, map(jnp.isfinite, (*losses.values(), grad_norm)))
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params, learning_rate_scale=scale)
         params = _select(good, optax.apply_updates(state.params, updates), state.params)
         new_state = TrainState(
             params=params,
@@ -151,21 +217,14 @@ def make_train_step(
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),
             # The rate of the update that was made: skipped steps do not move the schedule.
-            "learning_rate": jnp.asarray(rate(state.step - state.skipped_steps), jnp.float32),
+            "learning_rate": jnp.asarray(rate(state.step - state.skipped_steps) * scale, jnp.float32),
             "skipped_steps": new_state.skipped_steps,
             "nonfinite_steps": new_state.nonfinite_steps,
             "nonfinite_leaf": _first_nonfinite_index(squares),
         }
         return new_state, metrics | _token_metrics(loss, batch)
 
-    everywhere = NamedSharding(mesh, P())
-    states = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
-    return jax.jit(
-        train_step,
-        donate_argnums=0,
-        in_shardings=(states, sharding.batch_sharding(mesh)),
-        out_shardings=(states, everywhere),
-    )
+    return train_step
 
 
 def _token_metrics(loss: Float32[Array, ""], batch: Batch) -> Metrics:
