@@ -300,3 +300,17 @@ def test_shipped_configs_validate_and_have_shapes(path: Path) -> None:
 def test_there_are_shipped_configs() -> None:
     assert "tiny" in [path.stem for path in CONFIGS]
     assert len([path for path in CONFIGS if path.parent.name == "paper"]) == 8
+
+
+def test_the_config_of_a_run_means_that_run_wherever_it_is(tmp_path, monkeypatch):
+    run = tmp_path / "moved" / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("workdir: runs/experiment\n", encoding="utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert tm.load_config("../moved/run/config.yaml").workdir == "../moved/run"
+    assert tm.load_config(run / "config.yaml").workdir == str(run)
+    assert tm.load_config(run / "config.yaml", ["--workdir", "fork"]).workdir == "fork"
+    # A folder without checkpoints is no run: an exported one, or one that a person made.
+    (run / "checkpoints").rmdir()
+    assert tm.load_config(run / "config.yaml").workdir == "runs/experiment"

@@ -30,7 +30,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     `path` is a file or a name that `config_names` lists: `tiny`, `paper/transmamba-1b5`. `overrides` are spelt as on
     the command line: `["--train.steps", "100", "--model.d-model", "256"]`.
-    `workdir` defaults to `runs/<file name>`.
+    `workdir` defaults to `runs/<file name>`. The config.yaml of a run means that run: its `workdir` is the folder that
+    it is in, from whichever folder the command starts and wherever the run was moved to.
 
     Raises:
         ValueError: the file cannot be read, an unknown key, a wrong type, or values that break a rule; the message
@@ -213,11 +214,16 @@ def _read(path: Path) -> Experiment:
     tree = read_yaml(path)
     tree = {} if tree is None else tree
     if isinstance(tree, dict):
-        tree = {"workdir": f"runs/{path.stem}", **tree}
+        own = {"workdir": str(path.parent)} if path.name == "config.yaml" and _is_run(path.parent) else {}
+        tree = {"workdir": f"runs/{path.stem}", **tree, **own}
     try:
         return _experiment(tree)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir()
 
 
 def _experiment(tree: Any) -> Experiment:

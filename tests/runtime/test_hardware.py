@@ -1,10 +1,16 @@
 """Data sheets agree with one another: peak over FLOPs per cycle is the maker's clock."""
 
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from transmamba_jax.runtime import hardware
+
+ROOT = Path(__file__).parents[2]
 
 # GHz: Google Cloud's TPU papers and pages; boost clocks of NVIDIA's whitepapers.
 CLOCKS = {"TPU v4": 1.05, "TPU v5 lite": 1.5, "TPU v5": 1.75, "TPU v6 lite": 1.75, "A100": 1.41, "H100": 1.83}
@@ -23,3 +29,20 @@ def test_the_peak_of_devices_needs_every_data_sheet() -> None:
     known, unknown = (types.SimpleNamespace(device_kind=kind) for kind in ("NVIDIA H200", "cpu"))
     assert hardware.peak_flops([known, known]) == 2 * 989e12
     assert hardware.peak_flops([known, unknown]) is None
+
+
+@pytest.mark.parametrize("module", ["training", "generate", "evaluate", "study"])
+def test_a_platform_without_devices_is_said_without_a_traceback(module: str, tmp_path: Path) -> None:
+    arguments = {
+        "training": ["--config", "tiny", "--workdir", str(tmp_path / "run")],
+        "generate": ["--checkpoint", str(tmp_path), "--prompt", "a"],
+        "evaluate": ["--checkpoint", str(tmp_path)],
+        "study": ["configs/studies/s1_recall.yaml", "--out", str(tmp_path / "study")],
+    }[module]
+    command = [sys.executable, "-m", f"transmamba_jax.{module}", *arguments]
+    environment = {**os.environ, "JAX_PLATFORMS": "rocm"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 2, result.stderr
+    assert "JAX opens no device with JAX_PLATFORMS=rocm" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -12,9 +12,20 @@ import pytest
 from transmamba_jax.training.preemption import Preemption
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.fixture(name="hang_up", autouse=True)
+def _hang_up():
+    """SIGHUP as a terminal's programs have it, whatever started the tests."""
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, earlier)
+
+
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_asks_to_stop_and_the_handlers_come_back(number, caplog):
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    before = {each: signal.getsignal(each) for each in NUMBERS}
     threads = threading.active_count()
     with Preemption() as preemption:
         assert not preemption.requested
@@ -24,6 +35,14 @@ def test_a_signal_asks_to_stop_and_the_handlers_come_back(number, caplog):
     assert signal.set_wakeup_fd(-1) == -1
     assert threading.active_count() == threads
     assert f"{signal.Signals(number).name}: saving and stopping" in caplog.text
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not preemption.requested
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_other_signals_do_not_stop_the_run():

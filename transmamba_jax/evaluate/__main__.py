@@ -18,7 +18,7 @@ from transmamba_jax.evaluate.search import table as search_table
 from transmamba_jax.evaluate.token_classes import class_losses
 from transmamba_jax.evaluate.token_classes import table as class_table
 from transmamba_jax.model import TransMamba
-from transmamba_jax.runtime import calibration, compile_cache, logs, serving_mesh
+from transmamba_jax.runtime import calibration, compile_cache, hardware, logs, serving_mesh
 from transmamba_jax.runtime.checks import require
 from transmamba_jax.runtime.paths import option_path
 
@@ -146,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     compile_cache.keep_programs()
     try:
+        hardware.require_devices()
         saved = command_options.restore(options.checkpoint, options.step)
         config = _configured(saved.config, options)
         _check(options, config)

@@ -19,7 +19,7 @@ from transmamba_jax.generate.sampling import Sampling
 from transmamba_jax.generate.streaming import stream
 from transmamba_jax.generate.text import TextStream
 from transmamba_jax.model import TransMamba
-from transmamba_jax.runtime import calibration, compile_cache, logs
+from transmamba_jax.runtime import calibration, compile_cache, hardware, logs
 
 _TURNS = 4  # of a session that :back can forget: each is kept with its keys and values
 
@@ -185,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.prompt is None and not sys.stdin.isatty():
             raise ValueError("--prompt is needed where standard input is no terminal; --prompt - reads standard input")
         compile_cache.keep_programs()
+        hardware.require_devices()
         terminal = Terminal(options)
         if options.prompt is None:
             terminal.session()

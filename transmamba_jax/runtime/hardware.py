@@ -51,6 +51,21 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     return sum(CHIPS[device.device_kind].peak_flops for device in devices)
 
 
+def require_devices() -> None:
+    """Open JAX's devices before anything else needs them; commands call it where they may.
+
+    Raises:
+        ValueError: there are none of the kind that `JAX_PLATFORMS` asks for, or their driver does not start.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX 0.10 and 0.12 assert where a plug-in finds no device
+        asked = os.environ.get("JAX_PLATFORMS")
+        found = f": {error}" if str(error) else ""
+        hint = "unset JAX_PLATFORMS, or install JAX for these devices (pip install -e '.[cuda12]', '.[tpu]')"
+        raise ValueError(f"JAX opens no device with JAX_PLATFORMS={asked}{found}; {hint}") from None
+
+
 def usable_cores() -> list[int]:
     """Return the numbers of the CPU cores that this process may use."""
     return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))

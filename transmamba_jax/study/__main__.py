@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from transmamba_jax.runtime import compile_cache, host_memory, logs, storage
+from transmamba_jax.runtime import compile_cache, hardware, host_memory, logs, storage
 from transmamba_jax.runtime.checks import require
 from transmamba_jax.runtime.paths import option_path
 from transmamba_jax.study.spec import Cell, Study, find_study, keep_file, load_study
@@ -73,6 +73,7 @@ def _report(arguments: Sequence[str]) -> int:
 def _run(study: Study, out: Path, options: argparse.Namespace) -> int:
     host_memory.keep_freed()
     compile_cache.keep_programs()
+    hardware.require_devices()
     from transmamba_jax.study import report, results, runner  # these import JAX, orbax and Grain
 
     shard, shards = options.shard
@@ -116,8 +117,6 @@ def _run_jobs(study: Study, out: Path, options: argparse.Namespace) -> int:
 
 def _divide_cores(processes: Sequence[int]) -> None:
     """Give each process cores of its own where there are enough: small cells do not fill several."""
-    from transmamba_jax.runtime import hardware
-
     cores = hardware.usable_cores()
     share = len(cores) // len(processes)
     if sys.platform == "linux" and share:

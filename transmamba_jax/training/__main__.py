@@ -17,7 +17,7 @@ import tyro
 from transmamba_jax import config_io
 from transmamba_jax.config import Config, ModelConfig
 from transmamba_jax.data import registry
-from transmamba_jax.runtime import compile_cache, host_memory, hosts, logs
+from transmamba_jax.runtime import compile_cache, hardware, host_memory, hosts, logs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,7 @@ def _run(options: Options, model: Callable[[ModelConfig], Any] | None, program: 
                 return compile_only(config, options.topology)
             compile_cache.keep_programs()
             hosts.start(config.hosts)
+            hardware.require_devices()
             return train(config, None if model is None else model(config.model))
     except ValueError as error:
         return _fail(program, error, 2)

@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM or Ctrl-C asks the run to stop at the next safe place; a second Ctrl-C ends it at once."""
+"""Stop requests: SIGTERM, SIGHUP or Ctrl-C asks the run to stop at the next safe place; a second Ctrl-C ends it."""
 
 import os
 import signal
@@ -11,12 +11,14 @@ from transmamba_jax.runtime.logs import LOGGER
 EXIT_PREEMPTED = 75
 """Exit code of a run that was asked to stop and saved: EX_TEMPFAIL, the same command continues it."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 _CLOSE = 0  # no signal has this number
 
 
 class Preemption:
-    """Context in which SIGTERM and SIGINT set `requested` instead of ending the process.
+    """Context in which SIGTERM, SIGINT and SIGHUP set `requested` instead of ending the process.
+
+    SIGHUP, which a terminal sends when it closes, is left alone where it is ignored: nohup asks for that.
 
     Python runs signal handlers between bytecodes of the main thread, which never come while XLA compiles. The
     interpreter itself writes each signal's number to a socket, and a thread reads it there: so a request is
@@ -44,7 +46,8 @@ class Preemption:
         self._thread = threading.Thread(target=self._listen, name="stop requests", daemon=True)
         self._thread.start()
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno())
-        self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(
