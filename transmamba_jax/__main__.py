@@ -1,7 +1,7 @@
 """Run a command of the package: `transmamba NAME ...`, or `python -m transmamba_jax NAME ...`.
 
-A command is a room with a `__main__.py`, which `python -m transmamba_jax.NAME` runs as well. Only the one that is asked
-for is imported.
+A command is a folder with a `__main__.py`, which `python -m transmamba_jax.NAME` runs as well. Only the one that is
+asked for is imported.
 """
 
 import argparse

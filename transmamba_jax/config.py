@@ -171,7 +171,7 @@ class HostsConfig:
     coordinator: str | None = None
     """HOST:PORT of the first process; None: what the environment says."""
     num_processes: int | None = None
-    """Number of processes, one a host; None: what the environment says; 1: alone, whatever it says."""
+    """Number of processes, one per host; None: what the environment says; 1: alone, whatever it says."""
     process_id: int | None = None
     """Index of this process, from 0; None: what the environment says."""
     timeout: int = 300

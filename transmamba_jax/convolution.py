@@ -19,7 +19,7 @@ _LEAST = 256
 """Tokens from which on the TPU kernels serve: a strip of theirs. Decoding has one."""
 
 
-# Computed again on the way back: JAX would keep three arrays for SiLU's gradient, where its input says all.
+# Recomputed in the backward pass: JAX would keep three residuals for SiLU's gradient, where its input is enough.
 _silu = partial(jax.checkpoint, prevent_cse=False)(jax.nn.silu)
 
 
@@ -123,7 +123,7 @@ def _convolve_backward(residuals: tuple[Any, ...], dy: Array) -> tuple[Array, Ar
     dx_t = Σ_k kernel_k · dy_{t+(K-1)-k}      dkernel_k = Σ_t dy_t · x_{t-(K-1)+k}      dbias = Σ_t dy_t
 
     By hand, because XLA's CPU backend computes each of the K + 1 sums over tokens one strided element at a time, and
-    in each of them again whatever produced dy: 20 times as long. There the sums are products with a row of ones, over a
+    in each of them again whatever produced dy: 20 times as long. There the sums are matmuls with a row of ones, over a
     block of tokens that stays in cache.
     """
     padded, kernel, bias, readable = residuals
@@ -173,7 +173,7 @@ def _sums(padded: Array, dy: Array, readable: tuple[Array, ...] | None) -> tuple
 
 
 def _sums_in_blocks(padded: Array, dy: Array, readable: tuple[Array, ...] | None) -> tuple[Array, Array]:
-    """Do what `_sums` does, a block of tokens after the other, by products with a row of ones."""
+    """Do what `_sums` does, one block of tokens after another, by matmuls with a row of ones."""
     batch, length, channels = dy.shape
     taps, wide = padded.shape[1] - length + 1, jnp.promote_types(dy.dtype, jnp.float32)
     block = min(_BLOCK, length)

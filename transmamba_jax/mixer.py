@@ -179,10 +179,10 @@ class Mixer(nn.Module):
 
         Args:
             x: the layer's input at the new tokens.
-            cache: what is kept of the tokens before. Attention needs room for the new ones, except when `fresh`; the
-                SSM needs the state.
+            cache: what is kept of the tokens before. Attention needs capacity for the new ones, except when `fresh`;
+                the SSM needs the state.
             start: position of the first new token.
-            valid: how many of the new tokens are real, a row; the others leave no trace.
+            valid: number of real new tokens per row; the others leave no trace.
             split: the first `split` of the n tokens go through attention, the rest through the SSM.
             fresh: nothing is before the new tokens.
 
@@ -249,7 +249,7 @@ class Mixer(nn.Module):
         if fresh:
             y = parallel.attend(q, k, v, None, self._attention())
         elif cache.keys is None or cache.values is None:
-            raise ValueError("cache must hold the keys and values of the tokens before; it was made without room")
+            raise ValueError("cache must hold the keys and values of the tokens before; it was made without capacity")
         else:
             y = parallel.attend_cached(q, cache.keys, cache.values, positions[0])
         y = y.reshape(*y.shape[:2], -1)
@@ -358,7 +358,7 @@ def _slice_tokens(array: Float[Array, "B T H P"], which: slice) -> Float[Array, 
 
 
 def _with_first(array: Float[Array, "B T H P"], count: int) -> tuple[Array, Array]:
-    """Return the array and its first tokens; on the way back, theirs is added where they lie in the gradient."""
+    """Return the array and its first tokens; the backward pass adds their gradient at their positions."""
     whole, first = _and_first(array.reshape(*array.shape[:2], -1), count)
     return whole.reshape(array.shape), first.reshape(*first.shape[:2], *array.shape[2:])
 

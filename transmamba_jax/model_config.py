@@ -73,7 +73,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     """Epsilon of every RMSNorm."""
     remat: Literal["none", "dots", "full"] = "dots"
-    """Recompute in the backward pass: nothing, all but matrix products, attention and the SSM, or whole layers."""
+    """Recompute in the backward pass: nothing, all but matmuls, attention and the SSM, or entire layers."""
 
     def __post_init__(self) -> None:
         """Check the ranges and the rules between fields."""

@@ -7,7 +7,7 @@ Everything is float32 inside. On a CPU the backward pass is written by hand: XLA
 autodiff makes of it with the matmuls under it there, and then takes ten times as long in jax 0.10 and twice in 0.12
 (remove it with the first jax in which autodiff is as fast). A TPU's compiler does better
 with what autodiff makes. There the means over groups that the SSM leaves side by side in one axis (`flat`) are
-products: registers have 128 lanes, and an axis for each group means copies of float32 arrays there and back.
+matmuls: registers have 128 lanes, and an axis for each group means copies of float32 arrays there and back.
 """
 
 import functools
@@ -22,7 +22,7 @@ from transmamba_jax.shapes import Array, Float
 
 
 def _means(value: Array) -> Array:
-    """Mean over the last axis, kept; as a product, which is not fused with what makes `value`."""
+    """Mean over the last axis, kept; as a matmul, which is not fused with the producer of `value`."""
     width = value.shape[-1]
     return value @ jnp.full((width, 1), 1 / width, value.dtype)
 

@@ -9,7 +9,7 @@ they are the plain functions. Rows and heads are independent. Along the sequence
                  the state that they leave. One gather of (g, u), whose size does not depend on T; then the state
                  before shard s is h_s = g_{s-1} h_{s-1} + u_{s-1}, and the shard runs from there. It is the Memory
                  Converter's algebra, and the state at the TransPoint is one of the states on the way.
-    attention    the tokens before the TransPoint are spread over heads instead: every shard has all of them for some
+    attention    the tokens before the TransPoint are split over heads instead: every shard has all of them for some
                  of the heads, which is equal work for every shard under a causal mask, with the ordinary kernels.
 """
 
@@ -68,7 +68,7 @@ def convolve(
 
 
 def attend(q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None, attention: Attention) -> Value:
-    """Apply `attention` to whole rows, which are spread over heads.
+    """Apply `attention` to all tokens of the rows, split over heads.
 
     Raises:
         ValueError: its result has another shape than `v`.
@@ -83,7 +83,7 @@ def attend(q: QueryKey, k: QueryKey, v: Value, segment_ids: SegmentIds | None, a
     heads, groups = v.shape[2], q.shape[2]
     if parts("spread_heads", heads) > parts("spread_heads", groups):
         # A group's queries and keys serve several heads; here those live on different devices, and all get all groups:
-        # left alone, the compiler spreads what groups there are over some of the devices, on the way back too.
+        # left alone, the compiler spreads the groups over some of the devices, in the backward pass too.
         q, k = (constrain(array, (*_WHOLE, None, None)) for array in (q, k))
         q, k = (jnp.repeat(array, heads // groups, axis=2) for array in (q, k))
     spread = (*_WHOLE, "spread_heads", None)
@@ -109,7 +109,7 @@ def convert(
     chunk_size: int,
     implementation: Choice,
 ) -> State:
-    """Apply `memory_converter` to whole rows."""
+    """Apply `memory_converter` to all tokens of the rows."""
 
     def shard(k: Array, v: Array, dt: Array, a: Array, ids: Array | None, state: Array | None) -> Array:
         options: dict[str, Any] = {"chunk_size": chunk_size, "implementation": implementation}

@@ -236,7 +236,7 @@ def choose(choice: str | Sequence[str | int], seq_len: int, num_layers: int) -> 
 def misfit(transpoints: Sequence[int], seq_len: int) -> str | None:
     """Say how a schedule does not fit rows of `seq_len` tokens, or return None.
 
-    It does not when it is a named one for rows of another length, or when TransPoints lie beyond the row.
+    It does not when it is a named one for rows of another length, or when TransPoints are beyond the row.
     """
     points, longest = tuple(transpoints), max(transpoints)
     if len(points) > 2 and longest not in (0, seq_len):

@@ -54,9 +54,9 @@ Layout = Sequence[str | None]
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Lay the devices out along the axes of `config`.
 
-    Where they are in several slices (TPU slices, or groups of GPUs that share a fast network), whole slices lie along
-    `data` first and `fsdp` then: the network between slices carries a gradient or a gather a step, not every layer's
-    activations.
+    Where they are in several slices (TPU slices, or groups of GPUs that share a fast network), entire slices are placed
+    along `data` first and `fsdp` then: the network between slices carries one gradient or gather per step, not every
+    layer's activations.
 
     Raises:
         ValueError: the axis sizes do not multiply to the number of devices, or the slices do not divide over data and
@@ -147,7 +147,7 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
 def like_parameters(tree: Any, params: Any, mesh: Mesh) -> Any:
     """Shard a tree that holds copies of the parameters' tree, such as an optimizer state.
 
-    A leaf whose path ends in a parameter's path and that has its shape lies as the parameter does; any other leaf
+    A leaf whose path ends in a parameter's path and that has its shape is sharded as the parameter is; any other leaf
     (counters, coefficients) is copied to every device.
     """
     shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
@@ -198,7 +198,7 @@ def constrain(x: jax.Array, layout: Layout) -> jax.Array:
 
 
 def gather_parameter(path: str, value: jax.Array) -> jax.Array:
-    """Collect the parts of a parameter that lie along fsdp, for its use: rows are split there, not channels.
+    """Collect the parts of a parameter that are sharded along fsdp, for its use: rows are split there, not channels.
 
     Below `layers` the value is one layer's, without the leading axis.
     """
@@ -208,7 +208,7 @@ def gather_parameter(path: str, value: jax.Array) -> jax.Array:
     stacked = path.startswith("layers/")
     spec = parameter_spec(path, (1, *value.shape) if stacked else value.shape, mesh)[int(stacked) :]
     # The first constraint says that the part is what is kept for the backward pass: left alone, the CPU's compiler
-    # keeps whole parameters of every layer.
+    # keeps the unsharded parameters of every layer.
     value = jax.lax.with_sharding_constraint(value, P(*spec))
     return jax.lax.with_sharding_constraint(value, P(*(None if axis == "fsdp" else axis for axis in spec)))
 
@@ -221,8 +221,8 @@ def gather_layer(params: Any) -> Any:
 def per_shard(function: Callable[..., Any], layouts: Sequence[Layout], out_layouts: Any, *arrays: Any) -> Any:
     """Call `function` on each device's part of the arrays, split as their layouts say; an array may be None.
 
-    A dimension's name means the same in every layout: where the devices do not divide one of its sizes, it stays whole
-    everywhere. `out_layouts` is one layout, or a tuple of them for several results.
+    A dimension's name means the same in every layout: where the devices do not divide one of its sizes, it stays
+    unsplit everywhere. `out_layouts` is one layout, or a tuple of them for several results.
     """
     mesh = _mesh()
     if mesh is None or mesh.size == 1:

@@ -134,5 +134,5 @@ def _first(reasons: dict[str, Callable[[], str | None]], length: object, table: 
 
 @functools.cache
 def _log_choice(choice: str) -> None:
-    """Log each distinct choice once a process."""
+    """Log each distinct choice once per process."""
     _LOGGER.info("%s", choice)

@@ -33,7 +33,7 @@ def attend(q: Array, k: Array, v: Array, segment_ids: Array | None, scale: float
         block = _BLOCK
     else:
         block = -(-length // (count * _BLOCK_MULTIPLE)) * _BLOCK_MULTIPLE if count > 1 else length
-    # Keys that pad the last block lie in the future of every real query, and their ids need not differ from real ones.
+    # Keys that pad the last block are in the future of every real query, and their ids need not differ from real ones.
     if not known(length) or count * block > length:
         q, k, v = (jnp.pad(x, ((0, 0), (0, count * block - length), (0, 0), (0, 0))) for x in (q, k, v))
     if segment_ids is not None:

@@ -154,7 +154,7 @@ def _slabs(data: np.ndarray, start: Sequence[int]) -> Iterator[_Region]:
 
 
 def _checksum_slab(data: np.ndarray, start: Sequence[int]) -> int:
-    """Sum the words of part of an array times their weights; `start` is where it lies in the whole array."""
+    """Sum the words of part of an array times their weights; `start` is its position in the array."""
     shape = _word_shape(data.shape, data.dtype)
     words = np.ascontiguousarray(data).reshape(-1).view(_word_type(data.dtype))
     if words.size == 0:
@@ -215,7 +215,7 @@ def _weights(axis: int, start: int, size: int) -> np.ndarray:
 
 
 def write(folder: Path, step: int, eval_loss: float | None, leaves: dict[str, Leaf]) -> None:
-    """Describe the files of `folder` and put the manifest there, whole or not at all.
+    """Describe the files of `folder` and put the manifest there atomically.
 
     Raises:
         OSError: it cannot be written.

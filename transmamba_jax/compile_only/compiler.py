@@ -133,7 +133,7 @@ def estimate(config: Config, compiled: Any, mesh: Mesh) -> Estimate:
     if chip is not None:
         bounds = {
             "FLOPs": model_flops / chip.peak_flops,
-            # Arguments and results move once, what lies in between is written and read.
+            # Arguments and results move once, temporaries are written and read.
             "memory": (together + memory.alias_size_in_bytes + memory.temp_size_in_bytes) / chip.bandwidth,
             "links": sum(size for _, size in program.collectives.values()) / chip.links,
         }

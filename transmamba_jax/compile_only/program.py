@@ -85,7 +85,7 @@ class Program:
 
 
 def arrays(text: str) -> list[Array]:
-    """Return the arrays that a piece of a program's text names, in order; tokens are none."""
+    """Return the arrays that part of a program's text names, in order; tokens are none."""
     found = [
         Array(dtype, tuple(int(size) for size in sizes.split(",") if size), layout)
         for dtype, sizes, layout in _ARRAY.findall(text)

@@ -2,7 +2,7 @@
 
 Parquet keeps rows in compressed groups, which cannot be read at random: the fields that are needed are written once, a
 row group at a time, as lines of JSON into the cache. A Hugging Face data set that was saved to disk is Arrow, whose
-rows are read where they lie, through a memory map.
+rows are read in place, through a memory map.
 """
 
 import dataclasses
@@ -133,7 +133,7 @@ def _listed(path: Path, name: str) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class ArrowFile:
-    """Record batches of a file, which lie in its memory map, and the number of the first row of each."""
+    """Record batches of a file, in its memory map, and the number of the first row of each."""
 
     batches: list[pyarrow.RecordBatch]
     starts: list[int]

@@ -56,7 +56,7 @@ class DataConfig:
     """Worker processes that read ahead; 0: the training process reads."""
     streams: int = 0
     """Parts that the documents are read in, shared out among the processes; 0: as many as the checkpoint has that the
-    run continues from, else one a process. A run may go on with any number of processes that divides it."""
+    run continues from, else one per process. A run may continue with any number of processes that divides it."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

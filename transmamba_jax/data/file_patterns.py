@@ -18,7 +18,7 @@ def find_files(kind: str, pattern: str) -> dict[str, str]:
 
     A file that is reached by several paths (links to files or folders, hard links, bind mounts) is returned once: under
     a path without a link where there is one, then under that with the fewest folders, then the first in order. The
-    name is what splits are made by. A link to a folder that the whole corpus lies in is not followed.
+    name is what splits are made by. A link to a folder that contains the corpus is not followed.
 
     Raises:
         ValueError: no file matches; the message says what is there and what to type.

@@ -63,7 +63,7 @@ def train_batches(
     float32: 1 for their tokens and the end of the document behind them, else 0. A row of a mixture is of one source.
 
     Rows do not overlap. With `concat` packing every token of every document is in exactly one row per epoch; with
-    `first_fit` a document longer than a row is cut into pieces, each a segment. In every epoch a document belongs to
+    `first_fit` a document longer than a row is cut into parts, each a segment. In every epoch a document belongs to
     exactly one process.
 
     Raises:
@@ -240,7 +240,7 @@ def _permute_rows(window: Batch, generator: np.random.Generator) -> Batch:
 
 
 class _Pieces(FlatMapTransform):
-    """Cut arrays along their first axis into pieces of `size`, the last one shorter."""
+    """Cut arrays along their first axis into parts of `size`, the last one shorter."""
 
     def __init__(self, size: int):
         self._size = size
@@ -251,7 +251,7 @@ class _Pieces(FlatMapTransform):
 
 
 class _PiecesOfDocuments(FlatMapTransform):
-    """Cut each of several documents into pieces of `size` tokens, the last one shorter."""
+    """Cut each of several documents into parts of `size` tokens, the last one shorter."""
 
     def __init__(self, size: int):
         self._size = size

@@ -1,4 +1,4 @@
-"""The source `array_record:<glob>`: a record is a document, or an object in JSON. TFDS data sets lie in records too."""
+"""The source `array_record:<glob>`: a record is a document, or an object in JSON. TFDS data sets are records too."""
 
 import bisect
 import dataclasses
@@ -84,7 +84,7 @@ def open_records(config: DataConfig, pattern: str, split: str) -> Documents:
     """Return the records of one split: of every 20 records one is for validation and one for test.
 
     Raises:
-        ValueError: no file matches, one is no whole array_record file, or the split is unknown or has no record.
+        ValueError: no file matches, one is no complete array_record file, or the split is unknown or has no record.
     """
     require_name("split", split, (*SPLITS, "all"), f"of data.source='{show_path(config.source)}'")
     ranges = [RecordRange(path, 0, _count_records(path)) for path in find_files("array_record", pattern)]

@@ -178,7 +178,7 @@ def _warn(message: str) -> None:
 
 
 def _load(folder: Path, paths: Sequence[str]) -> RowIndex:
-    """Read an index. Copies lie in its folder; the source's own files are those of now, by whatever path."""
+    """Read an index. Copies are in its folder; the source's own files are those of now, by whatever path."""
     found = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     if found["skipped"]:
         _warn(f"{found['skipped']} of {found['rows'] + found['skipped']} rows are skipped: {found['first_skipped']}")

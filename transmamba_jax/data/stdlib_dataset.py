@@ -62,7 +62,7 @@ def source_files(root: Path) -> list[Path]:
 
 
 def prepare(cache_dir: Path) -> Path:
-    """Return the directory of the prepared data set, preparing it if it is not there or not whole.
+    """Return the directory of the prepared data set, preparing it if it is missing or incomplete.
 
     Processes that come at the same time wait for the first one; what a killed one left behind is removed.
     """

@@ -44,7 +44,7 @@ class Mqar:
         return self.vocab
 
     def least_length(self) -> int:
-        """Return 4 tokens a pair: the pair, and its question."""
+        """Return 4 tokens per pair: the pair, and its question."""
         return 4 * self.pairs
 
     def most_answers(self, _length: int) -> int:

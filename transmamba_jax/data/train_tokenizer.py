@@ -27,7 +27,7 @@ def train(documents: Iterator[bytes], vocab_size: int) -> str:
     """Return the tokenizer.json of a byte-level BPE with at most `vocab_size` ids; id 0 ends a document.
 
     Raises:
-        ValueError: `vocab_size` has no room for the bytes and the end-of-document token.
+        ValueError: `vocab_size` is too small for the bytes and the end-of-document token.
     """
     if vocab_size < MIN_VOCABULARY:
         raise ValueError(f"--vocab-size must be >= {MIN_VOCABULARY} (every byte and the end of document): {vocab_size}")

@@ -27,7 +27,7 @@ from transmamba_jax.runtime.paths import option_path, show_path
 def write(documents: Documents, folder: Path, shards: int) -> list[Path]:
     """Write documents in order into `shards` files of a new folder, and return the files.
 
-    Records are grouped one by one: a record is read without those beside it. A folder that is not whole is removed.
+    Records are grouped one by one: a record is read without those beside it. An incomplete folder is removed.
 
     Raises:
         ValueError: a document cannot be read.

@@ -81,7 +81,7 @@ def search(
     """Search TransPoints on the held-out rows of a config; return the steps, and the budget that they fit.
 
     Candidates are 0, the powers of two from 16 on, and T. The cost is that of `costs.flops_per_token`, and the budget
-    `share` of what lies between the SSM everywhere (0) and attention everywhere (1).
+    `share` of the way from the SSM everywhere (0) to attention everywhere (1).
 
     Raises:
         ValueError: `share` is not in [0, 1].

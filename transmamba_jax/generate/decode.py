@@ -114,7 +114,7 @@ class Decoder:
         """Read what `save` wrote; the parameters must be the same, which only their shapes are checked for.
 
         Raises:
-            ValueError: the file cannot be read, is of another config or schedule, or is not a whole state.
+            ValueError: the file cannot be read, is of another config or schedule, or is not a complete state.
         """
         return decode_state.load(expand_path(file), self.config, self.transpoints)
 

@@ -330,7 +330,7 @@ def _legend(axes: Any) -> None:
 
 
 def _powers_of_two(last: int, narrow: bool) -> list[int]:
-    """Return the powers of two up to `last`, and `last`; every second where there is no room for all."""
+    """Return the powers of two up to `last`, and `last`; every second where there is no space for all."""
     powers = [2**power for power in range(last.bit_length())]
     if last not in powers:
         powers = [*(power for power in powers if power * 1.4 < last), last]

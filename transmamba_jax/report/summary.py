@@ -90,7 +90,7 @@ def _write_files(
     held_out: list[Record],
     sampled: bool,
 ) -> None:
-    """Write what lies beside the page."""
+    """Write the files beside the page."""
     _write_csv(folder / "loss.csv", ("step", "loss", "eval_loss", "eval_bits_per_byte"), _loss_rows(training, held_out))
     charts.save(report_page.loss_chart(records), folder / "loss.png")
     positions = [record for record in held_out if "eval/by_position" in record]

@@ -131,7 +131,7 @@ def file_of(key: dict[str, Any]) -> Path:
 
 
 def write(record: Record, file: Path) -> None:
-    """Write a record, whole or not at all."""
+    """Write a record atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     tree = {"format": FORMAT, **dataclasses.asdict(dataclasses.replace(record, source=""))}
     part = file.with_name(f"{file.name}.{os.getpid()}.part")

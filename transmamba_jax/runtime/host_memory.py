@@ -1,6 +1,6 @@
 """Memory of the host: its peak, and a C library that keeps what a step frees, where the step runs on a CPU.
 
-XLA takes a step's temporaries from malloc and frees them after it. glibc gives so large a block back to the system,
+XLA takes a step's temporaries from malloc and frees them after it. glibc gives such large blocks back to the system,
 which hands out fresh pages, zeroed one fault at a time, at the next step: a third of the time of a step on a CPU.
 """
 

@@ -55,7 +55,7 @@ def read_result(out: Path, cell: Cell) -> Record | None:
 
 
 def write_result(out: Path, cell: Cell, record: Record) -> None:
-    """Write the record of a cell; a kill leaves the whole record or none."""
+    """Write the record of a cell; a kill leaves the complete record or none."""
     path = cell_folder(out, cell) / RESULT
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".json.new")

@@ -240,7 +240,7 @@ class _Run:
                     self._save(state, step, loss)
                 log.clock.resume()
 
-        # d. Asked to stop, wherever that was, or the last save failed: the state of the last whole step is kept.
+        # d. Asked to stop, wherever that was, or the last save failed: the state of the last complete step is kept.
         self._settle(step)
         if self.checkpointer.newest != step:
             log.flush(state)

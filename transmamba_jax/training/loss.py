@@ -3,7 +3,7 @@
     loss = sum_i w_i · (logsumexp(z_i) - z_i[target_i]) / sum_i w_i      z = logits in float32, nats per token
 
 The weight of a token is that of the batch or 1, and 0 where its target belongs to another document or is padding.
-Where a task asks for few tokens of a row, logits exist for as many positions a row as it can ask for, and no others.
+Where a task asks for few tokens of a row, logits exist for as many positions per row as it can ask for, and no others.
 
 Self-distillation over schedules (`train.schedule_distillation`, the share s; after slimmable networks, arXiv
 1903.05134): the same parameters run under the schedule of the teacher and under that of the step, and the gradient is

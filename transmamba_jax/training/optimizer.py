@@ -1,7 +1,7 @@
 """The update rule: clipping, then AdamW, or Muon for the layers' matrices and AdamW for the rest.
 
 Learning rates follow an optax schedule of the number of updates, times `optimizer.lr_multipliers`. Weight decay is
-decoupled and multiplied by the learning rate; leaves that are not matrices of a product (A_log, D, the Δ bias,
+decoupled and multiplied by the learning rate; leaves that are not matrices of a matmul (A_log, D, the Δ bias,
 convolution biases, norm scales) have none.
 """
 

@@ -141,7 +141,7 @@ def _acquire(path: Path, stream: TextIO, lease: float, stopped: Callable[[], boo
             raise ValueError(lock_owner.still_runs(path.parent, owner))
         renewed = path.stat().st_mtime
         age = _now(path.parent) - renewed
-        # The second condition ends the wait for a file whose time lies in the future.
+        # The second condition ends the wait for a file whose time is in the future.
         if age > lease or time.monotonic() - begin > lease:
             limit = f"more than {lease:.0f} s: taking it over"
             _log.warning("%s: %s, last renewed its lock %.0f s ago, %s", path, lock_owner.shown(owner), age, limit)

@@ -1,4 +1,4 @@
-"""The samples at the end of a run: pieces of a text, each continued by the model."""
+"""The samples at the end of a run: excerpts of a text, each continued by the model."""
 
 from typing import Any
 
@@ -21,11 +21,11 @@ TEMPERATURE = 0.8
 def sample_text(
     config: Config, model: TransMamba, tokenizer: data.Tokenizer, state: TrainState, step: int
 ) -> str | None:
-    """Continue pieces of the held-out text (of the training text, where nothing is held out), spread evenly over it.
+    """Continue excerpts of the held-out text (of the training text, where nothing is held out), spread evenly over it.
 
     Every process calls it. Of several the first one decodes, on its own devices with copies of the parameters, and the
     others get None: which program comes next depends on the tokens, and so few rows leave little to share out. Where
-    the copies find no room there, it says so and returns None too.
+    memory does not suffice for the copies, it says so and returns None too.
     """
     key_data, kind = np.asarray(jax.random.key_data(state.key)), jax.random.key_impl(state.key)
     params, mesh = state.params, jax.sharding.get_mesh()
@@ -44,7 +44,7 @@ def sample_text(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        hosts.log_first(f"no sample: there is no room for it beside the training state: {hosts.one_line(error)}")
+        hosts.log_first(f"no sample: not enough memory for it beside the training state: {hosts.one_line(error)}")
         return None
     heading = f"step {step}, temperature {TEMPERATURE}: up to {PROMPT_TOKENS} tokens of prompt, then the model's own"
     decoded = [(tokenizer.decode(prompt), tokenizer.decode(row)) for prompt, row in zip(prompts, rows, strict=True)]
@@ -52,7 +52,7 @@ def sample_text(
 
 
 def _pieces(text: bytes) -> list[str]:
-    """Return pieces of a text from `PROMPTS` positions, each from the beginning of a line that is near."""
+    """Return excerpts of a text from `PROMPTS` positions, each from the beginning of a line that is near."""
     places = [index * len(text) // PROMPTS for index in range(PROMPTS)]
     starts = [text.rfind(b"\n", max(place - 2**10, 0), place) + 1 or place for place in places]
     return [text[start : start + 2**12].decode("utf-8", errors="ignore") for start in starts]

@@ -50,7 +50,7 @@ class TrainState:
 
     @classmethod
     def create(cls, config: Config, model: nn.Module, mesh: Mesh | None = None) -> "TrainState":
-        """Make the initial state, born sharded: no device ever holds a whole copy of an array that is split.
+        """Make the initial state, born sharded: no device ever holds an unsharded copy of an array that is split.
 
         Parameters and moments are float32. `mesh`: None is that of `config.mesh` over all devices.
         """

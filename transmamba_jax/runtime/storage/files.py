@@ -81,7 +81,7 @@ def map_files(function: Callable[[Path], T], paths: Iterable[Path]) -> list[T]:
 
 
 def replace_text(path: Path, text: str, partial: str, durable: bool = False) -> None:
-    """Write a file whole or not at all: under the name `partial` first, where there is a rename.
+    """Write a file atomically: under the name `partial` first, where there is a rename.
 
     `durable`: it is on disk when this returns, whatever happens to the machine; what is in a bucket always is.
     """
