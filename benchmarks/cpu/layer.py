@@ -10,7 +10,7 @@ Prints ratios, forward and forward + backward, float32, batch 1:
   4. compilation of the gradient of a 16-layer model over that of an 8-layer one, in seconds of CPU time (other work on
      the machine does not count): under four TransPoints, and under V9, of which 8 layers are one period and need no
      loop over periods; what is kept for the backward pass passes through that loop, so for every choice of remat;
-  5. forward + backward of whole models, and compilation in seconds of CPU time, by `kernels.unrolled_layers`: the
+  5. forward + backward of complete models, and compilation in seconds of CPU time, by `kernels.unrolled_layers`: the
      studies' model (4 layers of width 64, 32 rows of 64 tokens) and one of 8 layers of width 256, 4 rows of 512.
 """
 
@@ -57,7 +57,7 @@ def contender(function: Function, backward: bool, *arguments: Any) -> timing.Con
 
 
 def parts(params: Any, x: jax.Array, point: int) -> dict[str, tuple[Any, ...]]:
-    """The pieces of a mixer at TransPoint `point`: name -> function and its arguments."""
+    """Return the parts of a mixer at TransPoint `point`: name -> function and its arguments."""
     apply = lambda method: lambda params, *arrays: Mixer(CONFIG).apply({"params": params}, *arrays, method=method)
     q, k, v = apply(lambda m, x: m._project(x, None))(params, x)
     dt = apply(lambda m, x: m._compute_dt(x))(params, x)

@@ -6,7 +6,7 @@ installed, its Llama (SDPA attention, the same width, depth, heads and MLP) and 
 an MLP, about as many parameters) train with PyTorch's fused AdamW; the loss is the same mean cross-entropy.
 
 `share` is the share of the processor's matmul rate: FLOPs of the step, counted as `training/metrics.py` does, over the
-time that they take at the rate of a 2048 x 256 x 704 product in this process. `--memory NAME` runs one contender for
+time that they take at the rate of a 2048 x 256 x 704 matmul in this process. `--memory NAME` runs one contender for
 three steps and prints the peak of the process, so that each is measured alone.
 """
 
@@ -120,7 +120,7 @@ def make(name: str, batch: int, length: int) -> timing.Contender:
 
 
 def matmul_rate() -> float:
-    """Return the FLOP/s of a 2048 x 256 x 704 product, the MLP's at 2048 tokens."""
+    """Return the FLOP/s of a 2048 x 256 x 704 matmul, the MLP's at 2048 tokens."""
     a, b = (jnp.ones(shape, jnp.float32) for shape in ((2048, 256), (256, 704)))
     product = jax.jit(jnp.matmul)
     times = timing.round_robin({"matmul": lambda _: jax.block_until_ready(product(a, b))}, rounds=200, warmup=5)

@@ -1,7 +1,7 @@
 """Predict the step of the paper's models on TPU pods, without one: `python -m benchmarks.tpu.paper_compile`.
 
-Compiles the train steps of configs/paper/ with the TPU's own compiler, one process a row, and appends each finished row
-to benchmarks/results/paper_compile.jsonl; rows that are there are not compiled again. Then prints the table:
+Compiles the train steps of configs/paper/ with the TPU's own compiler, one process per row, and appends each finished
+row to benchmarks/results/paper_compile.jsonl; rows that are there are not compiled again. Then prints the table:
 
 - memory: what a device needs at one time, of what the chip has. Of ACCUMULATIONS the first that fits is taken.
 - predicted: the compiler's estimated cycles of every operation, loops as often as they run, and the instructions of the

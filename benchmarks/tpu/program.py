@@ -1,8 +1,8 @@
 """Bytes that a program compiled for a TPU moves to and from its memory (HBM), read from the program's text.
 
-A layout names where an array lies: `S(1)` is VMEM, no `S` is HBM. Of every operation, results and operands in HBM count
-once; of an operand that it only cuts slices out of, those count. What stays in VMEM counts nothing, prefetches from HBM
-into it count where they are started. Bytes are those of elements, without the padding of tiles.
+A layout names the memory of an array: `S(1)` is VMEM, no `S` is HBM. Of every operation, results and operands in HBM
+count once; of an operand that it only cuts slices out of, those count. What stays in VMEM counts nothing, prefetches
+from HBM into it count where they are started. Bytes are those of elements, without the padding of tiles.
 """
 
 from collections.abc import Iterator

@@ -225,7 +225,7 @@ def _check_names(names: tuple[str, ...], given: object) -> None:
 
 @functools.cache
 def _log_choice(choice: str) -> None:
-    """Log each distinct choice once a process."""
+    """Log each distinct choice once per process."""
     _LOGGER.info("%s", choice)
 
 

@@ -301,7 +301,7 @@ def _ssd_bwd(chunk, chunks, residuals, cotangents):
             dupdate = _state_update(c_transposed, dy_k * from_start[..., None])
         dh, dafter = _state_passing(dh, decays.chunk, dupdate, reverse=True)
 
-        # Q x Q arrays are [j, i]: most matmuls below then read their operands as they lie in memory. dt_j goes to
+        # Q x Q arrays are [j, i]: most matmuls below then read their operands in memory order. dt_j goes to
         # them and to results: without it the matmuls take x as it is.
         scores = _to_heads(b_k @ c_transposed, num_heads) * weights
         dscores = x_k @ dy_k.swapaxes(-1, -2)

@@ -6,12 +6,12 @@ A grid cell of the TPU kernels holds `heads` heads of `tokens` tokens and walks 
   unit of v5e and v5p has that edge. With a longer one the 2 Q (N + P) FLOPs per token outgrow the memory traffic. On
   v6e, whose matrix unit has an edge of 256, it is 256 in bfloat16: the compiler emits 10 to 16 % fewer instructions per
   token and head then, and 7 % fewer to 1 % more for the others. The argument chunk_size is not used.
-- tokens: the most that fit, at most 1024. The forward pass keeps one float32 state a cell for the backward pass, 4 N P
-  / tokens bytes per token and head: at 128 tokens (N = P = 96) that is a third of the traffic of the whole forward
-  pass, at 512 a tenth.
+- tokens: the most that fit, at most 1024. The forward pass keeps one float32 state per cell as a residual,
+  4 N P / tokens bytes per token and head: at 128 tokens (N = P = 96) that is a third of the traffic of the entire
+  forward pass, at 512 a tenth.
 - heads: the most that fit beside that, at most 4 (the matmuls of all heads of a chunk are unrolled: more heads are more
   code to compile), and whole registers of 128 lanes (4 heads of P = 96, 2 or 4 of 64), so that a cell is cut out of the
-  arrays as they lie in memory, [B, T, H P]. Where no number of heads does that, blocks are cut from a copy.
+  arrays in their layout in memory, [B, T, H P]. Where no number of heads does that, blocks are cut from a copy.
 - "fits": blocks of the backward pass, the larger one, with double buffering, and its scratch stay within 12 MiB. The
   compiler's limit for a kernel is 16 MiB by default (v5e, v5p; 32 MiB on v6e), and it needs some for itself.
 

@@ -1,8 +1,8 @@
 """The forward pass of SSD as Triton kernels; `implementation.py` launches them. Importing this imports triton.
 
 Rows are cut into chunks of Q tokens, and those into segments of CHUNKS chunks. The state before every chunk, and the
-gradient of that after it, lie in memory in the dtype of x, in which the matrix unit takes them; the walk that makes
-them carries float32. Every other kernel takes one chunk a program. Nothing depends on the order programs run in.
+gradient of that after it, are stored in the dtype of x, in which the matrix unit takes them; the walk that makes
+them carries float32. Every other kernel takes one chunk per program. Nothing depends on the order programs run in.
 
 Shapes: x, y [B, T, H, P]; b, c [B, T, G, N]; dt, the running sums s = coarse + fine of l and the gradients of dt and l
 float32 [B, H, SEGMENTS CHUNKS Q], 0 beyond the end; states [B, H, chunks, N, P], one per segment or row float32.
@@ -203,7 +203,7 @@ def outputs(
         scores += _dot(c_tile, b_across, c_tile.dtype, PRECISION)
         y_tile += _dot(c_tile, _state(states, row, n, p, N, P, TILE_N, TILE_P), c_tile.dtype, PRECISION)
     x_tile = _tokens(x, batch, start, head, p, LENGTH, HEADS, P, Q, TILE_P)
-    # Scales of tokens go on left operands and results: a right operand is in the registers of every warp.
+    # Scales of tokens multiply left operands and results: a right operand is in the registers of every warp.
     y_tile = y_tile * _from_start(coarse, fine, at_token)[:, None] + tl.load(d + head) * x_tile.to(tl.float32)
     scores *= _segsum(coarse, fine, begin, Q) * tl.load(dt + at_token)[None, :]
     y_tile += _dot(scores, x_tile, x_tile.dtype, PRECISION)
