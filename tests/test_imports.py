@@ -1,4 +1,4 @@
-"""Hold the architecture: arrows go one way, rooms own their libraries, importing the package stays light."""
+"""Hold the architecture: arrows go one way, folders own their libraries, importing the package stays light."""
 
 import ast
 import collections

@@ -167,7 +167,7 @@ def test_one_transpoint_per_row() -> None:
 @pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
 def test_packed_documents_equal_the_oracle(point: int, traced: bool) -> None:
     params, x, cotangent = make(CONFIG)
-    # Row 0: two documents and right padding; row 1: left padding and two documents. One boundary lies at 15.
+    # Row 0: two documents and right padding; row 1: left padding and two documents. One boundary is at 15.
     ids = np.array([[1] * 15 + [2] * 17 + [0] * 5, [0] * 7 + [3] * 8 + [4] * 22], np.int32)
     cotangent = cotangent * (ids != 0)[..., None]
     step, argument = (run_traced, jnp.int32(point)) if traced else (run_static, point)
@@ -208,7 +208,7 @@ def test_bfloat16_is_close_to_float32() -> None:
 @pytest.mark.parametrize("kernel", ["sequential", "associative", "reference"])
 @pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
 def test_bfloat16_keeps_exponentials_and_sums_in_float32(kernel: str, traced: bool) -> None:
-    """Δ, A, decays, softmax and norms, forwards and backwards."""
+    """Δ, A, decays, softmax and norms, forward and backward pass."""
     params, x, cotangent = make(CONFIG)
     half = dataclasses.replace(CONFIG, dtype="bfloat16")
     kernels = KernelsConfig(ssd=kernel, chunk_size=CHUNK)

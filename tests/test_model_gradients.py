@@ -39,7 +39,7 @@ def test_rematerialisation_saves_memory_and_changes_no_gradient(traced: bool) ->
 
 @pytest.mark.parametrize("kernel", ["sequential", "associative"])
 def test_what_is_kept_is_not_computed_again(kernel: str) -> None:
-    """With "dots", the loops of attention and of the SSM run forwards once; with "full" twice."""
+    """With "dots", the forward loops of attention and of the SSM run once; with "full" twice."""
 
     def loops(remat: str) -> int:
         model = tm.TransMamba(

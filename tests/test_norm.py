@@ -25,7 +25,7 @@ def flax_norm(x: jax.Array, weight: jax.Array) -> jax.Array:
 def test_equals_flax_with_gradients(
     platform: str, flat: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The backward pass is by hand on a CPU and autodiff's elsewhere; means over flat groups are products on a TPU."""
+    """The backward pass is by hand on a CPU and autodiff's elsewhere; means over flat groups are matmuls on a TPU."""
     monkeypatch.setattr(target, "platform", lambda: platform)
     x, weight, dy = 3 * normal(0, 2, 5, 24), 1 + normal(1, *shape), normal(2, 2, 5, 24)
     norm = lambda x, weight: rms_norm(x, weight, 1e-5, flat)

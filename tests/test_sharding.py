@@ -40,7 +40,7 @@ def parameter_specs(path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_parameter_has_its_place(path):
-    """A change of the table shows in the golden file: `python -m tests.test_sharding` writes it anew."""
+    """A change of the table shows in the golden file: `python -m tests.test_sharding` rewrites it."""
     assert parameter_specs(path) == json.loads(GOLDEN.read_text())[path.stem]
 
 
@@ -247,7 +247,7 @@ print(json.dumps({length: exchanged(length) for length in (64, 512)}))
 
 
 def test_what_parts_of_the_sequence_exchange_does_not_depend_on_its_length():
-    """Convolution and SSM, forwards and backwards, of 2 rows a device in 4 parts; H 4, P 8, N 16, K 4; 4 bytes each."""
+    """Convolution and SSM, forward and backward, of 2 rows per device in 4 parts; H 4, P 8, N 16, K 4; 4 bytes each."""
     short, long = run_on_eight_devices(EXCHANGE).values()
     assert short == long
     states, decays, edges = 4 * 2 * 4 * 8 * 16, 4 * 2 * 4, 2 * 4 * 2  # of every part, and the first and last document

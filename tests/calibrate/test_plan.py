@@ -52,7 +52,7 @@ def test_a_machine_whose_steps_are_sums_is_predicted() -> None:
     assert list(rows) == ["Transformer", "Mamba-2", "V9", "hybrid", "recommended"]
     for name in ("V9", "hybrid"):
         assert rows[name].error == pytest.approx(0, abs=1e-9)
-    assert abs(rows["recommended"].error or 0) < 0.02  # its TransPoints lie between those that were measured
+    assert abs(rows["recommended"].error or 0) < 0.02  # its TransPoints are between those that were measured
     assert rows["V9"].points == schedule.v9(T)
     assert (rows["Transformer"].measured, rows["Mamba-2"].predicted) == (None, pytest.approx(3.0 + 8 * 0.512))
     assert rows["Mamba-2"].error == pytest.approx(0, abs=1e-9)

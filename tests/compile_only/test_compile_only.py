@@ -77,7 +77,7 @@ def test_an_unknown_topology_is_refused(name: str) -> None:
 
 
 def test_a_mesh_may_split_an_axis_of_the_torus() -> None:
-    """Two devices a row on 4 x 4 x 4: an axis of four is cut in two."""
+    """Two devices per row on 4 x 4 x 4: an axis of four is cut in two."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1, context=2), topology_devices("v5p:4x4x4"))
     assert dict(mesh.shape) == {"data": 1, "fsdp": mesh.size // 2, "context": 2, "tensor": 1}
 

@@ -176,7 +176,7 @@ def test_continuations_of_unequal_prompts_end_where_they_must(monkeypatch):
     # The end of a document is not part of the text, and neither is what comes after it.
     scorer.tokenizer.end_of_document = Spelling().encode(whole[0][3])[0]
     assert scorer.continuations(prompts, max_tokens=7) == [text.split(whole[0][3])[0] for text in whole]
-    # A prompt for which there is no room loses its beginning, and the last batch is filled up.
+    # A prompt that does not fit loses its beginning, and the last batch is filled up.
     assert scorer.continuations([*prompts, "zyx" + prompts[2]], max_tokens=7)[3] == whole[2].split(whole[0][3])[0]
 
 

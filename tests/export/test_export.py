@@ -136,7 +136,7 @@ def test_the_decode_step_serves_rows_of_different_lengths(folder: Path, params: 
         caches.append(cache)
         found, cache = step(weights, cache, tokens[:, position])
         assert relative_error(found, logits[:, position]) < 5e-6, position
-    # Rows at 3, 11 (the TransPoint) and 20 tokens go on together.
+    # Rows at 3, 11 (the TransPoint) and 20 tokens continue together.
     starts = np.array([3, 11, 20])
     pick = lambda *leaves: jnp.stack([leaves[start][row] for row, start in enumerate(starts)])
     cache = jax.tree.map(pick, *caches)

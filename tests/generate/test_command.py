@@ -114,7 +114,7 @@ def test_session_goes_on_and_forgets(
     shown = capsys.readouterr().out
     assert shown.startswith("A line is added to the text")
     assert shown.count("There is no turn to forget.") == 1
-    # After "def f", after an empty line, after the same line again, and anew from the beginning.
+    # After "def f", after an empty line, after the same line again, and after a fresh start.
     first, second, again, anew = (int(state.lengths[0]) for state in after)
     assert 5 < first == anew < second == again
     np.testing.assert_array_equal(after[1].logits, after[2].logits)

@@ -290,7 +290,7 @@ def test_the_mesh_that_is_set_says_what_is_chosen(
     devices: int, expected: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hardware that is not there counts where the mesh is made of it; a compiler cannot partition a kernel."""
-    monkeypatch.setattr(api, "_log_choice", api._log_choice.__wrapped__)  # it says each thing once a process
+    monkeypatch.setattr(api, "_log_choice", api._log_choice.__wrapped__)  # it says each thing once per process
     inputs = {name: jnp.zeros(value.shape, value.dtype) for name, value in _on("v5e", (1, 64, 4, 64, 64)).items()}
     with caplog.at_level("INFO", logger=api.__name__), jax.set_mesh(Mesh(np.array(_devices("v5e")[:devices]), "data")):
         assert target.platform() == "tpu"

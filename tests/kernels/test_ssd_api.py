@@ -208,7 +208,7 @@ def test_a_kernel_lowered_for_another_platform_is_named(wrap: Any) -> None:
 
 
 def test_training_says_which_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(api, "_log_choice", api._log_choice.__wrapped__)  # it says each thing once a process
+    monkeypatch.setattr(api, "_log_choice", api._log_choice.__wrapped__)  # it says each thing once per process
 
     def run(*_: Any) -> int:
         ssd(**_arguments())

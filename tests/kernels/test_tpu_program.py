@@ -33,7 +33,7 @@ ENTRY %main (x: bf16[8,128], y: f32[4,128]) -> f32[4,128] {
 
 
 def test_traffic_is_what_lies_in_memory() -> None:
-    """Of x the fusion reads two slices, 6 of its 8 rows; its result lies in VMEM and is copied out."""
+    """Of x the fusion reads two slices, 6 of its 8 rows; its result is in VMEM and is copied out."""
     found = {operation.name: moved for operation, moved in tpu_program.traffic(PROGRAM)}
     assert found == {
         "fusion.1": 6 * 128 * 2 + 4 * 128 * 4,

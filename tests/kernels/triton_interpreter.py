@@ -3,7 +3,7 @@
 Four things differ from what TRITON_INTERPRET=1 does, and none of them is in the kernels. Arrays are numpy's, with
 guards of NaN around every one: the interpreter wants torch's. Matmuls of bfloat16 are computed from the values: the
 interpreter multiplies their bits as integers. float32 becomes bfloat16 by rounding to the nearest, as on a GPU: the
-interpreter cuts bits off. Matmuls of float32 round as the three TF32 products of a GPU do.
+interpreter cuts bits off. Matmuls of float32 round as the three TF32 matmuls of a GPU do.
 """
 
 import functools
@@ -73,7 +73,7 @@ def modules() -> tuple[ModuleType, ...]:
         found = tuple(_load(name) for name in _MODULES)
         for module in found:
             for name, function in list(vars(module).items()):
-                # As plain functions: called as themselves they patch the whole language anew every time.
+                # As plain functions: called as themselves they patch the whole language again every time.
                 if name.startswith("_") and isinstance(function, interpreter.InterpretedFunction):
                     setattr(module, name, function.rewrite())
     return found

@@ -18,7 +18,7 @@ from transmamba_jax.report.summary import Run
 
 pytestmark = pytest.mark.draws
 
-DATA = DataConfig(seq_len=16, batch_size=8)  # 128 tokens a step
+DATA = DataConfig(seq_len=16, batch_size=8)  # 128 tokens per step
 
 
 def write_run(folder: Path, records: list[dict[str, Any]], **data: Any) -> Path:

@@ -53,7 +53,7 @@ def test_a_study_that_is_killed_in_a_cell_continues_in_that_cell(tmp_path):
 
     drive = lambda batch: run(tmp_path, "tests.study.drive", batch, str(file), "--quick", "--out", str(out))
 
-    # Forty steps a cell, with a checkpoint every two: batch 79 is the last but one of the second cell.
+    # Forty steps per cell, with a checkpoint every two: batch 79 is the last but one of the second cell.
     killed = drive("79")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     finished = (folders[0] / "result.json").read_bytes()

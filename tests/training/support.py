@@ -101,7 +101,7 @@ def packed_batch(seed: int, rows: int = 8, length: int = LENGTH, vocabulary: int
 
 
 class Filling:
-    """A file that takes `room` more bytes, in pieces, and then refuses."""
+    """A file that takes `room` more bytes, in parts, and then refuses."""
 
     def __init__(self, file: Any, room: int = 10) -> None:
         self.file, self.room = file, room

@@ -44,13 +44,13 @@ def test_a_run_on_a_mixture_resumes_and_says_what_it_read(tmp_path: Path) -> Non
 
     training = [line for line in lines_of(config) if "loss" in line]
     assert [line["data/skipped_rows"] for line in training] == [4] * 6
-    for line in training:  # 8 rows a step, of one length
+    for line in training:  # 8 rows per step, of one length
         assert [line[f"data/share/{name}"] for name in names] == [0.75, 0.25]
     for line in (line for line in lines_of(config) if "eval/loss" in line):
         losses = [line[f"eval/{name}/loss"] for name in names]
         assert losses[0] != losses[1]
         assert line["eval/loss"] == pytest.approx(np.dot([0.75, 0.25], losses), rel=1e-12)
         assert line["eval/tokens"] == sum(line[f"eval/{name}/tokens"] for name in names)
-        # One byte a token here, so the mean of bits per byte is that of the losses.
+        # One byte per token here, so the mean of bits per byte is that of the losses.
         assert line["eval/bits_per_byte"] == pytest.approx(line["eval/loss"] / np.log(2), rel=1e-12)
         assert not [name for name in line if name.startswith("baseline/")]

@@ -110,7 +110,7 @@ def test_weights_of_a_batch_scale_its_losses(initial):
 def test_logits_at_weighted_positions_alone_give_the_same_loss_and_gradient(initial, accumulation):
     batch, rng = packed_batch(3), np.random.default_rng(0)
     del batch["segment_ids"]
-    # Of 12 targets a row, 0 to 3 have weight.
+    # Of 12 targets per row, 0 to 3 have weight.
     order = rng.permuted(np.tile(np.arange(LENGTH + 1), (8, 1)), axis=1)
     counts = np.arange(8)[:, None] % 4
     weighted = {**batch, "weights": np.where(order < counts, 0.5 + rng.random(order.shape), 0).astype(np.float32)}

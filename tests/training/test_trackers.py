@@ -76,7 +76,7 @@ def test_an_mlflow_server_that_refuses_is_one_warning(make, monkeypatch, capsys)
 
 @pytest.fixture(name="settings")
 def _settings(monkeypatch):
-    """Return a function that sets what Weights & Biases reads of the environment once a process."""
+    """Return a function that sets what Weights & Biases reads of the environment once per process."""
 
     def set_all(**environment: str) -> None:
         wandb.teardown()
@@ -96,7 +96,7 @@ def _records(file):
     content, place, parts, block = file.read_bytes(), 7, b"", 2**15
     assert content[:4] == b":W&B"
     while place < len(content):
-        if block - place % block < 7:  # no room for another header
+        if block - place % block < 7:  # no space for another header
             place += block - place % block
             continue
         _, length, kind = struct.unpack_from("<IHB", content, place)
