@@ -1,4 +1,4 @@
-"""Configuration: what is accepted, what is refused, and what a refusal says."""
+"""Configuration: accepted values, refused values, and the messages of refusals."""
 
 import dataclasses
 import re

@@ -144,7 +144,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Number of devices per axis of the mesh; -1 (at most once) takes what is left."""
+    """Number of devices per axis of the mesh; -1 (at most once) takes the remaining devices."""
 
     data: int = -1
     """Copies of the parameters; rows are split over them."""
@@ -169,11 +169,11 @@ class HostsConfig:
     """Addresses by which processes on several hosts find one another; a Cloud TPU slice and Slurm need none of it."""
 
     coordinator: str | None = None
-    """HOST:PORT of the first process; None: what the environment says."""
+    """HOST:PORT of the first process; None: from the environment."""
     num_processes: int | None = None
-    """Number of processes, one per host; None: what the environment says; 1: alone, whatever it says."""
+    """Number of processes, one per host; None: from the environment; 1: a single process in any environment."""
     process_id: int | None = None
-    """Index of this process, from 0; None: what the environment says."""
+    """Index of this process, from 0; None: from the environment."""
     timeout: int = 300
     """Seconds that the processes wait for one another at the start."""
     heartbeat: int = 100

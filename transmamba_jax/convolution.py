@@ -78,7 +78,7 @@ def _kernels_serve(x: Array, kernel: Array) -> bool:
 def _convolve_by_kernels(
     x: Array, kernel: Array, bias: Array, readable: tuple[Array, ...] | None, history: Array | None, silu: bool
 ) -> Array:
-    """Give history to the kernels as tokens of the row, and drop what comes out for them."""
+    """Give history to the kernels as tokens of the row, and drop the outputs at these tokens."""
     reach = kernel.shape[0] - 1
     bits = None
     if readable is not None:

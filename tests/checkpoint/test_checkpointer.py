@@ -219,7 +219,7 @@ save(Path(sys.argv[1]), 1, 2)
 def test_a_save_that_was_killed_leaves_no_step(tmp_path):
     result = run(KILLED, tmp_path)
     assert result.returncode == -9, result.stderr
-    assert len(list(tmp_path.iterdir())) == 3  # step 1, what is left of step 2, and the marker of its save
+    assert len(list(tmp_path.iterdir())) == 3  # step 1, the remains of step 2, and the marker of its save
     assert checkpoint.complete_steps(tmp_path) == [1]
     writer = checkpoint.Checkpointer(tmp_path, CheckpointConfig())
     restored = writer.restore_newest(make_state())

@@ -173,7 +173,7 @@ def test_continuations_of_unequal_prompts_end_where_they_must(monkeypatch):
     assert cut[0] != whole[0]
     assert cut[1] == ""
     assert scorer.continuations(prompts, until, max_tokens=7) == cut
-    # The end of a document is not part of the text, and neither is what comes after it.
+    # The end of a document is not part of the text, and neither are later tokens.
     scorer.tokenizer.end_of_document = Spelling().encode(whole[0][3])[0]
     assert scorer.continuations(prompts, max_tokens=7) == [text.split(whole[0][3])[0] for text in whole]
     # A prompt that does not fit loses its beginning, and the last batch is filled up.

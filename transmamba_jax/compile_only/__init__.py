@@ -1,4 +1,4 @@
-"""Compile a training step for hardware that is not here, and print what it needs."""
+"""Compile a training step for absent hardware, and print its memory and time."""
 
 from transmamba_jax.compile_only.compiler import compile_only
 

@@ -48,7 +48,7 @@ class Estimate:
 
 
 def compile_only(config: Config, topology: str) -> int:
-    """Compile the train step for a topology, print what it needs, and return the process's exit code.
+    """Compile the train step for a topology, print its memory and time, and return the process's exit code.
 
     0: it compiles and fits. EXIT_DOES_NOT_FIT: it needs more memory than the chip has; what to change is printed.
 
@@ -119,7 +119,7 @@ def _check_tokenizer(config: Config) -> None:
 
 
 def estimate(config: Config, compiled: Any, mesh: Mesh) -> Estimate:
-    """Read off the compiled step what it needs of one device, and how long it takes there at least."""
+    """Estimate the memory that the compiled step needs per device, and the least time that it takes."""
     device = mesh.devices.flat[0]
     chip = hardware.CHIPS.get(device.device_kind)
     memory = compiled.memory_analysis()

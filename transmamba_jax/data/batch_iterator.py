@@ -67,7 +67,7 @@ class BatchIterator(Iterator[Batch]):
         return {name: rows for name, rows in batch.items() if name != SOURCES}
 
     def facts(self) -> dict[str, float]:
-        """Return what a line of metrics says of the data that this process has read since the run began.
+        """Return the metrics of the data that this process has read since the run began.
 
         `data/share/<source>` is the share of tokens that a source of a mixture gave, and `data/skipped_rows` the number
         of broken rows that `data.on_error: skip` leaves out.

@@ -68,7 +68,7 @@ def _expand(pattern: str) -> list[str]:
 def _folders_below(tops: Iterable[str], root: str) -> list[str]:
     """Return the folders below `tops`, these too, without hidden ones: real folders first, then those behind links.
 
-    Folders above `root` are left out: a link to one leads back here, and to what lies beside.
+    Folders above `root` are left out: a link to one leads back here, and to its other folders.
     """
     seen = {_identity(str(folder)) for folder in Path(os.path.realpath(root)).parents}
     found = []

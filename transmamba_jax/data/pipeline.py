@@ -41,7 +41,7 @@ BINS = 64
 """Rows that first-fit packing fills at one time."""
 
 CHECKED_BYTES = 2**26
-"""Bytes of a split that are read and checked before training; what lies behind them is checked when it is read."""
+"""Bytes of a split that are read and checked before training; later ones are checked when they are read."""
 
 CHECKED_DOCUMENTS = 2**14
 """Documents after which no more are checked, once they fill a window."""

@@ -20,7 +20,7 @@ def open_documents(config: DataConfig, split: str) -> Documents:
     """Return the documents of one split of the configured source.
 
     Raises:
-        ValueError: the source or the split does not exist or is empty; the message says what there is.
+        ValueError: the source or the split does not exist or is empty; the message lists the existing ones.
     """
     require(not config.mixture, "open_documents is for one source, found a mixture; take config.of_source(name)")
     check_source(config.source)

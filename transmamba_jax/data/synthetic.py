@@ -32,7 +32,7 @@ def parse(source: str) -> Task:
     """Return the task of a `data.source` such as `synthetic:recall?keys=32&values=32`.
 
     Raises:
-        ValueError: there is no such task or option, or an option's value does not fit; the message lists what there is.
+        ValueError: there is no such task or option, or an option's value does not fit; the message lists them.
     """
     name, _, query = source.removeprefix(PREFIX).partition("?")
     if name not in TASKS:

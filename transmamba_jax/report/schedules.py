@@ -39,7 +39,7 @@ def quality_field(record: Record) -> str:
 
 
 def measured(config: Config, record: Record) -> list[Measured]:
-    """Return what an evaluation line says of the config's schedule and of each of `eval.schedules`."""
+    """Return the results of an evaluation line for the config's schedule and for each of `eval.schedules`."""
     model, seq_len, field = config.model, config.data.seq_len, quality_field(record)
     found = []
     for name in ("", *config.eval.schedules):

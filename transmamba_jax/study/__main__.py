@@ -126,7 +126,7 @@ def _divide_cores(processes: Sequence[int]) -> None:
 
 
 def _list(study: Study, out: Path, selection: "Selection") -> None:
-    """Print the selected cells with their estimated times, and the sum of what is left."""
+    """Print the selected cells with their estimated times, and the sum of the remaining ones."""
     from transmamba_jax.study import results, runner
 
     left = 0.0

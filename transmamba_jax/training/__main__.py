@@ -1,6 +1,6 @@
 """Train a model: `python train.py --config configs/tiny.yaml --train.steps 100 --model.d-model 256`.
 
-`--compile-only --topology v5e:16x16` compiles the step for hardware that need not be here and prints what it needs.
+`--compile-only --topology v5e:16x16` compiles the step for absent hardware and prints its memory and time.
 Exit codes: 0 complete, 1 diverged, 2 bad configuration, 3 compiled and does not fit, 74 a file could not be read or
 written (the last checkpoint, the report), 75 asked to stop and saved (run the same command to continue), 130 second
 Ctrl-C.

@@ -142,7 +142,7 @@ def _at(rows: Array, chosen: Int[Array, "B K"] | None) -> Array:
 def _hidden(
     params: Any, model: nn.Module, batch: Batch, chosen: Int[Array, "B K"] | None
 ) -> tuple[Hidden, Callable[[Hidden], Any]]:
-    """Return the normalised output of the last layer at chosen positions, and what takes its gradient to parameters."""
+    """Return the normalised output of the last layer at chosen positions, and its VJP to the parameters."""
     inputs: Batch = {name: batch[name][:, :-1] for name in ("tokens", "segment_ids") if name in batch}
     if "transpoints" in batch:
         inputs["transpoints"] = batch["transpoints"].T

@@ -22,7 +22,7 @@ from transmamba_jax.runtime.logs import LOGGER
 from transmamba_jax.training import trackers
 
 _CLOSE_SECONDS = 60.0
-"""Time that a writer has at the end of a run to send what waits."""
+"""Time that a writer has at the end of a run to send pending lines."""
 
 
 class Writer(Protocol):
@@ -36,7 +36,7 @@ class Writer(Protocol):
         """
 
     def close(self) -> None:
-        """Write what waits and end.
+        """Write pending lines and end.
 
         Raises:
             OSError: not all of it could be written.

@@ -35,7 +35,7 @@ class AppendedFile(Protocol):
         """
 
     def close(self) -> None:
-        """Close the file, after one more attempt to write what waits.
+        """Close the file, after one more attempt to write the pending bytes.
 
         Raises:
             OSError: it failed.
@@ -61,7 +61,7 @@ class LocalFile:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def flush(self) -> None:
-        """Write what waits; see `AppendedFile`."""
+        """Write the pending bytes; see `AppendedFile`."""
         self.write(b"")
 
     def close(self) -> None:
