@@ -46,8 +46,8 @@ def open_task(config: DataConfig, _rest: str, split: str) -> list[list[int]]:
 def training_stream(config: DataConfig, batch: int, shard: slice) -> grain.IterDataset:
     """Return endless batches of `batch` rows with `tokens`, `bytes` (1 each) and `weights`, of the rows in `shard`."""
     source = grain.MapDataset.source(rows(config, config.train_split, ENDLESS))[shard]
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
-    return source.map(_training_row).to_iter_dataset(options).batch(batch)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return source.map(_training_row).batch(batch).to_iter_dataset(options)
 
 
 def held_out_batches(config: DataConfig, windows: int, batch_size: int) -> list[Batch]:

@@ -106,16 +106,23 @@ class Recall:
     def row(self, generator: np.random.Generator, length: int) -> Row:
         """Draw one row."""
         writer = Writer(length)
-        unseen = list(generator.permutation(self.keys))
+        unseen = generator.permutation(self.keys).tolist()
+        # Drawn together: a draw by itself takes longer than the rest of a pair.
+        coins, picks = generator.random((2, length // 2)).tolist()
+        values = (self.keys + generator.integers(self.values, size=self.keys)).tolist()
+        keys: list[int] = []  # in the order of their first pairs
         seen: dict[int, tuple[int, int]] = {}  # key -> value, place of the value
-        while writer.room >= 2:
+        for coin, pick in zip(coins, picks, strict=True):
             while self.share and writer.room > 2 and generator.random() < self.share:
                 writer.put(self.keys + self.values + int(generator.integers(self.noise)))
-            if unseen and (not seen or generator.random() < self.new):
-                key, value = int(unseen.pop()), int(self.keys + generator.integers(self.values))
+            if writer.room < 2:
+                break
+            if unseen and (not seen or coin < self.new):
+                key, value = unseen.pop(), values[len(unseen)]
+                keys.append(key)
                 writer.put(key, value)
             else:
-                key = list(seen)[generator.integers(len(seen))]
+                key = keys[int(pick * len(keys))]
                 value, fact = seen[key]
                 writer.put(key)
                 writer.answer([value], [fact])
