@@ -178,6 +178,10 @@ def test_a_bucket_that_refuses_is_an_alarm_and_the_run_goes_on(runs, local, buck
         ("gs://no-such-bucket/run", "there is no bucket no-such-bucket; make it (gcloud storage buckets create"),
         ("gs://NoBucket/run", "gs://NoBucket/run names the bucket 'NoBucket'"),
         ("s3://bucket/run", "checkpoints are in folders and on gs://, orbax refuses s3://"),
+        ("gs://bucket/a#1/run", "a checkpoint's name in a bucket must not have '#', where orbax ends it"),
+        ("gs://bucket/a;b", "a checkpoint's name in a bucket must not have ';'"),
+        ("gs://bucket/run*", "gs://bucket/run* has a wildcard"),
+        ("gs:/bucket/run", "write gs://bucket/run"),
         ("az://bucket/run", "must be a path of this machine, gs://BUCKET/... or s3://BUCKET/..."),
     ],
 )

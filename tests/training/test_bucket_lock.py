@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -29,7 +30,8 @@ with run_lock.hold(expand_path(sys.argv[1]), 1.5):
 @pytest.fixture(name="workdir")
 def _workdir(bucket, request):
     assert bucket.url
-    return expand_path(f"gs://bucket/{request.node.name}")
+    name = re.sub(r"[^a-z0-9]", "-", request.node.name)
+    return expand_path(f"gs://bucket/{name}")
 
 
 @pytest.fixture(name="elsewhere")

@@ -15,13 +15,19 @@ def expand_path(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: there is no such user; or the path is empty, as an unset variable of a shell leaves it; or the URL
-            names no bucket, or needs a package that is not installed.
+            names no bucket, or needs a package that is not installed; or it is a URL that lost a slash.
     """
-    url = re.match(r"[a-z][a-z0-9+.-]*://", text := os.fspath(path))
+    url = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text := os.fspath(path))
     if url is not None:
         from transmamba_jax.runtime.storage import bucket  # fsspec
 
         return cast(Path, bucket.parse(text))
+    lost = re.match(r"(gs|s3):/*", text, re.IGNORECASE)
+    if lost is not None:  # pathlib.Path("gs://bucket/run") is gs:/bucket/run
+        raise ValueError(
+            f"path {show_path(path)} lacks a slash (pathlib.Path takes one away; give URLs as text): write "
+            f"{lost[1].lower()}://{show_path(text[lost.end() :])}; for a folder that is called so, ./{show_path(path)}"
+        )
     if os.fspath(path) == "":
         raise ValueError("a path must not be empty (an unset variable?); the current folder is '.'")
     expanded = os.path.expanduser(path)

@@ -2,8 +2,10 @@
 
 import importlib
 import logging
+import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +19,8 @@ from transmamba_jax.runtime.storage import bucket as buckets
 def _folder(bucket, request):
     """Return a folder of the bucket that no other test uses."""
     assert bucket.url
-    return expand_path(f"gs://bucket/{request.node.name}")
+    name = re.sub(r"[^a-z0-9]", "-", request.node.name)
+    return expand_path(f"gs://bucket/{name}")
 
 
 @pytest.fixture(name="quick")
@@ -257,6 +260,16 @@ def test_a_thread_of_uploads_that_dies_is_an_error_of_the_next_flush(folder, mon
         ("gs:///run", "names the bucket ''"),
         ("gs://Bucket/run", "names the bucket 'Bucket'; a name has 3 to 222 lower-case"),
         ("https://host/run", "must be a path of this machine, gs://BUCKET/"),
+        ("GS://bucket/run", "must be a path of this machine, gs://BUCKET/"),
+        ("gs://bucket/a/../run", r"gs://bucket/a/\.\./run has '\.\.'"),
+        ("gs://bucket/run?", r"gs://bucket/run\? has a wildcard \(\* \? \[\), and must name one place"),
+        ("gs://bucket/run[1]/checkpoints", "has a wildcard"),
+        ("gs://bucket/run\n", r"'gs://bucket/run\\n' has a control character or a line end"),
+        (
+            Path("gs://bucket/run"),
+            r"path gs:/bucket/run lacks a slash .*: write gs://bucket/run; .*, \./gs:/bucket/run",
+        ),
+        ("S3:/bucket/run", "write s3://bucket/run"),
     ],
 )
 def test_a_url_that_names_no_bucket_is_refused_without_a_request(url, message):

@@ -18,6 +18,8 @@ from etils.epath import gpath
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 """Scheme -> the package that reads it, and the extra that has the package."""
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", re.ASCII)
+_WILDCARDS = "*?["
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Status(NamedTuple):
@@ -232,16 +234,23 @@ def parse(url: str) -> BucketPath:
     """Return the path of a URL, without a request.
 
     Raises:
-        ValueError: the scheme is none of `SCHEMES`, its package is not installed, or the bucket's name is none.
+        ValueError: the scheme is none of `SCHEMES`, its package is not installed, the bucket's name is none, or the
+            path has `..`, a control character or a wildcard, with which a deletion by fsspec reaches other folders.
     """
     scheme, _, rest = url.partition("://")
     if scheme not in SCHEMES:
         raise ValueError(f"{url} must be a path of this machine, gs://BUCKET/... or s3://BUCKET/...")
-    bucket = rest.partition("/")[0]
+    bucket, _, name = rest.partition("/")
     if _BUCKET.fullmatch(bucket) is None:
         raise ValueError(
             f"{url} names the bucket {bucket!r}; a name has 3 to 222 lower-case letters, digits, '-', '_' and '.'"
         )
+    if _CONTROL.search(name) is not None:
+        raise ValueError(f"{url!r} has a control character or a line end, which names in a bucket do not have")
+    if ".." in name.split("/"):
+        raise ValueError(f"{url} has '..', which a bucket does not have: write the whole path")
+    if any(char in name for char in _WILDCARDS):
+        raise ValueError(f"{url} has a wildcard ({' '.join(_WILDCARDS)}), and must name one place: write its name")
     package, extra = SCHEMES[scheme]
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"{url} needs the package {package}: pip install 'transmamba-jax[{extra}]'")

@@ -11,6 +11,8 @@ from urllib.parse import quote
 from transmamba_jax.runtime.paths import user_cache
 
 _REQUESTS = 8  # at one time
+_ENDS = "#;"
+"""Characters behind which orbax reads no more of a path: the fragment of a URL and its parameters."""
 
 T = TypeVar("T")
 
@@ -24,12 +26,20 @@ def require_checkpoints(path: Path, option: str) -> None:
     """Refuse storage that cannot hold checkpoints.
 
     Raises:
-        ValueError: it is in a bucket of S3.
+        ValueError: it is in a bucket of S3, or its name has a character that ends a name for orbax.
     """
-    if is_remote(path) and path.scheme != "gs":  # type: ignore[attr-defined]
+    if not is_remote(path):
+        return
+    if path.scheme != "gs":  # type: ignore[attr-defined]
         raise ValueError(
             f"{option} {path}: checkpoints are in folders and on gs://, orbax refuses s3:// (to 0.12); data and "
             "exported folders may be on s3://"
+        )
+    found = [char for char in _ENDS if char in str(path)]
+    if found:
+        raise ValueError(
+            f"{option} {path}: a checkpoint's name in a bucket must not have {found[0]!r}, where orbax ends it: the "
+            "arrays would be in another folder; write another name"
         )
 
 
