@@ -31,6 +31,13 @@ def test_the_same_text_gives_the_same_file(tmp_path, write_corpus, capsys):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_a_file_in_a_bucket_needs_no_folder(tmp_path, write_corpus, bucket):
+    write_corpus(40)
+    main(["--config", str(write_config(tmp_path)), "--vocab-size", "300", "--output", "gs://bucket/no/folder/bpe.json"])
+    assert list(bucket.objects("no/")) == ["no/folder/bpe.json"]
+    assert load_tokenizer("gs://bucket/no/folder/bpe.json").vocab_size == 300
+
+
 def test_overrides_and_limits_reach_the_source(tmp_path, write_corpus):
     write_corpus(40)
     output = tmp_path / "tokenizer.json"

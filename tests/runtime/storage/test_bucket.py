@@ -277,6 +277,17 @@ def test_a_url_that_names_no_bucket_is_refused_without_a_request(url, message):
         expand_path(url)
 
 
+def test_an_empty_object_that_stands_for_a_folder_is_no_file_of_it(folder, bucket, tmp_path):
+    (folder / "a" / "file").write_bytes(b"content")
+    for name in "", "a/", "b/":
+        bucket.put(f"{folder.name}/{name}", b"")
+    assert storage.files_below(folder) == {"a/file": 7}
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
+    assert [path.name for path in storage.local_copy(folder, tmp_path).rglob("*")] == ["a", "file"]
+    storage.delete(folder)
+    assert bucket.objects(f"{folder.name}/") == {}
+
+
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"needs the package gcsfs: pip install 'transmamba-jax\[gcs\]'"):

@@ -103,14 +103,17 @@ class BucketPath(gpath.PosixGPath):
         yield from (self / name.rstrip("/").rpartition("/")[2] for name in names if name.rstrip("/") != own)
 
     def below(self) -> dict[str, Status]:
-        """Return the objects at any depth, in order: name below this folder -> status."""
+        """Return the objects at any depth, in order: name below this folder -> status.
+
+        An empty object whose name ends with a slash, which other programs write for a folder, is none of them.
+        """
         own = self.files._strip_protocol(str(self)).rstrip("/") + "/"
         found = self.files.find(str(self), detail=True)
         times = {name: info.get("mtime") or info.get("LastModified") for name, info in found.items()}
         return {
             name.removeprefix(own): Status(int(found[name]["size"]), times[name].timestamp() if times[name] else 0.0)
             for name in sorted(found)
-            if name.startswith(own)
+            if name.startswith(own) and not name.endswith("/")
         }
 
     def rglob(self, pattern: str) -> Iterator["BucketPath"]:
