@@ -241,10 +241,48 @@ def test_credentials_that_fail_are_an_error_of_the_storage(folder, monkeypatch, 
     assert caught.value.denied == (attempts == 1)
 
 
+def test_what_another_program_wrote_stays_until_it_is_deleted(folder, bucket):
+    path = folder / "lines"
+    file = storage.append_to(path)
+    file.write(b"one\n")
+    file.flush()
+    bucket.put(f"{folder.name}/lines", b"of another run\n")
+    file.write(b"two\n")
+    with pytest.raises(OSError, match="lines was written by another program, and is left as it is; delete it"):
+        file.flush()
+    assert path.read_bytes() == b"of another run\n"
+    path.unlink()
+    file.flush()
+    assert path.read_bytes() == b"one\ntwo\n"
+    path.unlink()
+    file.write(b"three\n")
+    file.close()
+    assert path.read_bytes() == b"one\ntwo\nthree\n"
+
+
+@pytest.mark.usefixtures("quick")
+def test_appended_bytes_whose_answer_was_lost_are_known(folder, bucket):
+    file, lost = storage.append_to(folder / "lines"), []
+
+    def lose(request: Request) -> int | None:
+        lost.append(request)
+        return 503 if request.writes and len(lost) == 1 else None
+
+    with bucket.accident(after=lose):
+        file.write(b"one\n")
+        file.flush()
+    assert lost[0].writes
+    file.write(b"two\n")
+    file.close()
+    assert (folder / "lines").read_bytes() == b"one\ntwo\n"
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_of_uploads_that_dies_is_an_error_of_the_next_flush(folder, monkeypatch):
+    from transmamba_jax.runtime.storage import gcs
+
     file = storage.append_to(folder / "lines")
-    monkeypatch.setattr(buckets.BucketPath, "write_bytes", lambda *_: [][0])
+    monkeypatch.setattr(gcs, "write_versioned", lambda *_: [][0])
     file.write(b"one\n")
     for _ in range(2):
         with pytest.raises(OSError, match="lines is no longer uploaded"):

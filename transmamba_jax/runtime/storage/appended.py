@@ -2,7 +2,8 @@
 
 A file of a folder is appended to. An object cannot be: its bytes are kept in memory and uploaded as a whole by a
 thread, at each write, but not more often than the service takes (one object, once a second) nor than five per cent
-of the time. `flush` returns when all bytes are in the bucket.
+of the time. `flush` returns when all bytes are in the bucket. An object that another program has written meanwhile,
+such as a run that took over from one that was suspended, is left as it is.
 """
 
 import errno
@@ -76,8 +77,12 @@ class _UploadedFile:
     """An object of a bucket."""
 
     def __init__(self, path: Path) -> None:
+        from transmamba_jax.runtime.storage import gcs
+
         self._path = path
-        self._content = bytearray(path.read_bytes() if path.exists() else b"")
+        found = gcs.read_versioned(str(path))
+        self._generation = found.generation
+        self._content = bytearray(found.content)
         self._uploaded = len(self._content)
         self._change = threading.Condition()
         self._error: OSError | None = None  # that no call has raised yet
@@ -135,7 +140,7 @@ class _UploadedFile:
                 content = bytes(self._content)
             begin = time.monotonic()
             try:
-                self._path.write_bytes(content)
+                self._write(content)
                 error = None
             except OSError as failure:
                 error = failure
@@ -145,6 +150,23 @@ class _UploadedFile:
                 if error is None:
                     self._uploaded = len(content)
                 self._change.notify_all()
+
+    def _write(self, content: bytes) -> None:
+        """Write the object where it is the one that was read or written here last, or gone."""
+        from transmamba_jax.runtime.storage import gcs
+
+        try:
+            written = gcs.write_versioned(str(self._path), content, self._generation)
+        except FileExistsError:
+            written = gcs.read_versioned(str(self._path))
+            if written.generation == 0:
+                written = gcs.write_versioned(str(self._path), content, 0)
+            elif written.content != content:  # else the answer of an attempt that succeeded was lost
+                raise gcs.BucketError(
+                    f"{self._path} was written by another program, and is left as it is; delete it, and this run "
+                    "writes all of its lines again"
+                ) from None
+        self._generation = written.generation
 
     def _due(self) -> bool:
         return self._closed or (not self._stalled and self._uploaded < len(self._content))
