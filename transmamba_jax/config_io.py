@@ -111,7 +111,8 @@ def read_yaml(path: str | Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        names = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        absent = isinstance(error, FileNotFoundError)
+        names = sorted(file.name for file in path.parent.glob("*.yaml")) if absent and path.parent.is_dir() else []
         there = suggestion(path.name, names) if names and not path.exists() else ""
         raise ValueError(f"cannot read the config {str(path)!r}: {error.strerror}{there}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

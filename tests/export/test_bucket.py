@@ -10,14 +10,18 @@ import pytest
 import transmamba_jax as tm
 from tests.models import CONFIG
 from transmamba_jax import data, export
+from transmamba_jax.checkpoint.__main__ import main as checkpoint_command
 from transmamba_jax.config import Config, DataConfig, EvalConfig, TrainConfig
 from transmamba_jax.convert import mamba2
+from transmamba_jax.convert.__main__ import main as convert_command
 from transmamba_jax.evaluate.__main__ import main as evaluate
 from transmamba_jax.export.__main__ import main as export_command
 from transmamba_jax.export.folder import abstract_params
 from transmamba_jax.generate.__main__ import main as generate
+from transmamba_jax.report.__main__ import main as report
 from transmamba_jax.runtime import tree_paths
 from transmamba_jax.training import starting_points
+from transmamba_jax.training.__main__ import main as train
 
 
 @pytest.fixture(name="folder", scope="module")
@@ -64,6 +68,39 @@ def test_export_writes_what_it_reads(folder):
     first, second = export.load(folder), export.load("gs://bucket/commands/again")
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
     assert first.config.model == second.config.model
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (checkpoint_command, ["verify", "gs://bucket/commands/run"]),
+        (checkpoint_command, ["list", "gs://bucket/commands/run"]),
+        (evaluate, ["--checkpoint", "gs://bucket/commands/run"]),
+        (export_command, ["--checkpoint", "gs://bucket/commands/run", "--output", "{}/export"]),
+        (convert_command, ["start-run", "gs://bucket/commands/export", "gs://bucket/commands/other"]),
+        (report, ["gs://bucket/commands/run"]),
+        (train, ["--config", "gs://bucket/commands/run/config.yaml"]),
+        (train, ["--config", "gs://bucket/commands/run/config"]),
+    ],
+)
+def test_a_bucket_that_refuses_ends_a_command_with_one_line(bucket, tmp_path, capsys, command, arguments):
+    with bucket.accident(before=lambda _: 403):
+        assert command([argument.format(tmp_path) for argument in arguments]) == 2
+    said = capsys.readouterr()
+    assert "Forbidden: GET bucket" in said.err
+    assert "gcloud auth application-default login" in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_a_starting_point_that_the_bucket_refuses_is_named(bucket, tmp_path):
+    for given in "gs://bucket/commands/run", "gs://bucket/commands/run@4":
+        config = Config(train=TrainConfig(init_from=given))
+        with (
+            bucket.accident(before=lambda _: 403),
+            pytest.raises(ValueError, match=f"train.init_from={given} cannot be read: Forbidden: GET bucket"),
+        ):
+            starting_points.with_origin(config, tmp_path / "new")
 
 
 @pytest.mark.usefixtures("folder")

@@ -135,8 +135,8 @@ def is_first() -> bool:
 
 
 def log_first(*lines: str, level: int = logging.INFO) -> None:
-    """Log one record of these lines from process 0."""
-    if is_first():
+    """Log one record of these lines from process 0; none where there are no lines."""
+    if lines and is_first():
         _LOGGER.log(level, "%s", "\n  ".join(lines))
 
 

@@ -98,12 +98,18 @@ Arguments = ParamSpec("Arguments")
 
 
 def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
-    """Run the `main` of a command within `safe_output`."""
+    """Run the `main` of a command within `safe_output`; a file that cannot be read or written is a line and code 2."""
 
     @functools.wraps(main)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
         with safe_output():
-            return main(*args, **kwargs)
+            try:
+                return main(*args, **kwargs)
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                print(error, file=sys.stderr)
+                return 2
         return 0  # the reader left, as `head` does
 
     return run

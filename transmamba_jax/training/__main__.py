@@ -49,7 +49,7 @@ def main(
     with logs.safe_output():
         try:
             options = parse(arguments, program)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return _fail(program, error, 2)
         return _run(options, model, program)
     return 0

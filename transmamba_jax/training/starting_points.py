@@ -47,9 +47,7 @@ def with_origin(config: Config, workdir: Path) -> Config:
     """
     given = config.train.init_from
     if not checkpoint.complete_steps(workdir / "checkpoints"):
-        if given is not None and _split(given)[0].resolve() == workdir.resolve():
-            raise ValueError(f"train.init_from={given} is the work directory of this run: give another --workdir")
-        return config if given is None else _named(config, _resolve(given))
+        return config if given is None else _named(config, _begin_from(given, workdir))
     saved, origin = workdir / "config.yaml", given
     with contextlib.suppress(ValueError):  # a config that cannot be read is refused when it is compared
         origin = config_io.read_config_file(saved).train.init_from if saved.exists() else given
@@ -133,6 +131,15 @@ def _same(given: str, origin: str | None) -> bool:
 
 def _holds_tensors(folder: Path) -> bool:
     return any((folder / name).exists() for name in (tensor_files.FILE, tensor_files.INDEX))
+
+
+def _begin_from(given: str, workdir: Path) -> str:
+    try:
+        if _split(given)[0].resolve() == workdir.resolve():
+            raise ValueError(f"train.init_from={given} is the work directory of this run: give another --workdir")
+        return _resolve(given)
+    except OSError as error:
+        raise ValueError(f"train.init_from={given} cannot be read: {error}") from None
 
 
 def _resolve(given: str) -> str:
