@@ -6,12 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transmamba_jax.config import DataConfig
+from transmamba_jax.runtime import storage
+from transmamba_jax.runtime.checks import require
 from transmamba_jax.runtime.paths import expand_path, user_cache
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Return `data.cache_dir`, or the default."""
-    return user_cache() if config.cache_dir is None else expand_path(config.cache_dir)
+    """Return `data.cache_dir`, or the default.
+
+    Raises:
+        ValueError: it is in a bucket, where files can neither be mapped nor locked.
+    """
+    if config.cache_dir is None:
+        return user_cache()
+    folder = expand_path(config.cache_dir)
+    require(not storage.is_remote(folder), f"data.cache_dir must be a folder of this machine, found {folder}")
+    return folder
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 from transmamba_jax.config import DataConfig
 from transmamba_jax.data.batch_iterator import SOURCES, Batch
 from transmamba_jax.data.file_patterns import find_files
-from transmamba_jax.runtime import storage
+from transmamba_jax.data.sources import copy_bucket
 from transmamba_jax.runtime.paths import show_path
 
 _ENDLESS = 2**50
@@ -32,13 +32,15 @@ def refuse_shared_files(config: DataConfig) -> None:
     seen: dict[str, tuple[str, str]] = {}
     for source, _ in config.mixture:
         kind, _, pattern = source.partition(":")
-        if kind not in _OF_FILES or storage.is_url(pattern):
+        if kind not in _OF_FILES:
             continue
-        for path, name in find_files(kind, pattern).items():
-            other, earlier = seen.setdefault(os.path.realpath(path), (source, name))
+        copied = copy_bucket(config, source)
+        for path, name in find_files(kind, pattern if copied is None else copied.pattern).items():
+            file = os.path.realpath(path) if copied is None else copied.told(path)
+            other, earlier = seen.setdefault(file, (source, name))
             if other != source and (kind != "text" or name != earlier):
                 raise ValueError(
-                    f"data.mixture: {show_path(path)} is in '{show_path(other)}' and in '{show_path(source)}', where "
+                    f"data.mixture: {show_path(file)} is in '{show_path(other)}' and in '{show_path(source)}', where "
                     "its splits differ: held-out text would be trained on. Name it in one source"
                 )
 

@@ -13,7 +13,7 @@ from transmamba_jax.runtime import storage
 from transmamba_jax.runtime.checks import require
 from transmamba_jax.runtime.paths import show_path
 
-_OF_FILES = frozenset({"text", "jsonl", "parquet", "hf", "array_record"})
+OF_FILES = frozenset({"text", "jsonl", "parquet", "hf", "array_record"})
 
 
 def open_documents(config: DataConfig, split: str) -> Documents:
@@ -25,14 +25,30 @@ def open_documents(config: DataConfig, split: str) -> Documents:
     require(not config.mixture, "open_documents is for one source, found a mixture; take config.of_source(name)")
     check_source(config.source)
     name, _, rest = config.source.partition(":")
-    if storage.is_url(rest) and name in _OF_FILES:
-        try:
-            rest = storage.local_pattern(rest, cache_folder(config), folders=name == "hf")
-        except ValueError as error:
-            raise ValueError(f"data.source '{show_path(config.source)}': {error}") from None
-    found = find_opener(name)(config, rest, split)
     source = f"split {split!r} of data.source '{show_path(config.source)}'"
-    documents = found if isinstance(found, Documents) else GivenDocuments(found, source, config)
-    if len(documents) == 0:
-        raise ValueError(f"{source} has no documents")
+    copied = copy_bucket(config, config.source)
+    try:
+        found = find_opener(name)(config, rest if copied is None else copied.pattern, split)
+        documents = found if isinstance(found, Documents) else GivenDocuments(found, source, config)
+        if len(documents) == 0:
+            raise ValueError(f"{source} has no documents")
+    except ValueError as error:
+        if copied is None:
+            raise
+        raise ValueError(copied.told(str(error))) from None
     return documents
+
+
+def copy_bucket(config: DataConfig, source: str) -> storage.CopiedPattern | None:
+    """Copy the files of a source into the cache; None: they are not in a bucket.
+
+    Raises:
+        ValueError: there are none, or they cannot be copied.
+    """
+    name, _, rest = source.partition(":")
+    if not storage.is_url(rest) or name not in OF_FILES:
+        return None
+    try:
+        return storage.local_pattern(rest, cache_folder(config), folders=name == "hf")
+    except ValueError as error:
+        raise ValueError(f"data.source '{show_path(source)}': {error}") from None

@@ -13,7 +13,7 @@ from transmamba_jax.data.cache_folder import cache_folder
 from transmamba_jax.data.documents import Documents
 from transmamba_jax.data.records import RecordRange, Records
 from transmamba_jax.data.splits import SPLITS, require_name
-from transmamba_jax.runtime.paths import expand_path, show_path
+from transmamba_jax.runtime.paths import show_path
 
 
 class TfdsDocuments(Records):
@@ -80,7 +80,7 @@ def open_tfds(config: DataConfig, spec: str, split: str) -> Documents:
     Raises:
         ValueError: it is not prepared there, or not in array_record, or has no such split or text feature.
     """
-    root = prepared.default_root() if config.cache_dir is None else expand_path(config.cache_dir)
+    root = prepared.default_root() if config.cache_dir is None else cache_folder(config)
     return TfdsDocuments(prepared.find(spec, root).directory, split, config.text_field)
 
 

@@ -6,7 +6,7 @@ rename, no lock of the kernel and no end of a file to write to.
 """
 
 from transmamba_jax.runtime.storage.appended import AppendedFile, append_to
-from transmamba_jax.runtime.storage.copies import is_url, local_copy, local_pattern, staged
+from transmamba_jax.runtime.storage.copies import CopiedPattern, is_url, local_copy, local_pattern, staged
 from transmamba_jax.runtime.storage.files import (
     copy,
     delete,
@@ -21,6 +21,7 @@ from transmamba_jax.runtime.storage.files import (
 
 __all__ = [
     "AppendedFile",
+    "CopiedPattern",
     "append_to",
     "copy",
     "delete",

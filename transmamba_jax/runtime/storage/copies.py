@@ -11,11 +11,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from transmamba_jax.runtime.paths import expand_path, user_cache
+from transmamba_jax.runtime.paths import expand_path, show_path, user_cache
 from transmamba_jax.runtime.storage.files import is_remote
 
 _RANGE = 2**24  # bytes of a request
@@ -46,47 +46,64 @@ def local_copy(path: Path, cache: Path | None = None) -> Path:
     return _mirror(remote, {name.removeprefix(own): info for name, info in found.items()}, cache)
 
 
-def local_pattern(pattern: str, cache: Path, folders: bool = False) -> str:
+class CopiedPattern(NamedTuple):
+    """A pattern of copies, and what they are copies of."""
+
+    pattern: str
+    folder: Path
+    url: str
+    """Folder of the bucket whose objects have their copies in `folder`, under the same names."""
+
+    def told(self, text: str) -> str:
+        """Return a text with the names of the objects in place of those of the copies."""
+        return text.replace(glob.escape(str(self.folder)), self.url).replace(str(self.folder), self.url)
+
+
+def local_pattern(pattern: str, cache: Path, folders: bool = False) -> CopiedPattern:
     """Copy the objects that a URL with wildcards names and return the pattern of the copies.
 
     Names below the first wildcard stay as they are: they decide the split. With `folders`, a URL names a folder.
 
     Raises:
-        ValueError: nothing matches, or the bucket cannot be read.
+        ValueError: nothing matches, the bucket cannot be read, or the cache cannot be written.
     """
     if folders:
         return _local_folder(pattern, cache)
-    parts = pattern.rstrip("/").split("/")
+    scheme, _, rest = pattern.partition("://")
+    parts = [part for part in rest.split("/") if part not in ("", ".")]  # as in a path
+    pattern = f"{scheme}://{'/'.join(parts)}"
     wild = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-    root: Any = expand_path("/".join(parts[: max(wild, 3)]))
+    root: Any = expand_path(f"{scheme}://{'/'.join(parts[: max(wild, 1)])}")
     own = root.files._strip_protocol(str(root)).rstrip("/") + "/"
     try:
         matched = root.files.glob(pattern, detail=True)
         found = {name.removeprefix(own): info for name, info in matched.items() if info["type"] == "file"}
         if matched and not found:
-            raise ValueError(f"{pattern} names folders; for the objects in them write {pattern.rstrip('/')}/**/*")
+            raise ValueError(f"{pattern} names folders; for the objects in them write {pattern}/**/*")
         if not found:
-            raise ValueError(f"{pattern} matches no object; {root} holds {_named(root)}")
+            braces = "; braces are no wildcards" if "{" in pattern else ""
+            raise ValueError(f"{pattern} matches no object{braces}; {root} holds {_named(root)}")
         folder = _mirror(root, found, cache)
     except OSError as error:
-        raise _unreadable(root, error) from None
-    return "/".join([glob.escape(str(folder)), *parts[wild:]])
+        raise _unreadable(root, cache, error) from None
+    return CopiedPattern("/".join([glob.escape(str(folder)), *parts[wild:]]), folder, str(root))
 
 
-def _local_folder(url: str, cache: Path) -> str:
+def _local_folder(url: str, cache: Path) -> CopiedPattern:
     root: Any = expand_path(url)
     try:
         if not root.is_dir():
             raise ValueError(f"there is no folder {root}; {root.parent} holds {_named(root.parent)}")
-        return str(local_copy(root, cache))
+        folder = local_copy(root, cache)
     except OSError as error:
-        raise _unreadable(root, error) from None
+        raise _unreadable(root, cache, error) from None
+    return CopiedPattern(str(folder), folder, str(root))
 
 
-def _unreadable(root: Any, error: OSError) -> ValueError:
+def _unreadable(root: Any, cache: Path, error: OSError) -> ValueError:
     if isinstance(error, FileNotFoundError):
         return ValueError(f"there is no bucket {root.bucket}, or an object was deleted while it was read: {error}")
-    return ValueError(f"cannot read {root}: {error.strerror or error}")
+    return ValueError(f"cannot copy {root} into {show_path(cache)}: {error.strerror or error}")
 
 
 def _named(root: Any) -> str:
