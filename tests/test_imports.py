@@ -43,6 +43,7 @@ OWNERS = {
     "etils": ["transmamba_jax/runtime/storage/"],
     "fsspec": ["transmamba_jax/runtime/storage/"],
     "gcsfs": ["transmamba_jax/runtime/storage/"],
+    "botocore": ["transmamba_jax/runtime/storage/"],
     "flax": ["transmamba_jax/"],
 }
 ABOVE_TRAINING = ("training", "compile_only", "study", "calibrate")

@@ -370,7 +370,7 @@ def load_tokenizer(spec: str, end_of_document: str | None = None) -> Tokenizer:
     try:
         text = expand_path(spec).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = error.strerror or error if isinstance(error, OSError) else error
         raise ValueError(
             f"data.tokenizer must be 'bytes' or the path of a tokenizer.json; cannot read '{show_path(spec)}': {reason}"
         ) from None

@@ -13,6 +13,7 @@ from transmamba_jax.data.sources import open_documents
 from transmamba_jax.export.folder import abstract_params
 from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.runtime.storage import bucket as buckets
+from transmamba_jax.runtime.storage import s3
 
 
 @pytest.fixture(name="folder", scope="module")
@@ -58,6 +59,21 @@ def test_an_exported_folder_is_written_and_read(folder, tmp_path, monkeypatch):
     assert loaded.config.model == config.model
     with pytest.raises(ValueError, match=r"already holds model\.safetensors, config\.yaml, tokenizer\.json"):
         export.save(folder / "export", config, params, None)
+
+
+def test_missing_credentials_are_one_error_that_says_what_to_do(folder, tmp_path, monkeypatch):
+    for name in "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY":
+        monkeypatch.delenv(name)
+    for name in "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE":
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    files = s3.filesystem(skip_instance_cache=True)
+    monkeypatch.setattr(buckets, "filesystem", lambda _: files)
+    message = "Unable to locate credentials. Give this machine credentials for the bucket: aws configure"
+    with pytest.raises(ValueError, match=f"data.source 'text:{folder}/text/.*: cannot copy {folder}/text .*{message}"):
+        open_documents(DataConfig(source=f"text:{folder}/text/*.txt", cache_dir=str(tmp_path)), "all")
+    with pytest.raises(ValueError, match=f"cannot read '{folder}/tokenizer.json': {message}"):
+        data.load_tokenizer(f"{folder}/tokenizer.json")
 
 
 def test_checkpoints_are_refused(folder):

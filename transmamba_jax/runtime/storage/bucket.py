@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
-import fsspec
 from etils.epath import gpath
 
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
@@ -267,4 +266,6 @@ def filesystem(scheme: str) -> Any:
         from transmamba_jax.runtime.storage import gcs  # seconds of import
 
         return gcs.filesystem()
-    return fsspec.filesystem(scheme, use_listings_cache=False)
+    from transmamba_jax.runtime.storage import s3
+
+    return s3.filesystem()
