@@ -70,3 +70,15 @@ def test_the_settings_of_jax_win(tmp_path):
     _, _, written, _ = start(tmp_path / "own", tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own-cache"))
     assert written == len(list((tmp_path / "own-cache").glob("*-cache")))
     assert not (tmp_path / "transmamba_jax" / "programs").exists()
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    losses, _, written, _ = start(tmp_path / "first", tmp_path)
+    (folder,) = (tmp_path / "transmamba_jax" / "programs").iterdir()
+    program = min(folder.glob("*-cache"))
+    program.write_bytes(program.read_bytes()[:100])
+    program.with_name(program.name.removesuffix("-cache") + "-atime").unlink()
+    again, hits, written_again, output = start(tmp_path / "second", tmp_path)
+    assert (hits, written_again) == (written - 1, 1)
+    assert again == losses
+    assert "persistent compilation cache entry" not in output
