@@ -25,17 +25,23 @@ CONFIG = Config(model=dataclasses.replace(LITTLE, num_layers=8), data=DataConfig
 
 
 class Simulated:
-    """Layers of known cost; whole steps have the same, and `rest` seconds more, times `drift`."""
+    """Layers of known cost; whole steps have the same and `rest` seconds more, and `loop` where they loop over layers,
+    times `drift`.
+    """
 
-    rest, drift = 3.0, 1.0
+    rest, loop, drift = 3.0, 0.5, 1.0
 
     def layer(self, point: int) -> Timed:
         return lambda: 1e-6 * point**2 + 5e-4 * (T - point) + 0.01 * (0 < point < T)
 
+    def straight(self) -> Timed:
+        return lambda: self.rest + sum(self.layer(0)() for _ in range(8))
+
     def whole(self, points: Schedule) -> Timed:
         assert len(points) == 8
         drift = 1.0 if set(points) == {0} else self.drift
-        return lambda: drift * (self.rest + sum(self.layer(point)() for point in points))
+        loop = self.loop if schedule.smallest_period(points) < 8 else 0.0
+        return lambda: drift * (self.rest + loop + sum(self.layer(point)() for point in points))
 
 
 @pytest.fixture(name="machine")
@@ -54,7 +60,7 @@ def test_a_machine_whose_steps_are_sums_is_predicted() -> None:
         assert rows[name].error == pytest.approx(0, abs=1e-9)
     assert abs(rows["recommended"].error or 0) < 0.02  # its TransPoints are between those that were measured
     assert rows["V9"].points == schedule.v9(T)
-    assert (rows["Transformer"].measured, rows["Mamba-2"].predicted) == (None, pytest.approx(3.0 + 8 * 0.512))
+    assert (rows["Transformer"].measured, rows["Mamba-2"].predicted) == (None, pytest.approx(3.5 + 8 * 0.512))
     assert rows["Mamba-2"].error == pytest.approx(0, abs=1e-9)
     assert found.costs.rest(8) == pytest.approx(3.0)
     assert found.costs.optimum() == 256  # of 1e-6 P^2 - 5e-4 P: the one in the grid, and its neighbours are slower
@@ -62,6 +68,7 @@ def test_a_machine_whose_steps_are_sums_is_predicted() -> None:
     assert rows["Transformer"].cache > rows["V9"].cache > rows["Mamba-2"].cache
     text = "\n".join(plan.text(found))
     assert "speed-optimal common TransPoint P* = 256" in text
+    assert "a loop over layers, in schedules that repeat: 500.00 ms" in text
     assert "goal 10%: met" in text
     assert text.endswith(f"model: {{transpoints: [{', '.join(map(str, found.recommended))}]}}")
 

@@ -55,6 +55,9 @@ class Topology:
 
         return _once(compiled)
 
+    def straight(self) -> None:
+        """Tell no difference: the loop costs a chip little, and a second program takes minutes to compile."""
+
     def whole(self, points: Schedule) -> Timed:
         """Predict a whole train step."""
         model = dataclasses.replace(self.config.model, transpoints=points)

@@ -36,6 +36,9 @@ class Costs:
     """TransPoint -> seconds of a mixer; has 0 and T."""
     mamba2: float
     """Seconds of a step in which every TransPoint is 0."""
+    straight: float | None = None
+    """Seconds of that step without a loop over layers, which schedules as long as the stack have not; None: it was not
+    measured, or is the same."""
 
     def at(self, point: int) -> float:
         """Return the seconds of a layer, linear between the TransPoints that were measured."""
@@ -44,11 +47,13 @@ class Costs:
 
     def predict(self, points: Schedule) -> float:
         """Return the seconds of a step under one TransPoint per layer."""
-        return self.mamba2 + sum(self.at(point) - self.layer[0] for point in points)
+        looped = schedule.smallest_period([min(point, self.length) for point in points]) < len(points)
+        base = self.mamba2 if looped or self.straight is None else self.straight
+        return base + sum(self.at(point) - self.layer[0] for point in points)
 
     def rest(self, num_layers: int) -> float:
-        """Return the seconds of a step besides its mixers."""
-        return self.mamba2 - num_layers * self.layer[0]
+        """Return the seconds of a step besides its mixers and a loop over layers."""
+        return (self.mamba2 if self.straight is None else self.straight) - num_layers * self.layer[0]
 
     def optimum(self) -> int:
         """Return the TransPoint P* of the fastest layer; the smallest of several."""

@@ -117,6 +117,14 @@ class Stopwatch:
 
         return run
 
+    def straight(self) -> Timed | None:
+        """Time a whole Mamba-2 step without a loop over layers; None where there is no loop: it is the same."""
+        layers = self.config.model.num_layers
+        if self.objective != "train" or layers == 1 or self.kernels.unrolled_layers >= layers:
+            return None
+        kernels = dataclasses.replace(self.kernels, unrolled_layers=layers)
+        return Stopwatch(self.config, kernels, self.objective).whole((0,) * layers)
+
     def _decoding(self, model: ModelConfig, points: Schedule) -> Timed:
         """Time the decoder: one row of T tokens that is read, or that is generated after a first token."""
         module, length = TransMamba(model, self.kernels), self.config.data.seq_len
