@@ -43,12 +43,12 @@ def test_a_step_is_the_sum_of_its_layers() -> None:
 
 
 def test_a_schedule_without_a_loop_counts_from_a_step_without_one() -> None:
-    straight = dataclasses.replace(COSTS, straight=1.5)
+    unrolled = dataclasses.replace(COSTS, unrolled=1.5)
     extra = formula(T) - formula(0)
-    assert straight.predict((0,) * 7 + (T,)) == pytest.approx(1.5 + extra, rel=1e-12)
-    assert straight.predict(((0,) * 3 + (T,)) * 2) == pytest.approx(2.0 + 2 * extra, rel=1e-12)
-    assert straight.predict((T, 2 * T) * 4) == pytest.approx(2.0 + 8 * extra, rel=1e-12)  # the same beyond the row
-    assert straight.rest(8) == pytest.approx(1.5 - 8 * formula(0))
+    assert unrolled.predict((0,) * 7 + (T,)) == pytest.approx(1.5 + extra, rel=1e-12)
+    assert unrolled.predict(((0,) * 3 + (T,)) * 2) == pytest.approx(2.0 + 2 * extra, rel=1e-12)
+    assert unrolled.predict((T, 2 * T) * 4) == pytest.approx(2.0 + 8 * extra, rel=1e-12)  # the same beyond the row
+    assert unrolled.rest(8) == pytest.approx(1.5 - 8 * formula(0))
 
 
 def test_the_optimum_and_the_points_beside_it() -> None:

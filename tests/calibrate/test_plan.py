@@ -34,7 +34,7 @@ class Simulated:
     def layer(self, point: int) -> Timed:
         return lambda: 1e-6 * point**2 + 5e-4 * (T - point) + 0.01 * (0 < point < T)
 
-    def straight(self) -> Timed:
+    def unrolled(self) -> Timed:
         return lambda: self.rest + sum(self.layer(0)() for _ in range(8))
 
     def whole(self, points: Schedule) -> Timed:

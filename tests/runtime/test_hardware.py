@@ -31,18 +31,31 @@ def test_the_peak_of_devices_needs_every_data_sheet() -> None:
     assert hardware.peak_flops([known, unknown]) is None
 
 
-@pytest.mark.parametrize("module", ["training", "generate", "evaluate", "study"])
+COMMANDS = {
+    "training": "--config tiny --workdir {folder}/run",
+    "generate": "--checkpoint {folder} --prompt a",
+    "evaluate": "--checkpoint {folder}",
+    "study": "configs/studies/s1_recall.yaml --out {folder}/study",
+    "calibrate": "--plan --config tiny --quick",
+    "checkpoint": "verify {folder}",
+    "export": "--checkpoint {folder} --output {folder}/exported",
+    "convert": "from-mamba2 {folder} {folder}/converted",
+    "report": "{folder}",
+}
+
+
+@pytest.mark.parametrize("module", COMMANDS)
 def test_a_platform_without_devices_is_said_without_a_traceback(module: str, tmp_path: Path) -> None:
-    arguments = {
-        "training": ["--config", "tiny", "--workdir", str(tmp_path / "run")],
-        "generate": ["--checkpoint", str(tmp_path), "--prompt", "a"],
-        "evaluate": ["--checkpoint", str(tmp_path)],
-        "study": ["configs/studies/s1_recall.yaml", "--out", str(tmp_path / "study")],
-    }[module]
+    arguments = COMMANDS[module].format(folder=tmp_path).split()
+    environment = {**os.environ, "JAX_PLATFORMS": "rocm", "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-m", f"transmamba_jax.{module}", *arguments]
-    environment = {**os.environ, "JAX_PLATFORMS": "rocm"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 2, result.stderr
     assert "JAX opens no device with JAX_PLATFORMS=rocm" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_every_command_that_opens_devices_is_tried() -> None:
+    commands = {path.parent.name for path in (ROOT / "transmamba_jax").glob("*/__main__.py")}
+    assert set(COMMANDS) == commands

@@ -14,7 +14,7 @@ from transmamba_jax import config_io
 from transmamba_jax.calibrate import show, trials
 from transmamba_jax.calibrate.candidates import make_job
 from transmamba_jax.config import Config
-from transmamba_jax.runtime import calibration, host_memory, logs
+from transmamba_jax.runtime import calibration, hardware, host_memory, logs
 from transmamba_jax.runtime.paths import option_path
 
 
@@ -87,6 +87,8 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Plan, print, and write what is asked for."""
     host_memory.keep_freed()  # as training does
+    if options.topology is None:
+        hardware.require_devices()
     # orbax, Grain and matplotlib take seconds to import.
     from transmamba_jax.calibrate import costs, figure, plan
 

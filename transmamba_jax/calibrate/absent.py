@@ -55,8 +55,8 @@ class Topology:
 
         return _once(compiled)
 
-    def straight(self) -> None:
-        """Tell no difference: the loop costs a chip little, and a second program takes minutes to compile."""
+    def unrolled(self) -> None:
+        """Compile no second program, which takes minutes: every prediction counts from the step with its loop."""
 
     def whole(self, points: Schedule) -> Timed:
         """Predict a whole train step."""

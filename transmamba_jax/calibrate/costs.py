@@ -36,9 +36,11 @@ class Costs:
     """TransPoint -> seconds of a mixer; has 0 and T."""
     mamba2: float
     """Seconds of a step in which every TransPoint is 0."""
-    straight: float | None = None
-    """Seconds of that step without a loop over layers, which schedules as long as the stack have not; None: it was not
-    measured, or is the same."""
+    unrolled: float | None = None
+    """Seconds of that step without a loop over layers, as schedules are compiled whose period is the depth.
+
+    None: there is no loop, or it was not measured.
+    """
 
     def at(self, point: int) -> float:
         """Return the seconds of a layer, linear between the TransPoints that were measured."""
@@ -48,12 +50,12 @@ class Costs:
     def predict(self, points: Schedule) -> float:
         """Return the seconds of a step under one TransPoint per layer."""
         looped = schedule.smallest_period([min(point, self.length) for point in points]) < len(points)
-        base = self.mamba2 if looped or self.straight is None else self.straight
+        base = self.mamba2 if looped or self.unrolled is None else self.unrolled
         return base + sum(self.at(point) - self.layer[0] for point in points)
 
     def rest(self, num_layers: int) -> float:
         """Return the seconds of a step besides its mixers and a loop over layers."""
-        return (self.mamba2 if self.straight is None else self.straight) - num_layers * self.layer[0]
+        return (self.mamba2 if self.unrolled is None else self.unrolled) - num_layers * self.layer[0]
 
     def optimum(self) -> int:
         """Return the TransPoint P* of the fastest layer; the smallest of several."""

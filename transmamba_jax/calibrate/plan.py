@@ -34,8 +34,8 @@ class Machine(Protocol):
     def whole(self, points: Schedule) -> Timed:
         """Time a whole step."""
 
-    def straight(self) -> Timed | None:
-        """Time a whole Mamba-2 step without a loop over layers; None: it is the same, or not told apart."""
+    def unrolled(self) -> Timed | None:
+        """Time a whole Mamba-2 step without a loop over layers; None: there is no loop, or it is not measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +99,10 @@ def make_plan(
     LOGGER.info("layers with TransPoints %s, and a whole Mamba-2 %s", ", ".join(map(str, points)), _NOUN[objective])
     calls: dict[int | str, Timed] = {point: machine.layer(point) for point in points}
     mamba2 = machine.whole(zero)
-    straight = machine.straight()
-    both = {"loop": mamba2} if straight is None else {"loop": mamba2, "straight": straight}
+    unrolled = machine.unrolled()
+    both = {"loop": mamba2} if unrolled is None else {"loop": mamba2, "unrolled": unrolled}
     found = stopwatch.medians({**calls, **both}, rounds)
-    measured = Costs(length, {point: found[point] for point in points}, found["loop"], found.get("straight"))
+    measured = Costs(length, {point: found[point] for point in points}, found["loop"], found.get("unrolled"))
     if not quick and (near := costs.neighbours(measured)):
         # Beside P*: timed with it again, and scaled by it, for the machine may be slower or faster by now.
         again = stopwatch.medians({point: machine.layer(point) for point in (*near, measured.optimum())}, rounds)
@@ -178,8 +178,8 @@ def text(plan: Plan) -> Iterator[str]:
         )
     rest = found.rest(plan.num_layers)
     yield f"the rest of a {_NOUN[plan.objective]} (MLPs, embeddings, loss, optimizer): {milliseconds(rest)} ms"
-    if found.straight is not None:
-        yield f"a loop over layers, in schedules that repeat: {milliseconds(found.mamba2 - found.straight)} ms"
+    if found.unrolled is not None:
+        yield f"a loop over layers, in schedules that repeat: {milliseconds(found.mamba2 - found.unrolled)} ms"
     yield f"speed-optimal common TransPoint P* = {found.optimum()}"
     yield f"recommended: {plan.reason}"
     checked = "whole ms" if plan.how == "measured" else "compiled ms"

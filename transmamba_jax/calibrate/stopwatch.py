@@ -117,7 +117,7 @@ class Stopwatch:
 
         return run
 
-    def straight(self) -> Timed | None:
+    def unrolled(self) -> Timed | None:
         """Time a whole Mamba-2 step without a loop over layers; None where there is no loop: it is the same."""
         layers = self.config.model.num_layers
         if self.objective != "train" or layers == 1 or self.kernels.unrolled_layers >= layers:

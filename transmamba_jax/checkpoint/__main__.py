@@ -11,7 +11,7 @@ from transmamba_jax.checkpoint import manifest as checkpoint_manifest
 from transmamba_jax.checkpoint import steps as checkpoint_steps
 from transmamba_jax.checkpoint import tree as checkpoint_tree
 from transmamba_jax.checkpoint.manifest import DamagedError
-from transmamba_jax.runtime import logs, storage
+from transmamba_jax.runtime import hardware, logs, storage
 from transmamba_jax.runtime.paths import option_path
 
 _COMMANDS = {
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "verify":
+            hardware.require_devices()
             return _verify(options.directory, options.step)
         inspect = options.command == "inspect"
         lines = _inspect(options.directory, options.step) if inspect else _list(options.directory)

@@ -8,7 +8,7 @@ from transmamba_jax import export
 from transmamba_jax.config import Config
 from transmamba_jax.convert import mamba2, tokenizer_files
 from transmamba_jax.data.tokenizers import check_vocabulary
-from transmamba_jax.runtime import logs, tensor_files
+from transmamba_jax.runtime import hardware, logs, tensor_files
 from transmamba_jax.runtime.paths import option_path
 
 
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Convert a folder; returns 2 where that cannot be done."""
     options = _parser().parse_args(arguments)
     try:
+        hardware.require_devices()
         if options.command == "from-mamba2":
             model, params = mamba2.from_mamba2(options.source)
             read = tokenizer_files.read(options.source)

@@ -14,11 +14,11 @@ import numpy as np
 from transmamba_jax.config import DataConfig
 from transmamba_jax.data.batch_iterator import SOURCES, Batch
 from transmamba_jax.data.file_patterns import find_files
-from transmamba_jax.data.sources import copy_bucket
+from transmamba_jax.data.sources import OF_FILES, copy_bucket
 from transmamba_jax.runtime.paths import show_path
 
 _ENDLESS = 2**50
-_OF_FILES = frozenset({"text", "jsonl", "parquet", "array_record"})
+_OF_PATTERNS = OF_FILES - {"hf"}  # which names a folder
 
 
 def refuse_shared_files(config: DataConfig) -> None:
@@ -32,7 +32,7 @@ def refuse_shared_files(config: DataConfig) -> None:
     seen: dict[str, tuple[str, str]] = {}
     for source, _ in config.mixture:
         kind, _, pattern = source.partition(":")
-        if kind not in _OF_FILES:
+        if kind not in _OF_PATTERNS:
             continue
         copied = copy_bucket(config, source)
         for path, name in find_files(kind, pattern if copied is None else copied.pattern).items():

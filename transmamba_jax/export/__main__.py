@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from transmamba_jax import data
 from transmamba_jax.checkpoint import command_options
 from transmamba_jax.export import folder, stablehlo
-from transmamba_jax.runtime import logs, tensor_files
+from transmamba_jax.runtime import hardware, logs, tensor_files
 from transmamba_jax.runtime.paths import option_path
 
 
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Export a checkpoint and return the exit code: 0, or 2 with the reason printed."""
     options = _parser().parse_args(arguments)
     try:
+        hardware.require_devices()
         if options.platforms:
             stablehlo.check_platforms(options.platforms)
         programs_too = [f"{name}.jax" for name in stablehlo.PROGRAMS] if options.platforms else []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transmamba_jax.report.compare import write_comparison
 from transmamba_jax.report.summary import write_report
-from transmamba_jax.runtime import logs
+from transmamba_jax.runtime import hardware, logs
 from transmamba_jax.runtime.paths import option_path, show_path
 
 
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
+        hardware.require_devices()
         several = len(options.workdirs) > 1
         page = write_comparison(options.workdirs, options.output) if several else write_report(*options.workdirs)
         print(show_path(page))

@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             study = load_study(options.file, options.quick)
             return _run(study, options.out or Path("runs/studies") / (study.name + "-quick" * study.quick), options)
-        except ValueError as error:
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
             print(f"transmamba study: {error}", file=sys.stderr)
             return 2
     return 0
@@ -78,12 +80,13 @@ def _run(study: Study, out: Path, options: argparse.Namespace) -> int:
 
     shard, shards = options.shard
     selection = runner.Selection(options.only, shard, shards, options.stage)
+    if options.finished is not None:
+        keep_file(options.file, study, out)
+        logs.write_line(f"{results.take_results(study, out, options.finished)} cells taken from {options.finished}")
     if options.list:
         _list(study, out, selection)
         return 0
     keep_file(options.file, study, out)
-    if options.finished is not None:
-        logs.write_line(f"{results.take_results(study, out, options.finished)} cells taken from {options.finished}")
     if options.jobs > 1:
         if shards > 1:
             raise ValueError("--jobs divides the cells itself, found --shard too; give one of them")

@@ -7,6 +7,7 @@ continues from its checkpoint.
 
 import dataclasses
 import fnmatch
+import itertools
 import logging
 import shutil
 import statistics
@@ -27,6 +28,7 @@ from transmamba_jax.study.results import Record
 from transmamba_jax.study.spec import Cell, Stage, Study
 from transmamba_jax.training.loop import EXIT_NOT_SAVED, train
 from transmamba_jax.training.preemption import EXIT_PREEMPTED
+from transmamba_jax.training.step import share_programs
 from transmamba_jax.training.step_log import NonFiniteError
 
 COMPLETE, UNFINISHED = 0, 75
@@ -73,16 +75,15 @@ def run_study(
     out.mkdir(parents=True, exist_ok=True)
     for stage in ("search", "report") if selection.stage is None else (selection.stage,):
         cells = [cell for cell in selection.of(stage_cells(study, out, stage)) if _is_due(study, out, cell, retry)]
-        arm = None
-        for cell in _bar(cells, stage):
-            if cell.arm != arm:
-                jax.clear_caches()  # cells of one arm share their programs, and other arms trace functions of their own
-            arm = cell.arm
-            if time.perf_counter() - begin > 3600 * study.budget_hours:
-                logs.write_line(f"budget_hours={study.budget_hours:g} are spent; the same command continues")
-                return UNFINISHED
-            if not run_cell(study, out, cell, retry, train_cell):
-                return UNFINISHED
+        for _, of_arm in itertools.groupby(_bar(cells, stage), key=lambda cell: cell.arm):
+            jax.clear_caches()  # other arms trace functions of their own
+            with share_programs():
+                for cell in of_arm:
+                    if time.perf_counter() - begin > 3600 * study.budget_hours:
+                        logs.write_line(f"budget_hours={study.budget_hours:g} are spent; the same command continues")
+                        return UNFINISHED
+                    if not run_cell(study, out, cell, retry, train_cell):
+                        return UNFINISHED
     return UNFINISHED if selection.stage != "search" and _waiting(study, out, selection) else COMPLETE
 
 

@@ -1,9 +1,11 @@
 """The train step: the state, and an update that a NaN cannot reach; the loss is in `loss`."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, no_type_check
 
@@ -97,11 +99,12 @@ def master_weights(leaf: jax.Array) -> jax.Array:
 
 def abstract_state(config: Config, model: nn.Module, mesh: Mesh) -> TrainState:
     """Return the shapes, dtypes and shardings of the state without making it."""
-    return _abstract_state(program_config(config), model, mesh)
+    kind = jax.eval_shape(lambda: jax.random.key(0)).dtype  # of jax_default_prng_impl
+    return _abstract_state(program_config(config), model, mesh, kind)
 
 
 @functools.lru_cache(maxsize=2)  # tracing the initialisation takes seconds, and several callers ask
-def _abstract_state(config: Config, model: nn.Module, mesh: Mesh) -> TrainState:
+def _abstract_state(config: Config, model: nn.Module, mesh: Mesh, _kind_of_keys: Any) -> TrainState:
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     shapes = jax.eval_shape(partial(init_state, config, model), key)
     everywhere = NamedSharding(mesh, P())
@@ -156,18 +159,39 @@ def make_train_step(
     return _jit(lambda state, batch: step(state, batch, scale), config, model, mesh)
 
 
+_shared: contextvars.ContextVar[dict[Any, jax.stages.Compiled] | None] = contextvars.ContextVar("_shared", default=None)
+
+
+@contextlib.contextmanager
+def share_programs() -> Iterator[None]:
+    """Compile a step once for all runs inside that have the same `program_config`, model and mesh.
+
+    For runs of one process that follow one another under the same settings of JAX: a compiled program keeps those of
+    its compilation.
+    """
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
 def compile_train_step(config: Config, model: nn.Module, mesh: Mesh) -> Step:
-    """Compile the step (state, batch) -> (state, metrics); runs with the same `program_config` share the program.
+    """Compile the step (state, batch) -> (state, metrics), or take it from an earlier run; see `share_programs`.
 
     Raises:
         ValueError: the batch does not divide over the devices.
     """
-    program = _compile(program_config(config), model, mesh)
+    shared = _shared.get()
+    programs = {} if shared is None else shared
+    key = program_config(config), model, mesh
+    if key not in programs:
+        programs[key] = _compile(*key)
+    program = programs[key]
     scale = jax.device_put(np.float32(config.optimizer.learning_rate_scale), NamedSharding(mesh, P()))
     return lambda state, batch: program(state, batch, scale)
 
 
-@functools.lru_cache(maxsize=8)
 def _compile(config: Config, model: nn.Module, mesh: Mesh) -> jax.stages.Compiled:
     step = _jit(_step_function(config, model, make_optimizer(config)), config, model, mesh, 1)
     scale = jax.ShapeDtypeStruct((), jnp.float32)
