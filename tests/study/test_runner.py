@@ -9,6 +9,7 @@ import pytest
 from tests.study.support import Trainer, accuracy, write_study
 from tests.training.support import Little
 from transmamba_jax.report import read_metrics
+from transmamba_jax.runtime import logs
 from transmamba_jax.study import report, results, runner
 from transmamba_jax.study.runner import COMPLETE, UNFINISHED, Selection, run_study
 from transmamba_jax.study.spec import Cell
@@ -97,6 +98,18 @@ def test_an_error_that_is_a_bug_is_not_swallowed(tmp_path, trainer):
     trainer.failures[FIRST] = TypeError("a bug")
     with pytest.raises(TypeError, match="a bug"):
         run_study(write_study(tmp_path), tmp_path / "out", train_cell=trainer)
+
+
+@pytest.mark.parametrize("failure", [ZeroDivisionError("a bug"), KeyboardInterrupt(), EXIT_PREEMPTED])
+def test_a_study_that_ends_early_hides_no_line_of_what_comes_after_it(tmp_path, trainer, failure, caplog):
+    trainer.failures["attention/n2/search-rate0.001-seed1"] = failure
+    try:
+        run_study(write_study(tmp_path), tmp_path / "out", train_cell=trainer)
+    except (ZeroDivisionError, KeyboardInterrupt) as error:
+        kept = error  # with its traceback, as a notebook keeps the last error
+        assert kept is failure
+    logs.LOGGER.warning("a line")
+    assert caplog.messages == ["a line"]
 
 
 def test_a_metric_that_no_evaluation_has_ends_the_study_and_leaves_no_result(tmp_path, trainer):

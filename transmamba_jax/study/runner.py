@@ -12,7 +12,7 @@ import logging
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +75,18 @@ def run_study(
     out.mkdir(parents=True, exist_ok=True)
     for stage in ("search", "report") if selection.stage is None else (selection.stage,):
         cells = [cell for cell in selection.of(stage_cells(study, out, stage)) if _is_due(study, out, cell, retry)]
-        for _, of_arm in itertools.groupby(_bar(cells, stage), key=lambda cell: cell.arm):
-            jax.clear_caches()  # other arms trace functions of their own
-            with share_programs():
-                for cell in of_arm:
-                    if time.perf_counter() - begin > 3600 * study.budget_hours:
-                        logs.write_line(f"budget_hours={study.budget_hours:g} are spent; the same command continues")
-                        return UNFINISHED
-                    if not run_cell(study, out, cell, retry, train_cell):
-                        return UNFINISHED
+        # A study that ends early or fails gives the library's lines back at once.
+        with logs.shown(logging.ERROR), _bar(cells, stage) as bar:
+            for _, of_arm in itertools.groupby(cells, key=lambda cell: cell.arm):
+                jax.clear_caches()  # other arms trace functions of their own
+                with share_programs():
+                    for cell in of_arm:
+                        if time.perf_counter() - begin > 3600 * study.budget_hours:
+                            logs.write_line(f"budget_hours={study.budget_hours:g} are spent; the same command continues")
+                            return UNFINISHED
+                        if not run_cell(study, out, cell, retry, train_cell):
+                            return UNFINISHED
+                        bar.update()
     return UNFINISHED if selection.stage != "search" and _waiting(study, out, selection) else COMPLETE
 
 
@@ -200,7 +203,6 @@ def _line(study: Study, cell: Cell, record: Record) -> str:
     return f"{cell.name}  {study.metric} {results.metric_of(study, record):.4f}  {record['seconds']:.0f} s"
 
 
-def _bar(cells: Sequence[Cell], stage: str) -> Iterator[Cell]:
-    """Show a bar over cells on a terminal; the runs' own lines are hidden, except what needs a person."""
-    with logs.shown(logging.ERROR):
-        yield from tqdm(cells, desc=stage, unit="cell", dynamic_ncols=True, disable=None)
+def _bar(cells: Sequence[Cell], stage: str) -> tqdm:
+    """Return a bar over cells on a terminal; the runs' own lines are hidden, except what needs a person."""
+    return tqdm(total=len(cells), desc=stage, unit="cell", dynamic_ncols=True, disable=None)
