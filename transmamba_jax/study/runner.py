@@ -82,7 +82,8 @@ def run_study(
                 with share_programs():
                     for cell in of_arm:
                         if time.perf_counter() - begin > 3600 * study.budget_hours:
-                            logs.write_line(f"budget_hours={study.budget_hours:g} are spent; the same command continues")
+                            spent = f"budget_hours={study.budget_hours:g} are spent"
+                            logs.write_line(f"{spent}; the same command continues")
                             return UNFINISHED
                         if not run_cell(study, out, cell, retry, train_cell):
                             return UNFINISHED
