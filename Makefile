@@ -1,6 +1,7 @@
 # make train: environment, then the tiny experiment to the end.
 # make small: a tokenizer and the experiment of 8M parameters, about two and a half hours; again: it resumes.
-# make test:  environment with test tools, then the whole suite.
+# make test:  environment with test tools, then the suite without the markers below.
+# make slow:  the tests that start whole programs: kills, several processes, buckets, README's commands, notebooks.
 # make faults: the accidents that take minutes (50 kills at random moments, a full disk) besides those of the suite.
 # make exhaustive: every case of what the suite samples, such as all shapes of the Triton kernels.
 # make wheel-check: the wheel, installed outside the repository, trains and generates.
@@ -16,7 +17,7 @@ INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/pyt
 # Each environment remembers its interpreter: another PYTHON makes a new one.
 IDENTITY := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 
-.PHONY: train small test faults exhaustive lint notebooks wheel-check docs clean
+.PHONY: train small test slow faults exhaustive lint notebooks wheel-check docs clean
 
 train: $(VENV)/.installed-base
 	$(BIN)/python train.py --config configs/tiny.yaml
@@ -28,6 +29,9 @@ small: $(VENV)/.installed-base
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "slow and not faults and not exhaustive"
 
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/faults -m "faults or not faults"

@@ -117,6 +117,7 @@ np.savez(sys.argv[2], *jax.tree.leaves(differentiate()))
 """
 
 
+@pytest.mark.slow
 def test_sixty_four_bit_mode_gives_the_results_of_32_bits(tmp_path: Path) -> None:
     found = {}
     for mode in ("0", "1"):

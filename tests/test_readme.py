@@ -62,6 +62,7 @@ def run(folder: Path, command: str) -> None:
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
 
 
+@pytest.mark.slow
 def test_the_commands_run(folder):
     lines = commands("README.md")
     assert lines[0] == "make train"
@@ -69,6 +70,7 @@ def test_the_commands_run(folder):
         run(folder, line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/generate.md", "docs/extend.md"])
 def test_the_python_runs(folder, page):
     script = folder / "blocks.py"

@@ -166,6 +166,7 @@ def run_on_eight_devices(code: str, *arguments: str) -> dict:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("meshes", "transpoints", "accumulation"),
     [(ALONE + TRIPLES, (13,), 1), (PAIRS, (13,), 1), (((1, 1, 4, 2),), (0, 32), 2)],
@@ -206,6 +207,7 @@ print(json.dumps(report))
 """
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_falls_as_the_parts_of_fsdp():
     """State, gradients and what is kept for the backward pass; but for one layer at a time, which is gathered."""
     report = run_on_eight_devices(MEMORY)

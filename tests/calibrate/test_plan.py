@@ -118,6 +118,7 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["train", "decode"])
 def test_layers_and_steps_run_on_this_machine(objective: Any) -> None:
     data = DataConfig(seq_len=8, batch_size=2)
@@ -135,6 +136,7 @@ def test_layers_and_steps_run_on_this_machine(objective: Any) -> None:
         assert all(call() > 0 for call in parts.values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("programs_not_kept")
 def test_an_absent_chip_is_predicted_by_its_compiler() -> None:
     # Of two heads the gradients are so small that the compiler of jax 0.12 (libtpu) aborts in their sum over chips.

@@ -29,6 +29,7 @@ def _record() -> Record:
     return make_record("slow", "wrong", "fails", "hangs", "exits", "killed")
 
 
+@pytest.mark.slow
 def test_every_ending_is_recorded(record: Record) -> None:
     found = by_name(record)
     assert {name: result.outcome for name, result in found.items()} == {
@@ -49,6 +50,7 @@ def test_every_ending_is_recorded(record: Record) -> None:
     assert found["pallas_tpu"].message == "it is for a TPU, and this is a CPU"
 
 
+@pytest.mark.slow
 def test_only_those_that_passed_are_timed(record: Record) -> None:
     for name, result in by_name(record).items():
         timed = {operation: set(lengths) for operation, lengths in result.seconds.items()}
@@ -63,6 +65,7 @@ def test_only_those_that_passed_are_timed(record: Record) -> None:
     assert set(attention.seconds) == {"forward", "forward+backward"}
 
 
+@pytest.mark.slow
 def test_the_fastest_of_the_right_ones_is_chosen(record: Record) -> None:
     for purpose in ("train", "read"):
         chosen = record.kernels(KernelsConfig(), purpose)  # type: ignore[arg-type]
@@ -73,6 +76,7 @@ def test_the_fastest_of_the_right_ones_is_chosen(record: Record) -> None:
         assert {each.name for each in chosen.ssd_table.order(64, state_alone=True)} == {"sequential", "slow"}
 
 
+@pytest.mark.slow
 def test_one_that_dies_while_it_is_timed_is_left_out_and_the_others_are_timed_again() -> None:
     record = make_record("dies_late")
     found = by_name(record)

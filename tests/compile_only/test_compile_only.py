@@ -41,6 +41,7 @@ def number(pattern: str, output: str) -> float:
     return float(re.search(pattern + r" ([\d.e+]+)", output)[1])
 
 
+@pytest.mark.slow
 def test_tiny_on_a_tpu_that_is_not_there() -> None:
     output = compile_for("v5e:2x2", "--mesh.fsdp", "2")
     assert "v5e:2x2: 4 x TPU v5 lite, mesh {'data': 2, 'fsdp': 2, 'context': 1, 'tensor': 1}" in output
@@ -53,6 +54,7 @@ def test_tiny_on_a_tpu_that_is_not_there() -> None:
     assert number("FLOPs of a device   ", output) == pytest.approx(3.319e9, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_says_what_to_change() -> None:
     options = ("--data.batch-size", "16384", "--mesh.fsdp", "2")
     output = compile_for("v5e:2x2", *options, expect=EXIT_DOES_NOT_FIT)
@@ -61,6 +63,7 @@ def test_a_step_that_does_not_fit_says_what_to_change() -> None:
     assert "--mesh.fsdp, to --mesh.context for long rows or --mesh.tensor for wide layers" in output
 
 
+@pytest.mark.slow
 def test_simulated_devices() -> None:
     output = compile_for("cpu:4", "--mesh.context", "2", "--data.tokenizer", "not-made-yet.json")
     assert "not-made-yet.json is not there: taken to have model.vocab_size=256 tokens" in output

@@ -30,6 +30,7 @@ def test_accuracies_by_hand():
         AnswerCounter().result(8, (0,))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_task_learns_it_and_says_so(tmp_path):
     model = ModelConfig(
         vocab_size=3, num_layers=2, d_model=32, num_heads=2, num_groups=2, head_dim=16, state_dim=16, mlp_dim=0,

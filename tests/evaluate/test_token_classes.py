@@ -96,6 +96,7 @@ def test_rows_of_another_length_keep_or_scale_the_transpoints():
         assert (longer.data.seq_len, longer.model.transpoints) == (64, points)
 
 
+@pytest.mark.slow
 def test_the_command_measures_longer_rows_and_classes(tmp_path, capsys):
     config = Config(
         model=MODEL,

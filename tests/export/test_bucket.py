@@ -44,6 +44,7 @@ def _folder(bucket, tmp_path_factory):
     return here / "export"
 
 
+@pytest.mark.slow
 def test_generate_and_load_say_the_same_from_here_and_from_there(folder, capsys):
     texts = [
         tm.load(place).generate("abc", max_new_tokens=4)

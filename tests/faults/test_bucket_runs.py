@@ -75,6 +75,7 @@ def flip(bucket: Bucket, pattern: str) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_killed_at_step_12_and_resumed_is_bit_for_bit_a_run_in_a_folder(runs, local, bucket, capsys):
     workdir = "gs://bucket/killed"
     text = runs.train(workdir, *STEPS, accident="kill-in-manifest", at=3, expect=-signal.SIGKILL)
@@ -106,6 +107,7 @@ def test_killed_at_step_12_and_resumed_is_bit_for_bit_a_run_in_a_folder(runs, lo
     assert_same_end(expand_path(workdir), local, 24)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_prefix_is_refused(runs, bucket):
     workdir, waiting, folder = "gs://bucket/twice", runs.folder / "waiting", runs.folder / "others"
     folder.mkdir()
@@ -125,6 +127,7 @@ def test_a_second_run_in_the_same_prefix_is_refused(runs, bucket):
     assert good(workdir)[-1] == 12
 
 
+@pytest.mark.slow
 def test_requests_that_fail_are_repeated_and_the_run_is_the_same(runs, local, bucket):
     """Every eleventh request is answered by an error of the service, and one by nothing at all."""
     statuses, count, lock = (429, 500, 503), [0], threading.Lock()
@@ -147,6 +150,7 @@ def test_requests_that_fail_are_repeated_and_the_run_is_the_same(runs, local, bu
     assert metrics_of(expand_path("gs://bucket/busy")) == metrics_of(local)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reads_too", [False, True])
 def test_a_bucket_that_refuses_is_an_alarm_and_the_run_goes_on(runs, local, bucket, reads_too):
     """The bucket refuses to write, or everything, from the save of step 8 until it is given the metrics of step 10."""
@@ -227,6 +231,7 @@ def killed_between_requests(
     assert_same_end(expand_path(workdir), local, 24)
 
 
+@pytest.mark.slow
 def test_killed_between_requests_loses_no_complete_step(runs, bucket, local):
     killed_between_requests(runs, bucket, local, "requests", [(391, False)])
 

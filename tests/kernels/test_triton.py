@@ -188,6 +188,7 @@ if HAS_TRITON:
             found.append(pytest.param(capability, dtype, head_dim, state_dim, marks=marks))
         return found
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("capability", "dtype", "head_dim", "state_dim"), cases())
     def test_kernels_fit_the_gpu(capability: int, dtype: str, head_dim: int, state_dim: int) -> None:
         """Every variant: no register spills, and shared memory suffices on the smallest GPU."""

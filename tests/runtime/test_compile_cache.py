@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TRAIN = """
 import sys, jax
 events = []
@@ -46,6 +48,7 @@ def start(folder: Path, cache: Path, **settings: str) -> tuple[list[float], int,
     return [line["loss"] for line in lines if "loss" in line], int(hits), int(written), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_second_start_reads_its_programs_and_computes_the_same(tmp_path):
     losses, hits, written, _ = start(tmp_path / "first", tmp_path)
     again, hits_again, written_again, _ = start(tmp_path / "second", tmp_path)
@@ -56,6 +59,7 @@ def test_the_second_start_reads_its_programs_and_computes_the_same(tmp_path):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_made_is_said_and_costs_nothing_else(tmp_path):
     (tmp_path / "transmamba_jax").write_text("a file where the folder would be")
     losses, hits, written, output = start(tmp_path / "run", tmp_path)
@@ -64,6 +68,7 @@ def test_a_folder_that_cannot_be_made_is_said_and_costs_nothing_else(tmp_path):
     assert "compiled programs are not kept" in output
 
 
+@pytest.mark.slow
 def test_the_settings_of_jax_win(tmp_path):
     _, _, written, _ = start(tmp_path / "off", tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
     assert written == 0
@@ -72,6 +77,7 @@ def test_the_settings_of_jax_win(tmp_path):
     assert not (tmp_path / "transmamba_jax" / "programs").exists()
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed(tmp_path):
     losses, _, written, _ = start(tmp_path / "first", tmp_path)
     (folder,) = (tmp_path / "transmamba_jax" / "programs").iterdir()

@@ -160,6 +160,7 @@ def losses(workdir):
     return {(line["step"], name): line[name] for line in lines for name in ("loss", "eval/loss") if name in line}
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run_through_a_failing_save_a_signal_and_another_number_of_them(server, one):
     workdir = server.folder / "two"
     steps = lambda: checkpoint.complete_steps(workdir / "checkpoints")
@@ -193,6 +194,7 @@ def test_two_processes_are_one_run_through_a_failing_save_a_signal_and_another_n
         np.testing.assert_allclose(np.float64(left), np.float64(right), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_bucket_and_no_disk(server, one, bucket):
     """The work directory and the text are in a bucket; one of two processes is asked to stop, and both resume."""
     for file in (server.folder / "text").iterdir():
@@ -215,6 +217,7 @@ def test_two_processes_share_a_bucket_and_no_disk(server, one, bucket):
     np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_the_model_itself_is_cut_across_processes_and_the_first_one_samples(server):
     sizes = {"d_model": 16, "num_heads": 8, "num_groups": 4, "head_dim": 4, "state_dim": 4, "mlp_dim": 16}
     sizes |= {"dtype": "float32"}
@@ -234,6 +237,7 @@ def test_the_model_itself_is_cut_across_processes_and_the_first_one_samples(serv
     assert samples[0] == samples[1]
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_with_a_message(server):
     options = ["--hosts.heartbeat", HEARTBEAT]
     accidents = {"count down": 2}, {"kill": 2}
@@ -242,6 +246,7 @@ def test_a_killed_process_ends_the_others_with_a_message(server):
     assert "Terminating process because the JAX distributed service detected fatal errors" in first
 
 
+@pytest.mark.slow
 def test_processes_that_differ_are_refused_everywhere(server):
     different = {"options": ["--data.seed", 1, "--mesh.data", 2]}
     for output in server.run("differ", {}, different, expect=(2, 2)):
@@ -251,6 +256,7 @@ def test_processes_that_differ_are_refused_everywhere(server):
         assert "code" not in output
 
 
+@pytest.mark.slow
 def test_a_process_that_is_left_alone_says_so_in_time(server):
     first, second = server.run("alone", {}, {"lost": 1}, options=["--hosts.timeout", 2], expect=(2, 2))
     assert "process 0 of 2: the coordinator localhost:" in first

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 CODE = r"""
 import json
@@ -67,6 +68,7 @@ print(json.dumps(report))
 """
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_tokens_of_one_device() -> None:
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

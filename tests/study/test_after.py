@@ -14,6 +14,7 @@ from transmamba_jax.study.runner import COMPLETE, Selection, run_study
 from transmamba_jax.study.spec import Cell, merge
 
 
+@pytest.mark.slow
 def test_a_reported_cell_has_its_evaluations_and_a_cell_of_the_search_has_none(tmp_path):
     model = {"num_layers": 1, "d_model": 4, "num_heads": 1, "head_dim": 4}
     changes = {"model": model, "train": {"steps": 1}, "eval": {"every": 1, "windows": 2, "batch_size": 2}}

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.study.support import TREE, study_file
 from transmamba_jax.checkpoint import complete_steps
 from transmamba_jax.study.spec import merge
@@ -21,6 +23,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
 
 
+@pytest.mark.slow
 def test_two_jobs_search_report_and_write_the_page(tmp_path):
     model = {"num_layers": 1, "d_model": 4, "num_heads": 1, "head_dim": 4}
     axes = {"schedule": {"ssm": {"model": {"transpoints": [0]}}}}  # the schedule quickest to compile
@@ -42,6 +45,7 @@ def test_two_jobs_search_report_and_write_the_page(tmp_path):
     assert "proves that the pipeline works, and no claim" in (out / "table.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_in_a_cell_continues_in_that_cell(tmp_path):
     quick = {"learning_rates": [1e-2], "search_seeds": [0, 1], "seeds": [10]}
     axes = {"schedule": {"ssm": {"model": {"transpoints": [0]}}}}

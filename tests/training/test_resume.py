@@ -60,6 +60,7 @@ def _straight(run):
     return run("straight", accident=None)[0]
 
 
+@pytest.mark.slow
 def test_a_straight_run_learns_and_leaves_everything_behind(straight):
     lines = metrics_of(straight)
     training = [line for line in lines if "loss" in line]
@@ -73,6 +74,7 @@ def test_a_straight_run_learns_and_leaves_everything_behind(straight):
     assert len({sample.split("\n--- model\n")[0] for sample in samples}) == 3
 
 
+@pytest.mark.slow
 def test_killed_at_step_17_and_resumed_is_bit_identical(run, straight):
     workdir, _ = run("killed", "kill-at-batch", 18, expect=-signal.SIGKILL)
     assert checkpoint.complete_steps(workdir / "checkpoints")[-1] in (10, 15)
@@ -82,6 +84,7 @@ def test_killed_at_step_17_and_resumed_is_bit_identical(run, straight):
     assert_same_end(workdir, straight, 40)
 
 
+@pytest.mark.slow
 def test_stopped_while_compiling_training_and_evaluating_is_bit_identical(run, straight):
     workdir, _ = run("stopped", "terminate-in-compilation", 1, expect=EXIT_PREEMPTED)
     assert checkpoint.complete_steps(workdir / "checkpoints") == [0]

@@ -33,7 +33,7 @@ def _store(tmp_path, monkeypatch):
     return mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
 
-def test_mlflow_has_the_run_its_parameters_and_every_number_and_goes_on_with_it(make, store, capsys):
+def test_mlflow_has_the_run_its_parameters_and_every_number_and_a_resumed_run_continues_it(make, store, capsys):
     begin = make(train={"steps": 2, "mlflow": "small"}, **SHORT)
     assert train(begin) == 0
     assert "MLflow: run " in capsys.readouterr().out
@@ -109,7 +109,7 @@ def _records(file):
             parts = b""
 
 
-def test_weights_and_biases_has_the_run_its_config_and_every_number_and_goes_on_with_it(make, settings):
+def test_weights_and_biases_has_the_run_its_config_and_every_number_and_a_resumed_run_continues_it(make, settings):
     settings(WANDB_MODE="offline")
     begin = make(train={"steps": 2, "wandb": "small"}, **SHORT)
     assert train(begin) == 0

@@ -24,6 +24,7 @@ ARMS = {
 }
 
 
+@pytest.mark.slow
 def test_upcycled_weights_learn_under_transpoints_with_the_converter_and_without(tmp_path):
     made = tm.ModelConfig(
         num_layers=2, d_model=16, num_heads=2, num_groups=2, head_dim=8, state_dim=8, mlp_dim=0, transpoints=(0,)

@@ -121,9 +121,9 @@ def _stream(
         for each in sources
     ]
     if not config.mixture:
-        return FlatMapIterDataset(windows[0], _Pieces(rows))
+        return FlatMapIterDataset(windows[0], _Cut(rows))
     numbers = mixture.plan([share for _, share in config.mixture], rows, index, count)
-    return mixture.DrawRows(numbers, [FlatMapIterDataset(each, _Pieces(1)) for each in windows])
+    return mixture.DrawRows(numbers, [FlatMapIterDataset(each, _Cut(1)) for each in windows])
 
 
 def _settings(config: DataConfig, sources: Sequence[_Source], index: int, count: int) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def _windows(
         windows = ConcatThenSplitIterDataset(stream, length_struct={"tokens": window * length})
         windows = windows.map(functools.partial(_cut, length))
     else:
-        pieces = FlatMapIterDataset(stream, _Pieces(length) if in_parts else _PiecesOfDocuments(length))
+        pieces = FlatMapIterDataset(stream, _Cut(length) if in_parts else _CutDocuments(length))
         windows = FirstFitPackIterDataset(
             pieces, length_struct={"tokens": length}, num_packing_bins=BINS, shuffle_bins=False
         )
@@ -239,7 +239,7 @@ def _permute_rows(window: Batch, generator: np.random.Generator) -> Batch:
     return {name: value[order] for name, value in window.items()}
 
 
-class _Pieces(FlatMapTransform):
+class _Cut(FlatMapTransform):
     """Cut arrays along their first axis into parts of `size`, the last one shorter."""
 
     def __init__(self, size: int):
@@ -250,7 +250,7 @@ class _Pieces(FlatMapTransform):
         return [{name: value[start : start + self._size] for name, value in element.items()} for start in starts]
 
 
-class _PiecesOfDocuments(FlatMapTransform):
+class _CutDocuments(FlatMapTransform):
     """Cut each of several documents into parts of `size` tokens, the last one shorter."""
 
     def __init__(self, size: int):
