@@ -19,6 +19,7 @@ from tests.models import ANY_DERIVATIVE, CONFIG, KERNELS, SEQ_LEN, apply_static,
 from transmamba_jax.model import GatedMLP
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
 def test_rematerialisation_saves_memory_and_changes_no_gradient(traced: bool) -> None:
     tokens = tokens_of()
@@ -71,6 +72,7 @@ def test_gradient_at_padding_is_finite() -> None:
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(jax.grad(loss)(params)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
 def test_the_references_have_jvp_and_hessian_vector_products(traced: bool) -> None:
     """Of the whole model, against central differences in the direction of a random tangent."""

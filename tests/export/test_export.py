@@ -74,6 +74,7 @@ def expected(params: Any) -> np.ndarray:
     return np.asarray(jax.jit(tm.TransMamba(CONFIG).apply)({"params": params}, TOKENS))
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_in_one_line(folder: Path, params: Any) -> None:
     config, read, tokenizer = tm.export.load(folder)
     assert config == Config(model=CONFIG, workdir="runs/mine")
@@ -104,6 +105,7 @@ assert not [name for name in sys.modules if name.startswith(("orbax", "grain", "
 """
 
 
+@pytest.mark.slow
 def test_neither_orbax_nor_this_package_is_needed(folder: Path, expected: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / "tokens.npy", TOKENS[:1, :SHORT])
     arguments = [str(folder), str(tmp_path / "tokens.npy"), str(tmp_path / "logits.npy")]

@@ -285,6 +285,7 @@ def test_nan_in_one_microbatch_or_all_is_never_saved(server, rows):
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(saved.params))
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_directory_and_half_a_lock(server, straight):
     workdir = server.folder / "locked"
     shutil.copytree(straight, workdir)
@@ -343,6 +344,7 @@ def test_a_partial_restore_loads_what_matches_and_lists_the_rest(server, straigh
     assert first["loss"] < 5.0
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_meshes(server):
     steady = "--optimizer.final-learning-rate", 1e-2, "--model.num-heads", 4, "--model.num-groups", 4
     server.train(server.folder / "steady", *steady, "--train.accumulation", 1)

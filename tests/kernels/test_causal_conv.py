@@ -187,6 +187,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chip", "shape", "dtype", "masked"), COMPILED, ids=str)
 def test_compiles(chip: str, shape: tuple[int, int, int], dtype: str, masked: int) -> None:
     place = SingleDeviceSharding(_devices(chip)[0])

@@ -168,12 +168,14 @@ def _on(chip: str, shape: tuple[int, ...], groups: int | None = None, dtype: Any
     return _arguments(shape, lambda _: sharding, groups, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_forward_and_gradient_compile(chip: str, shape: tuple[int, ...]) -> None:
     assert _kernels(_gradient, _on(chip, shape)) == ["ssd_backward", "ssd_forward"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 def test_long_rows_compile(chip: str) -> None:
     assert _kernels(_gradient, _on(chip, LONG_SHAPE)) == ["ssd_backward", "ssd_forward"]
@@ -185,11 +187,13 @@ def test_forward_alone_compiles(chip: str, shape: tuple[int, ...]) -> None:
     assert _kernels(_forward, _on(chip, shape)) == ["ssd_forward"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chip", "shape"), [("v5e", SHAPES[2]), ("v5p", SHAPES[1]), ("v6e", SHAPES[0])])
 def test_float32_compiles(chip: str, shape: tuple[int, ...]) -> None:
     assert _kernels(_gradient, _on(chip, shape, dtype=jnp.float32)) == ["ssd_backward", "ssd_forward"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [SHAPES[0], (1, 2048, 4, 256, 256)], ids=str)
 def test_wide_chunks_compile(shape: tuple[int, ...]) -> None:
     """The mesh tells that it is a v6e."""
@@ -214,6 +218,7 @@ def test_the_state_alone_compiles() -> None:
     assert _kernels(gradient, _on("v5e", (1, 2048, 4, 96, 96))) == ["ssd_state"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 def test_gradient_compiles_inside_shard_map(chip: str) -> None:
     """Rows over one mesh axis, heads over the other; a and d vary over the heads' axis alone."""

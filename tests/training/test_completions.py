@@ -75,6 +75,7 @@ def test_the_loss_is_that_of_the_completions(tmp_path: Path, packing: str) -> No
     assert result.metrics()["eval/accuracy"] == result.accuracy
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_on_prompts_lower_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     small = {"d_model": 32, "num_heads": 2, "num_groups": 1, "head_dim": 16, "state_dim": 16, "mlp_dim": 64}
     config = config_of(

@@ -139,6 +139,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(make, monkeypatch):
     assert _steps(earlier) == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_extending_a_finished_run_says_how_the_rate_changes_and_a_restart_or_constant_rate_does_not(
@@ -176,6 +177,7 @@ def _rates(settings: Config):
     return [line["learning_rate"] for line in _lines(settings) if "loss" in line]
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_train_in_float32_from_the_start_and_from_a_converted_checkpoint(tmp_path, make):
     small = {"head_dim": 4, "state_dim": 4, "mlp_dim": 12, "param_dtype": "bfloat16"}
     rates = {"learning_rate": 3e-4, "warmup_steps": 0, "schedule": "constant"}

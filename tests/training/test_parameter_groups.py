@@ -42,6 +42,7 @@ def _run(config, steps=3):
     return flatten(first), flatten(jax.device_get(state.params)), state, gradients, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_frozen_parameters_keep_their_bits_and_the_others_move_as_if_they_were_all(name, accumulation):
@@ -149,6 +150,7 @@ def test_patterns_that_cannot_be_meant_are_refused_before_compilation(make, caps
         make(optimizer={"lr_multipliers": (("a", 0.0),)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_run_with_frozen_parameters_resumes_bit_for_bit_and_thaws_in_part(make, monkeypatch, capsys, name):
     sections = {

@@ -78,6 +78,7 @@ def test_processes_draw_the_same_and_take_their_rows():
     assert schedule_sampling.with_transpoints(config_of(), batch, 5, 0, 2) is batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_rows_of_a_batch_run_under_their_own_transpoints(accumulation):
     model = tm.TransMamba(MODEL)
@@ -112,6 +113,7 @@ def _distilled(chunk=24):
     return jax.jit(run, static_argnums=2), params, batch
 
 
+@pytest.mark.slow
 def test_distillation_equals_its_definition_in_float64():
     run, params, batch = _distilled()
     losses, gradient = run(params, batch, 1)
@@ -140,6 +142,7 @@ def test_distillation_equals_its_definition_in_float64():
     assert relative(gradient, jax.jit(jax.grad(objective))(params)) < 1e-5
 
 
+@pytest.mark.slow
 def test_distillation_over_microbatches_equals_the_large_batch():
     run, params, batch = _distilled()
     assert relative(run(params, batch, 2), run(params, batch, 1)) < 1e-6
@@ -158,6 +161,7 @@ def test_a_teacher_must_be_a_schedule_of_the_model():
         config(schedule_distillation=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampling", "share"), [("pool", 0.0), ("rows", 0.0), ("pool", 0.5)])
 def test_a_resumed_run_equals_the_run_without_a_break(tmp_path, sampling, share):
     schedules = EvalConfig(every=6, windows=8, schedules=("transformer", "mamba2") if sampling == "pool" else ())

@@ -167,6 +167,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(initial, step):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), before)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_step_has_loss_gradient_parameters_and_moments_in_float32(mesh):
     small = {"head_dim": 4, "state_dim": 4, "mlp_dim": 12}
     found = {}
