@@ -313,7 +313,7 @@ class TransMamba(nn.Module):
 
         A loop writes what the backward pass needs into stacked arrays and reads it back, layer by layer.
         """
-        blocks, most = self.config.num_layers // period, max(1, self.kernels.unrolled_layers // period)
+        blocks, most = self.config.num_layers // period, max(1, (self.kernels.unrolled_layers or 1) // period)
         return max(turns for turns in range(1, blocks + 1) if blocks % turns == 0 and turns <= most)
 
 

@@ -7,7 +7,8 @@ an MLP, about as many parameters) train with PyTorch's fused AdamW; the loss is 
 
 `share` is the share of the processor's matmul rate: FLOPs of the step, counted as `training/metrics.py` does, over the
 time that they take at the rate of a 2048 x 256 x 704 matmul in this process. `--memory NAME` runs one contender for
-three steps and prints the peak of the process, so that each is measured alone.
+three steps and prints the peak of the process, so that each is measured alone. `--unrolled 1 8` races this project's
+steps by `kernels.unrolled_layers`; without it they have what a run would have.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from benchmarks import timing
 from transmamba_jax import schedule
 from transmamba_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from transmamba_jax.runtime import host_memory
+from transmamba_jax.training import kernels
 from transmamba_jax.training.metrics import flops_per_token
 
 SHAPES = ((4, 512), (1, 2048), (1, 8192))
@@ -51,10 +53,11 @@ def our_config(name: str, batch: int, length: int) -> Config:
     )
 
 
-def our_step(name: str, batch: int, length: int) -> timing.Contender:
+def our_step(name: str, batch: int, length: int, unrolled: int | None = None) -> timing.Contender:
     """Return one train step of this project, with the state that it replaces."""
     config = our_config(name, batch, length)
-    model = tm.TransMamba(config.model, config.kernels)
+    chosen = dataclasses.replace(config.kernels, unrolled_layers=unrolled)
+    model = tm.TransMamba(config.model, kernels.for_training(config.model, chosen))
     state = tm.TrainState.create(config, model)
     step = tm.make_train_step(config, model, tm.make_optimizer(config))
     draw = np.random.default_rng(0)
@@ -115,8 +118,11 @@ def peer_step(kind: str, batch: int, length: int) -> timing.Contender:
 
 
 def make(name: str, batch: int, length: int) -> timing.Contender:
-    """Return the step of a contender by its name."""
-    return our_step(name, batch, length) if name in OURS else peer_step(PEERS[name], batch, length)
+    """Return the step of a contender by its name, of one of ours followed by its layers per iteration where given."""
+    if name in PEERS:
+        return peer_step(PEERS[name], batch, length)
+    ours, _, unrolled = name.partition(" / ")
+    return our_step(ours, batch, length, int(unrolled) if unrolled else None)
 
 
 def matmul_rate() -> float:
@@ -137,8 +143,8 @@ def race(names: list[str], batch: int, length: int, seconds: float) -> dict[str,
     )
     for name, measured in times.items():
         share = ""
-        if name in OURS:
-            config = our_config(name, batch, length)
+        if name not in PEERS:
+            config = our_config(name.partition(" / ")[0], batch, length)
             chunk = 64 if config.kernels.chunk_size is None else config.kernels.chunk_size
             flops = batch * length * flops_per_token(config.model, length, chunk)
             share = f"  {flops / 1e9:7.1f} GFLOP  share {flops / rate / measured.minimum:.2f}"
@@ -163,6 +169,9 @@ def main() -> None:
     peers = list(PEERS) if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch") else []
     parser.add_argument("--shapes", nargs="+", type=_shape, default=list(SHAPES), metavar="BxT", help="such as 4x512")
     parser.add_argument("--only", nargs="+", choices=[*OURS, *peers], default=[*OURS, *peers], help="contenders")
+    parser.add_argument(
+        "--unrolled", nargs="+", type=int, default=[], help="layers per iteration of the loop over layers"
+    )
     parser.add_argument("--seconds", type=float, default=60, help="of timed rounds, a shape; default: 60")
     parser.add_argument("--memory", choices=[*OURS, *peers], help="print the peak memory of three steps of this one")
     parser.add_argument("--no-memory", action="store_true", help="leave the table of memory out")
@@ -175,10 +184,18 @@ def main() -> None:
         print(f"peak MB {host_memory.peak_bytes() / 2**20:.0f}")
         return
     print(timing.heading("jax", *(["torch", "transformers"] if peers else [])), "\n")
+    names = [
+        f"{name} / {count}" if count else name
+        for name in options.only
+        for count in (options.unrolled if name in OURS and options.unrolled else [0])
+    ]
     ratios: dict[tuple[str, str], list[float]] = {}
     for batch, length in options.shapes:
-        times = race(options.only, batch, length, options.seconds)
+        times = race(names, batch, length, options.seconds)
         pairs = [(ours, peer) for ours, peer in (*RATIOS, ("V9", "Transformer")) if {ours, peer} <= set(times)]
+        for name in options.only if options.unrolled else []:
+            first, *others = (f"{name} / {count}" for count in options.unrolled)
+            pairs += [(other, first) for other in others if other in times]
         for ours, peer in pairs:
             ratios.setdefault((ours, peer), []).append(times[ours].ratio(times[peer]))
             print(f"   {ours} / {peer}: {ratios[ours, peer][-1]:.2f}")

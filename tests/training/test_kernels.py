@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pallas_kernels import target
 from pallas_kernels.table import Table
 from transmamba_jax.config import Config, DataConfig, EvalConfig, KernelsConfig, ModelConfig, TrainConfig
 from transmamba_jax.generate import loaded
@@ -20,6 +21,8 @@ MODEL = ModelConfig(
     num_layers=1, d_model=8, num_heads=1, num_groups=1, head_dim=4, state_dim=4, mlp_dim=0, transpoints=(8,),
     dtype="float32",
 )  # fmt: skip
+
+DEFAULT = KernelsConfig(unrolled_layers=8)  # of training on a CPU
 
 
 @pytest.fixture(name="cache", autouse=True)
@@ -54,11 +57,11 @@ def first_of(chosen: KernelsConfig) -> str:
 
 def test_a_record_made_between_two_starts_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     workdir = tmp_path / "run"
-    assert start(workdir, caplog) == (KernelsConfig(), [])
-    assert start(workdir, caplog) == (KernelsConfig(), [])
+    assert start(workdir, caplog) == (DEFAULT, [])
+    assert start(workdir, caplog) == (DEFAULT, [])
     keep("associative")
     chosen, (line,) = start(workdir, caplog)
-    assert chosen == KernelsConfig()
+    assert chosen == DEFAULT
     assert line.startswith("kernels stay those that this run was started with: ssd by device and shape, ")
     (workdir / kernels.FILE).unlink()
     chosen, lines = start(workdir, caplog)
@@ -79,6 +82,17 @@ def test_a_name_given_later_wins_with_a_warning(tmp_path: Path, caplog: pytest.L
     assert start(tmp_path / "run", caplog, ssd="sequential")[1] == []
 
 
+def test_layers_of_a_turn_are_eight_on_a_cpu_unless_given_and_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert start(tmp_path / "given", caplog, unrolled_layers=2)[0].unrolled_layers == 2
+    assert start(tmp_path / "given", caplog)[0].unrolled_layers == 2
+    assert start(tmp_path / "given", caplog, unrolled_layers=4)[0].unrolled_layers == 4
+    monkeypatch.setattr(target, "platform", lambda: "tpu")
+    assert start(tmp_path / "elsewhere", caplog)[0].unrolled_layers == 1
+    assert KernelsConfig().unrolled_layers is None
+
+
 def test_another_device_looks_up_its_own_record(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +100,7 @@ def test_another_device_looks_up_its_own_record(
     start(tmp_path / "run", caplog)
     monkeypatch.setattr(calibration, "device_name", lambda: "another chip")
     chosen, (line,) = start(tmp_path / "run", caplog)
-    assert chosen == KernelsConfig()
+    assert chosen == DEFAULT
     assert line.startswith("warning: kernels may change")
     assert "on another chip" in line
 
@@ -95,7 +109,7 @@ def test_another_device_looks_up_its_own_record(
 def test_a_file_that_cannot_be_read_is_ignored(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / kernels.FILE).write_text(text)
     chosen, (line,) = start(tmp_path, caplog)
-    assert chosen == KernelsConfig()
+    assert chosen == DEFAULT
     assert line.startswith(f"{tmp_path / kernels.FILE} is not used: ")
 
 

@@ -17,6 +17,7 @@ from transmamba_jax.report.charts import byte_count
 from transmamba_jax.runtime import calibration
 from transmamba_jax.runtime.logs import LOGGER
 from transmamba_jax.schedule import Schedule
+from transmamba_jax.training import kernels
 
 GOAL = 0.1
 """Relative error of a prediction that is allowed."""
@@ -117,9 +118,10 @@ def make_plan(
 
 def _machine(config: Config, objective: Objective, topology: str | None, quick: bool) -> tuple[int, Machine, str, str]:
     if topology is None:
-        purpose: calibration.Purpose = "train" if objective == "train" else "read"
-        kernels = calibration.kernels(config.model, config.kernels, purpose)
-        machine = stopwatch.Stopwatch(config, kernels, objective)
+        model, options = config.model, config.kernels
+        training = objective == "train"
+        chosen = kernels.for_training(model, options) if training else calibration.kernels(model, options, "read")
+        machine = stopwatch.Stopwatch(config, chosen, objective)
         return 3 if quick else 9, machine, calibration.device_name(), "measured"
     if objective != "train":
         raise ValueError(f"--topology predicts --objective train alone, found {objective}: decoding is many programs")

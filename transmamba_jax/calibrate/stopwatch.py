@@ -120,7 +120,7 @@ class Stopwatch:
     def unrolled(self) -> Timed | None:
         """Time a whole Mamba-2 step without a loop over layers; None where there is no loop: it is the same."""
         layers = self.config.model.num_layers
-        if self.objective != "train" or layers == 1 or self.kernels.unrolled_layers >= layers:
+        if self.objective != "train" or layers == 1 or (self.kernels.unrolled_layers or 1) >= layers:
             return None
         kernels = dataclasses.replace(self.kernels, unrolled_layers=layers)
         return Stopwatch(self.config, kernels, self.objective).whole((0,) * layers)

@@ -4,15 +4,23 @@ Implementations agree to a tolerance, not to the bit. So `kernels.json` in the w
 first start, and a record that is made or changed between two starts on one device changes nothing.
 """
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels import target
 from transmamba_jax.config import KernelsConfig, ModelConfig
 from transmamba_jax.runtime import calibration, hosts
 
 FILE = "kernels.json"
+CPU_LAYERS = 8
+"""Layers that one turn of the loop over layers holds in a training step on a CPU.
+
+The loop writes what the backward pass needs into stacked arrays: without it a step of 8 layers of width 256 takes 0.88
+to 0.93 of the time (docs/kernels.md).
+"""
 
 
 def choose(model: ModelConfig, options: KernelsConfig, workdir: Path) -> KernelsConfig:
@@ -26,6 +34,14 @@ def choose(model: ModelConfig, options: KernelsConfig, workdir: Path) -> Kernels
     return calibration.from_tree(hosts.broadcast_from_first(chosen))
 
 
+def for_training(model: ModelConfig, options: KernelsConfig) -> KernelsConfig:
+    """Return the kernels of a training step on this device: those given, measured ones and the layers of a turn."""
+    found = calibration.kernels(model, options, "train")
+    if found.unrolled_layers is not None:
+        return found
+    return dataclasses.replace(found, unrolled_layers=CPU_LAYERS if target.platform() == "cpu" else 1)
+
+
 def save(kernels: KernelsConfig, workdir: Path) -> None:
     """Keep the choice for the next start of the run."""
     tree = {"device": calibration.device_name(), "kernels": calibration.to_tree(kernels)}
@@ -33,14 +49,15 @@ def save(kernels: KernelsConfig, workdir: Path) -> None:
 
 
 def _choose(model: ModelConfig, options: KernelsConfig, workdir: Path) -> dict[str, Any]:
-    found = calibration.kernels(model, options, "train")
+    found = for_training(model, options)
     earlier = _earlier(workdir / FILE)
     if earlier is None:
         return calibration.to_tree(found)
     device, kernels = earlier
     here, before, now = calibration.device_name(), calibration.describe(kernels), calibration.describe(found)
-    given = (options.ssd, options.attention, options.chunk_size, options.unrolled_layers)
-    if device == here and given == (kernels.ssd, kernels.attention, kernels.chunk_size, kernels.unrolled_layers):
+    given = (options.ssd, options.attention, options.chunk_size)
+    same = given == (kernels.ssd, kernels.attention, kernels.chunk_size)
+    if device == here and same and options.unrolled_layers in (None, kernels.unrolled_layers):
         if before != now:
             hosts.log_first(
                 f"kernels stay those that this run was started with: {before}; a start from here on would have {now}; "
