@@ -55,7 +55,7 @@ def in_memory(
     texts: list[bytes], config: DataConfig, rows: int, window: int = 1, shard: slice = slice(None)
 ) -> Iterator[dict[str, np.ndarray]]:
     windows = pipeline._windows(config, texts, BYTES, rows, window, shard, group=2, weighted=False)
-    return iter(pipeline.FlatMapIterDataset(windows, pipeline._Pieces(rows)))
+    return iter(pipeline.FlatMapIterDataset(windows, pipeline._Cut(rows)))
 
 
 documents = st.lists(st.binary(max_size=40).map(lambda data: data.replace(b"\0", b" ")), min_size=1, max_size=6)
