@@ -136,7 +136,7 @@ class KernelsConfig:
     chunk_size: int = 64
     """Tokens of one chunk of the SSD operator."""
     unrolled_layers: int | None = None
-    """Layers that one turn of the loop over layers holds, at least one period of the schedule; None: 8 where a run
+    """Layers per iteration of the loop over layers, at least one period of the schedule; None: 8 where a run
     trains on a CPU, else 1. On a CPU more of them make a step faster, and compilation slower."""
 
     def __post_init__(self) -> None:

@@ -82,7 +82,7 @@ def test_a_name_given_later_wins_with_a_warning(tmp_path: Path, caplog: pytest.L
     assert start(tmp_path / "run", caplog, ssd="sequential")[1] == []
 
 
-def test_layers_of_a_turn_are_eight_on_a_cpu_unless_given_and_stay(
+def test_layers_per_iteration_are_eight_on_a_cpu_unless_given_and_stay(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert start(tmp_path / "given", caplog, unrolled_layers=2)[0].unrolled_layers == 2

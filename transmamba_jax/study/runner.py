@@ -75,7 +75,7 @@ def run_study(
     out.mkdir(parents=True, exist_ok=True)
     for stage in ("search", "report") if selection.stage is None else (selection.stage,):
         cells = [cell for cell in selection.of(stage_cells(study, out, stage)) if _is_due(study, out, cell, retry)]
-        # A study that ends early or fails gives the library's lines back at once.
+        # The runs' own lines are hidden, except what needs a person, until the stage ends in whatever way.
         with logs.shown(logging.ERROR), _bar(cells, stage) as bar:
             for _, of_arm in itertools.groupby(cells, key=lambda cell: cell.arm):
                 jax.clear_caches()  # other arms trace functions of their own
@@ -205,5 +205,5 @@ def _line(study: Study, cell: Cell, record: Record) -> str:
 
 
 def _bar(cells: Sequence[Cell], stage: str) -> tqdm:
-    """Return a bar over cells on a terminal; the runs' own lines are hidden, except what needs a person."""
+    """Return a progress bar over cells, shown on a terminal alone."""
     return tqdm(total=len(cells), desc=stage, unit="cell", dynamic_ncols=True, disable=None)

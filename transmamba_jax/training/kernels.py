@@ -16,10 +16,10 @@ from transmamba_jax.runtime import calibration, hosts
 
 FILE = "kernels.json"
 CPU_LAYERS = 8
-"""Layers that one turn of the loop over layers holds in a training step on a CPU.
+"""Layers per iteration of the loop over layers in a training step on a CPU.
 
-The loop writes what the backward pass needs into stacked arrays: without it a step of 8 layers of width 256 takes 0.88
-to 0.93 of the time (docs/kernels.md).
+The loop writes what the backward pass needs into stacked arrays. Without it a step of 8 layers of width 256 takes 0.87
+to 0.94 of the time (docs/kernels.md).
 """
 
 
@@ -35,7 +35,7 @@ def choose(model: ModelConfig, options: KernelsConfig, workdir: Path) -> Kernels
 
 
 def for_training(model: ModelConfig, options: KernelsConfig) -> KernelsConfig:
-    """Return the kernels of a training step on this device: those given, measured ones and the layers of a turn."""
+    """Return the kernels of a training step on this device: those given, measured ones, layers per iteration."""
     found = calibration.kernels(model, options, "train")
     if found.unrolled_layers is not None:
         return found
