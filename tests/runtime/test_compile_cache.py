@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from transmamba_jax.runtime import compile_cache
 
 TRAIN = """
 import sys, jax
@@ -53,9 +57,11 @@ def test_the_second_start_reads_its_programs_and_computes_the_same(tmp_path):
     losses, hits, written, _ = start(tmp_path / "first", tmp_path)
     again, hits_again, written_again, _ = start(tmp_path / "second", tmp_path)
     assert (hits, written_again) == (0, 0)
-    assert hits_again == written > 0
-    assert losses == again
     (folder,) = (tmp_path / "transmamba_jax" / "programs").iterdir()
+    ready = len(list(folder.glob("*.program")))
+    assert ready == 2  # the initialisation and the step: they are not even traced
+    assert hits_again == written - ready
+    assert losses == again
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
@@ -84,7 +90,94 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     program = min(folder.glob("*-cache"))
     program.write_bytes(program.read_bytes()[:100])
     program.with_name(program.name.removesuffix("-cache") + "-atime").unlink()
+    for ready in folder.glob("*.program"):
+        ready.unlink()
     again, hits, written_again, output = start(tmp_path / "second", tmp_path)
     assert (hits, written_again) == (written - 1, 1)
     assert again == losses
     assert "persistent compilation cache entry" not in output
+
+
+class Lowering:
+    """Lower x -> factor * x on the first device, and count how often."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, factor: float = 2.0) -> jax.stages.Lowered:
+        self.count += 1
+        function = jax.jit(lambda tree: {"scaled": factor * tree["x"]})
+        return function.lower({"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
+
+
+@pytest.fixture
+def lower(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_cache, "_folder", tmp_path)
+    return Lowering()
+
+
+def run(lower, *facts):
+    program = compile_cache.compile_or_read(lower, facts, jax.devices()[:1])
+    return program({"x": jnp.arange(3.0)})["scaled"].tolist()
+
+
+def test_a_program_of_the_same_facts_is_read_and_not_traced(lower, tmp_path):
+    assert run(lower, "double") == run(lower, "double") == [0.0, 2.0, 4.0]
+    assert lower.count == 1
+    assert run(lower, "other facts") == [0.0, 2.0, 4.0]
+    assert lower.count == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_sources_settings_and_versions_are_facts(lower, monkeypatch):
+    run(lower, "double")
+    with jax.default_matmul_precision("highest"):
+        run(lower, "double")
+    assert lower.count == 2
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " ")
+    run(lower, "double")
+    assert lower.count == 3
+    monkeypatch.setattr(compile_cache, "_sources", lambda: "edited")
+    run(lower, "double")
+    assert lower.count == 4
+
+
+def test_programs_without_facts_are_not_kept(lower, tmp_path):
+    for _ in range(2):
+        compile_cache.compile_or_read(lower, None, jax.devices()[:1])
+    assert lower.count == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_file_is_compiled_again(lower, tmp_path):
+    run(lower, "double")
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    assert run(lower, "double") == [0.0, 2.0, 4.0]
+    assert run(lower, "double") == [0.0, 2.0, 4.0]
+    assert lower.count == 2
+
+
+def test_the_least_recently_used_go_first(lower, tmp_path, monkeypatch):
+    run(lower, "a")
+    (first,) = tmp_path.iterdir()
+    size = first.stat().st_size
+    left_behind = tmp_path / "killed.program.123"
+    left_behind.write_bytes(b"0" * size)
+    monkeypatch.setattr(compile_cache, "_MAX_READY_BYTES", int(2.5 * size))
+    run(lower, "b")
+    (second,) = set(tmp_path.glob("*.program")) - {first}
+    for file, used in ((left_behind, 1), (second, 2)):
+        os.utime(file, (used, used))
+    run(lower, "a")  # read, so `second` is older
+    run(lower, "c")
+    assert first.exists()
+    assert not second.exists()
+    assert not left_behind.exists()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_is_gone_costs_nothing_else(lower, tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_cache, "_folder", tmp_path / "gone")
+    assert run(lower, "double") == run(lower, "double") == [0.0, 2.0, 4.0]
+    assert lower.count == 2

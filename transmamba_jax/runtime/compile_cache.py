@@ -1,23 +1,36 @@
 """Keep compiled programs on disk, so that the second start of a command compiles nothing.
 
-Commands call `keep_programs`; a program that uses the library decides for itself, by JAX's own options.
+Commands call `keep_programs`; a program that uses the library decides for itself, by JAX's own options. JAX finds a
+program by its text, which it has to trace for that. `compile_or_read` finds one by the facts that decide its text.
 """
 
+import contextlib
+import functools
 import hashlib
+import importlib.metadata
 import logging
+import os
+import pickle
 import platform
+import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import filelock
 import jax
+from jax.experimental import serialize_executable
 
 from transmamba_jax.runtime.paths import user_cache
 
 _MAX_BYTES = 2 * 2**30
+_MAX_READY_BYTES = 2**29
 _MIN_SECONDS = 0.3  # a program that compiles faster is not worth its file
 _LOCK_SECONDS = 5
+_READY = ".program"
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")  # that write a part of a program
 _LOGGER = logging.getLogger(__name__)
+_folder: Path | None = None  # of programs that need no trace; None: they are not kept
 
 
 def keep_programs() -> None:
@@ -26,6 +39,7 @@ def keep_programs() -> None:
     To be called before the first program is compiled. Settings of the user's own win: `JAX_COMPILATION_CACHE_DIR`
     names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing.
     """
+    global _folder
     settings = jax.config.values  # what the environment and earlier updates say
     if settings["jax_compilation_cache_dir"] is not None or not settings["jax_enable_compilation_cache"]:
         return
@@ -40,6 +54,94 @@ def keep_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+    _folder = folder
+
+
+def compile_or_read(
+    lower: Callable[[], jax.stages.Lowered], facts: Sequence[object] | None, devices: Sequence[jax.Device]
+) -> jax.stages.Compiled:
+    """Compile a program; or read the one that an earlier start made of the same facts, and trace nothing.
+
+    Programs are kept where `keep_programs` has been called, for one process, as long as their folder is below 512 MB:
+    the least recently used go first.
+
+    Args:
+        lower: traces and lowers the program.
+        facts: all that decides the program besides the sources of this package, the versions of its libraries, the
+            settings of JAX and the kind of `devices`. Each one's `repr` must say all of it. None: it is not kept.
+        devices: those that the program runs on, in order.
+    """
+    if _folder is None or facts is None or jax.process_count() > 1:
+        return lower().compile()
+    file = _folder / f"{_digest(facts, devices)}{_READY}"
+    program = _read(file, devices)
+    if program is None:
+        program = lower().compile()
+        _write(file, program)
+    return program
+
+
+def _digest(facts: Sequence[object], devices: Sequence[jax.Device]) -> str:
+    client = devices[0].client
+    known = (
+        [repr(fact) for fact in facts],
+        [(device.id, device.device_kind) for device in devices],
+        (client.platform, client.platform_version, jax.device_count()),
+        sorted((name, repr(value)) for name, value in jax.config.values.items()),
+        sorted((name, value) for name, value in os.environ.items() if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")),
+        (sys.version, [importlib.metadata.version(name) for name in _LIBRARIES], _sources()),
+    )
+    return hashlib.sha256(repr(known).encode()).hexdigest()
+
+
+@functools.cache
+def _sources() -> str:
+    """Hash every module of the two packages: a change of any of them may change a program."""
+    digest = hashlib.sha256()
+    for package in ("transmamba_jax", "pallas_kernels"):
+        root = Path(sys.modules[package].__path__[0])
+        for module in sorted(root.rglob("*.py")):
+            digest.update(repr((package, str(module.relative_to(root)))).encode() + module.read_bytes())
+    return digest.hexdigest()
+
+
+def _read(file: Path, devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
+    """Read a program; None: there is none that can be read."""
+    if not file.exists():
+        return None
+    try:
+        executable, arguments, results = pickle.loads(file.read_bytes())  # the folder is this user's alone
+        os.utime(file)  # its last use
+        structures = jax.tree.structure(arguments), jax.tree.structure(results)
+        return serialize_executable.deserialize_and_load(executable, *structures, execution_devices=devices)
+    except Exception as error:  # whatever is wrong with the file: it can be made again
+        _LOGGER.info("compiled again: %s cannot be read (%s)", file, error)
+        return None
+
+
+def _write(file: Path, program: jax.stages.Compiled) -> None:
+    """Write a program beside what it takes and returns; a program that cannot be written is compiled at each start."""
+    try:
+        executable, *structures = serialize_executable.serialize(program)
+        # Structures of JAX have no form on disk. The same trees, with numbers for leaves, have one.
+        trees = (jax.tree.unflatten(structure, range(structure.num_leaves)) for structure in structures)
+        waiting = file.with_name(f"{file.name}.{os.getpid()}")
+        waiting.write_bytes(pickle.dumps((executable, *trees)))
+        waiting.replace(file)
+        _remove_oldest(file.parent)
+    except Exception as error:  # a disk that is full, a device whose programs have no form on disk
+        _LOGGER.info("the next start traces and compiles again: %s is not written (%s)", file, error)
+
+
+def _remove_oldest(folder: Path) -> None:
+    """Remove the programs that were used least recently until the rest fits; those that a kill left incomplete too."""
+    left = _MAX_READY_BYTES
+    stats = [(file.stat(), file) for file in folder.glob(f"*{_READY}*")]
+    for stat, file in sorted(stats, key=lambda pair: pair[0].st_mtime, reverse=True):
+        left -= stat.st_size
+        if left < 0:
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                file.unlink()
 
 
 def _remove_incomplete(folder: Path) -> None:

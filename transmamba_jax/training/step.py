@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from transmamba_jax import sharding
 from transmamba_jax.config import Config
 from transmamba_jax.data.synthetic import is_synthetic
-from transmamba_jax.runtime import tree_paths
+from transmamba_jax.model import TransMamba
+from transmamba_jax.runtime import compile_cache, tree_paths
 from transmamba_jax.shapes import Array, Float32, Int
 from transmamba_jax.training.loss import Batch, Metrics, make_objective, token_weights
 from transmamba_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -58,7 +59,21 @@ class TrainState:
         """
         mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
         key = np.asarray(jax.random.key_data(jax.random.key(config.train.seed)))
-        return _initializer(program_config(config), model, mesh)(key)
+        return _initializer(program_config(config), model, mesh, key.shape)(key)
+
+
+_OUTSIDE_PROGRAMS = (
+    "seed",
+    "init_from",
+    "init_partial",
+    "log_every",
+    "max_nonfinite_steps",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "sample_tokens",
+)
+"""Options of `train` that the loop reads and no compiled program does."""
 
 
 def program_config(config: Config) -> Config:
@@ -67,16 +82,30 @@ def program_config(config: Config) -> Config:
     return dataclasses.replace(
         config,
         workdir=default.workdir,
-        train=dataclasses.replace(config.train, seed=default.train.seed),
+        hosts=default.hosts,
+        checkpoint=default.checkpoint,
+        eval=default.eval,
+        train=dataclasses.replace(config.train, **{name: getattr(default.train, name) for name in _OUTSIDE_PROGRAMS}),
         data=dataclasses.replace(config.data, seed=default.data.seed, eval_split=default.data.eval_split),
         optimizer=dataclasses.replace(config.optimizer, learning_rate_scale=default.optimizer.learning_rate_scale),
     )
 
 
 @functools.lru_cache(maxsize=2)
-def _initializer(config: Config, model: nn.Module, mesh: Mesh) -> jax.stages.Wrapped:
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
-    return jax.jit(partial(init_state, config, model), out_shardings=shardings)
+def _initializer(config: Config, model: nn.Module, mesh: Mesh, key_shape: tuple[int, ...]) -> jax.stages.Compiled:
+    def lower() -> jax.stages.Lowered:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
+        initialize = jax.jit(partial(init_state, config, model), out_shardings=shardings)
+        return initialize.lower(jax.ShapeDtypeStruct(key_shape, jnp.uint32))
+
+    return compile_cache.compile_or_read(lower, _facts("init", config, model, mesh), mesh.devices.ravel().tolist())
+
+
+def _facts(program: str, config: Config, model: nn.Module, mesh: Mesh) -> tuple[object, ...] | None:
+    """Return all that decides a program; None for a model whose sources or functions are not those of this package."""
+    if type(model) is not TransMamba or model.attention is not None:
+        return None
+    return program, config, model, mesh.shape, [device.id for device in mesh.devices.flat]
 
 
 def init_state(config: Config, model: nn.Module, key_data: jax.Array) -> TrainState:
@@ -193,9 +222,12 @@ def compile_train_step(config: Config, model: nn.Module, mesh: Mesh) -> Step:
 
 
 def _compile(config: Config, model: nn.Module, mesh: Mesh) -> jax.stages.Compiled:
-    step = _jit(_step_function(config, model, make_optimizer(config)), config, model, mesh, 1)
-    scale = jax.ShapeDtypeStruct((), jnp.float32)
-    return step.lower(abstract_state(config, model, mesh), abstract_batch(config, mesh), scale).compile()
+    def lower() -> jax.stages.Lowered:
+        step = _jit(_step_function(config, model, make_optimizer(config)), config, model, mesh, 1)
+        scale = jax.ShapeDtypeStruct((), jnp.float32)
+        return step.lower(abstract_state(config, model, mesh), abstract_batch(config, mesh), scale)
+
+    return compile_cache.compile_or_read(lower, _facts("step", config, model, mesh), mesh.devices.ravel().tolist())
 
 
 def _jit(

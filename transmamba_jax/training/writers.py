@@ -13,9 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tensorboardX.proto import event_pb2, summary_pb2
-from tensorboardX.record_writer import masked_crc32c
-
 from transmamba_jax.config import Config
 from transmamba_jax.runtime import storage
 from transmamba_jax.runtime.logs import LOGGER
@@ -47,6 +44,11 @@ class TensorBoard:
     """Event file of TensorBoard in WORKDIR/tensorboard; it hides what an earlier run wrote beyond `step`."""
 
     def __init__(self, workdir: Path, step: int) -> None:
+        # Half a second: it looks for clients of every cloud. Commands that read metrics need none of it.
+        from tensorboardX.proto import event_pb2, summary_pb2
+        from tensorboardX.record_writer import masked_crc32c
+
+        self._make_event, self._make_summary, self._checksum = event_pb2.Event, summary_pb2.Summary, masked_crc32c
         folder = workdir / "tensorboard"
         folder.mkdir(exist_ok=True)
         # Not tensorboardX's writer: its thread dies of a full disk, and whoever fills its queue waits for ever.
@@ -57,8 +59,8 @@ class TensorBoard:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append an event; see `Writer`."""
-        numbers = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._event(summary=summary_pb2.Summary(value=numbers), step=step)
+        numbers = [self._make_summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._event(summary=self._make_summary(value=numbers), step=step)
 
     def close(self) -> None:
         """Close the file; see `Writer`."""
@@ -66,9 +68,9 @@ class TensorBoard:
 
     def _event(self, **fields: Any) -> None:
         """Append length, its checksum, event, its checksum."""
-        event = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+        event = self._make_event(wall_time=time.time(), **fields).SerializeToString()
         length = struct.pack("<Q", len(event))
-        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, event)]
+        checksums = [struct.pack("<I", self._checksum(part)) for part in (length, event)]
         self._file.write(length + checksums[0] + event + checksums[1])
 
 
