@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests import programs
 from transmamba_jax.runtime import compile_cache
 
 TRAIN = """
@@ -66,6 +67,19 @@ def test_the_second_start_reads_its_programs_and_computes_the_same(tmp_path):
 
 
 @pytest.mark.slow
+def test_programs_of_an_earlier_version_are_read_by_their_text(tmp_path):
+    losses, _, _, _ = start(tmp_path / "first", tmp_path)
+    (folder,) = (tmp_path / "transmamba_jax" / "programs").iterdir()
+    for ready in folder.glob("*.program"):
+        ready.unlink()  # as after an update that changes no program
+    for name in ("second", "third"):
+        again, _, written, _ = start(tmp_path / name, tmp_path)
+        assert written == 0
+        assert again == losses
+    assert not list(folder.glob("*.program"))
+
+
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_made_is_said_and_costs_nothing_else(tmp_path):
     (tmp_path / "transmamba_jax").write_text("a file where the folder would be")
     losses, hits, written, output = start(tmp_path / "run", tmp_path)
@@ -113,7 +127,8 @@ class Lowering:
 @pytest.fixture
 def lower(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_cache, "_folder", tmp_path)
-    return Lowering()
+    with programs.not_kept():  # each one is compiled here
+        yield Lowering()
 
 
 def run(lower, *facts):
@@ -140,6 +155,23 @@ def test_sources_settings_and_versions_are_facts(lower, monkeypatch):
     monkeypatch.setattr(compile_cache, "_sources", lambda: "edited")
     run(lower, "double")
     assert lower.count == 4
+
+
+def test_what_jax_has_read_back_is_not_written_again(tmp_path, monkeypatch):
+    # A deserialised CPU program that is serialised again lacks functions, and fails at its first call.
+    monkeypatch.setattr(compile_cache, "_folder", tmp_path)
+    seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        lower = Lowering()
+        assert run(lower, "one start") == [0.0, 2.0, 4.0]
+        assert len(list(tmp_path.iterdir())) == 1
+        for _ in range(2):
+            assert run(lower, "other facts, the same text") == [0.0, 2.0, 4.0]
+        assert len(list(tmp_path.iterdir())) == 1
+        assert lower.count == 3
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def test_programs_without_facts_are_not_kept(lower, tmp_path):

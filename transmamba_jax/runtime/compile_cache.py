@@ -62,8 +62,8 @@ def compile_or_read(
 ) -> jax.stages.Compiled:
     """Compile a program; or read the one that an earlier start made of the same facts, and trace nothing.
 
-    Programs are kept where `keep_programs` has been called, for one process, as long as their folder is below 512 MB:
-    the least recently used go first.
+    Programs are kept where `keep_programs` has been called, for one process, up to 512 MB: the least recently used go
+    first. A program whose text JAX knew from a start with other facts is read by its text again.
 
     Args:
         lower: traces and lowers the program.
@@ -76,9 +76,25 @@ def compile_or_read(
     file = _folder / f"{_digest(facts, devices)}{_READY}"
     program = _read(file, devices)
     if program is None:
-        program = lower().compile()
-        _write(file, program)
+        lowered, hits = lower(), _count_hits()
+        before = hits["count"]
+        program = lowered.compile()
+        # What JAX has read back lacks functions when a CPU writes it again: "Function ... not found" at its first call.
+        if hits["count"] == before:
+            _write(file, program)
     return program
+
+
+@functools.cache
+def _count_hits() -> dict[str, int]:
+    """Return a count of the programs that JAX reads from its own folder from now on."""
+    hits = {"count": 0}
+
+    def listen(event: str, **_: object) -> None:
+        hits["count"] += event == "/jax/compilation_cache/cache_hits"
+
+    jax.monitoring.register_event_listener(listen)
+    return hits
 
 
 def _digest(facts: Sequence[object], devices: Sequence[jax.Device]) -> str:
