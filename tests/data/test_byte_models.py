@@ -47,6 +47,7 @@ def test_a_uniform_source_of_four_bytes_costs_two_bits():
     found = baselines(train, held_out)
     assert found["order2_bits_per_byte"] == pytest.approx(2, abs=0.005)
     assert 2 <= found["xz_bits_per_byte"] < 2.3
+    assert 2 <= found["brotli_bits_per_byte"] < 2.3
 
 
 def test_too_little_text_is_refused():
@@ -60,3 +61,4 @@ def test_the_standard_library_is_predictable(stdlib_cache):
     assert 2.4 < measured["order2_bits_per_byte"] < 2.9
     assert 1.7 < measured["gzip_bits_per_byte"] < 2.2
     assert measured["xz_bits_per_byte"] < measured["gzip_bits_per_byte"] - 0.1
+    assert measured["brotli_bits_per_byte"] < measured["xz_bits_per_byte"]  # most of it is English

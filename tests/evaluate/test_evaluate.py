@@ -243,7 +243,7 @@ def test_command_prints_what_the_evaluator_measures(saved, folder, capsys):
     assert [row[-3:] for row in rows[:4]] == [["1", "of", "2"]] * 4
     assert rows[4] == ["8", "-", "16", f"{expected.by_position[4].loss:.4f}", "1", "to", "0", "of", "2"]
     peers = data.baselines(data.training_text(config.data), data.held_out_text(config.data))
-    assert list(peers) == ["order2_bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte"]
+    assert list(peers) == [f"{name}_bits_per_byte" for name in ("order2", "gzip", "xz", "brotli")]
     for name, value in peers.items():
         assert f"{name.replace('_', ' ')}: {value:.4f}" in output
 

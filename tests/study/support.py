@@ -48,7 +48,7 @@ TREE: dict[str, Any] = {
     "target": 0.9,
     "budget_hours": 1,
     "seconds_per_cell": 30,
-    "figures": ["bars", "curves", "lines", "positions", "rates"],
+    "figures": ["bars", "curves", "lines", "positions", "rates", "time"],
     "quick": {"axes": {"state": ["n4"]}, "learning_rates": [1e-2], "search_seeds": [0], "seeds": [10, 11]},
 }
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from tests.study.support import Trainer, write_study
 from transmamba_jax.study import figures, report, results
@@ -142,6 +143,20 @@ def test_evaluations_after_training_are_drawn_where_arms_have_them(out, tmp_path
     assert all(f"<!-- {name} -->" in text for name in ("2T", "attention/n2", "ssm/n4"))
     assert figures.draw(dataclasses.replace(study, measure={}), records, choices, tmp_path) == []
     assert set(study.figures) < set(FIGURES)
+
+
+def test_equal_time_is_read_off_the_speed_of_each_run(study, out):
+    records = [record for record in results.read_results(study, out) if record["arm"] == "attention/n2"]
+    for record in records:
+        # 12 tokens a row at the speed 3 + seed: 16 rows of seed 13 take 12 seconds.
+        record["tokens_per_second"] = 3.0 + record["seed"]
+    axes = Figure().add_subplot()
+    assert figures.DRAWINGS["time"](axes, study, records, {})
+    ((line, *_),) = axes.containers
+    seconds = [sum(examples * 12 / (3 + seed) for seed in range(10, 15)) / 5 for examples, _ in records[0]["curve"]]
+    assert list(line.get_xdata()) == pytest.approx(seconds)
+    unknown = [{**record, "tokens_per_second": None} for record in records]
+    assert not figures.DRAWINGS["time"](Figure().add_subplot(), study, unknown, {})
 
 
 def test_publishing_keeps_the_report_and_no_work_directory(study, out, index, tmp_path, capsys):

@@ -43,7 +43,7 @@ def draw(study: Study, records: Sequence[Record], choices: dict[str, Choice], ou
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e8ea", linewidth=0.8)
         axes.set_axisbelow(True)
-        if not _DRAWINGS[name](axes, study, records, choices):
+        if not DRAWINGS[name](axes, study, records, choices):
             continue
         _limit(axes, study, records)
         with matplotlib.rc_context({"svg.hashsalt": _SALT}):
@@ -84,6 +84,26 @@ def _curves(axes: Any, study: Study, records: Sequence[Record], _: dict[str, Cho
     axes.set(xlabel="training examples (rows)", ylabel=study.metric, title=f"{study.name}: learning curves")
     _legend(axes)
     return bool(arms)
+
+
+def _time(axes: Any, study: Study, records: Sequence[Record], _: dict[str, Choice]) -> bool:
+    """Draw the metric over the seconds of training steps, at each run's median speed; evaluations take no time."""
+    arms = results.reported(study, records)
+    for place, (arm, found) in enumerate(arms.items()):
+        points: dict[float, tuple[list[float], list[float]]] = {}
+        for record in found:
+            if record["tokens_per_second"]:
+                seconds_per_row = record["config"]["data"]["seq_len"] / record["tokens_per_second"]
+                for examples, value in record["curve"]:
+                    if value is not None:
+                        seconds, values = points.setdefault(examples, ([], []))
+                        seconds.append(examples * seconds_per_row)
+                        values.append(value)
+        line = [(sum(seconds) / len(seconds), values) for _, (seconds, values) in sorted(points.items())]
+        _line(axes, line, arm, place)
+    axes.set(xlabel="seconds of training steps", ylabel=study.metric, title=f"{study.name}: equal time")
+    _legend(axes)
+    return bool(axes.containers)
 
 
 def _rates(axes: Any, study: Study, records: Sequence[Record], choices: dict[str, Choice]) -> bool:
@@ -193,10 +213,11 @@ def _legend(axes: Any) -> None:
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-_DRAWINGS: dict[str, Drawing] = {
+DRAWINGS: dict[str, Drawing] = {
     "bars": _bars,
     "curves": _curves,
     "rates": _rates,
+    "time": _time,
     "lines": _lines,
     "positions": _positions,
     "measures": _measures,

@@ -17,7 +17,7 @@ Tree = dict[str, Any]
 MIN_RATES, MIN_SEARCH_SEEDS, MIN_SEEDS = 5, 3, 5
 """The learning-rate rule: so many rates times seeds choose for each arm, and so many new seeds are reported."""
 
-FIGURES = ("bars", "curves", "lines", "measures", "positions", "rates")
+FIGURES = ("bars", "curves", "lines", "measures", "positions", "rates", "time")
 
 _KEYS = {
     "question": str,
