@@ -105,6 +105,9 @@ class TrainConfig:
     schedule_pool: tuple[str, ...] = ()
     """Schedules to draw from: names (v9, transformer, ...) or TransPoints ("0 64 128"). Without any, `rows` draws for
     every layer from 0, the powers of two, and data.seq_len."""
+    schedule_sampling_steps: int = 0
+    """Steps under random schedules, counted from the first; those after run model.transpoints, as fine-tuning for it.
+    0: all steps are under random schedules."""
     schedule_distillation: float = 0.0
     """Share s of self-distillation. Above 0, each step also runs schedule_teacher, and the step's schedule learns from
     its soft targets: (teacher's loss + (1 - s) · loss + s · KL) / 2. 0: none; 1: soft targets alone."""
@@ -127,7 +130,7 @@ class TrainConfig:
         """Check the ranges."""
         check_types("train", self)
         at_least("train", self, 1, "steps", "accumulation", "loss_chunk", "log_every", "max_nonfinite_steps")
-        at_least("train", self, 0, "seed", "sample_tokens")
+        at_least("train", self, 0, "seed", "sample_tokens", "schedule_sampling_steps")
         require(
             0 <= self.schedule_distillation <= 1,
             f"train.schedule_distillation must be in [0, 1], found {self.schedule_distillation}",
@@ -139,6 +142,11 @@ class TrainConfig:
         require(
             self.schedule_sampling != "none" or not self.schedule_pool,
             "train.schedule_pool is for train.schedule_sampling pool or rows, found none; set it or drop the pool",
+        )
+        require(
+            self.schedule_sampling != "none" or self.schedule_sampling_steps == 0,
+            f"train.schedule_sampling_steps={self.schedule_sampling_steps} is for train.schedule_sampling pool or "
+            "rows, found none; set it or leave the steps out",
         )
 
 

@@ -57,7 +57,7 @@ def test_draws_follow_seed_and_step_and_are_even():
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
     assert draws[:50] != [schedule_sampling.of_step(other, step) for step in range(50)]
     assert np.bincount(draws).min() > 900
-    assert {schedule_sampling.of_step(config_of("none", ()), step) for step in range(9)} == {0}
+    assert {schedule_sampling.of_step(config_of("none", ()), step) for step in range(9)} == {-1}
 
 
 def test_rows_draw_zero_powers_of_two_and_the_whole_row():
@@ -156,9 +156,41 @@ def test_a_teacher_must_be_a_schedule_of_the_model():
     teacher = schedule_sampling.teacher(config(schedule_distillation=0.5), model)
     assert (teacher.config.transpoints, teacher.config.d_model) == ((16, 16), 16)
     with pytest.raises(ValueError, match=r"train\.schedule_teacher: 'v9': v9 has 8 TransPoints"):
-        schedule_sampling.models(config(schedule_distillation=0.5, schedule_teacher="v9"), model)
+        schedule_sampling.programs(config(schedule_distillation=0.5, schedule_teacher="v9"), model)
     with pytest.raises(ValueError, match=r"train\.schedule_distillation must be in \[0, 1\], found 2"):
         config(schedule_distillation=2)
+
+
+def test_the_last_steps_run_the_schedule_of_the_config():
+    train = dataclasses.replace(config_of().train, schedule_sampling_steps=4)
+    config = dataclasses.replace(config_of(), train=train)
+    found = [under.config.transpoints for _, under in schedule_sampling.programs(config, tm.TransMamba(MODEL))]
+    assert found == [(16, 16), (0, 0), (4, 8), (0, 16)]
+    drawn = [schedule_sampling.of_step(config, step) for step in range(6)]
+    assert drawn[:4] == [schedule_sampling.of_step(config_of(), step) for step in range(4)]
+    assert drawn[4:] == [-1, -1]
+    never = dataclasses.replace(config, train=dataclasses.replace(train, schedule_sampling_steps=6))
+    assert len(schedule_sampling.programs(never, tm.TransMamba(MODEL))) == 3
+    rows = dataclasses.replace(config, train=dataclasses.replace(train, schedule_sampling="rows"))
+    batch = {"tokens": np.zeros((8, 17), np.int32)}
+    assert "transpoints" in schedule_sampling.with_transpoints(rows, batch, 3, 0, 1)
+    assert schedule_sampling.with_transpoints(rows, batch, 4, 0, 1) is batch
+    with pytest.raises(ValueError, match=r"schedule_sampling_steps=4 is for train\.schedule_sampling pool or rows"):
+        dataclasses.replace(train, schedule_sampling="none", schedule_pool=())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sampling", "share"), [("rows", 0.0), ("pool", 0.5)])
+def test_the_last_steps_equal_a_run_that_goes_on_under_one_schedule(tmp_path, sampling, share):
+    config = config_of(sampling)
+    options = {"schedule_sampling_steps": 3, "schedule_distillation": share}
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **options))
+    assert tm.train(dataclasses.replace(config, workdir=str(tmp_path / "whole"))) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "plain")
+    shutil.rmtree(tmp_path / "plain/checkpoints/6")
+    assert tm.train(dataclasses.replace(config_of("none", ()), workdir=str(tmp_path / "plain"))) == 0
+    ends = [tm.restore(tmp_path / name / "checkpoints").params for name in ("whole", "plain")]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
 @pytest.mark.slow

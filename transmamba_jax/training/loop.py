@@ -114,7 +114,7 @@ def _open_run(
     with hosts.collective_errors():
         check_installed(config)
         config = starting_points.with_origin(config, workdir)
-        schedule_sampling.models(config, model)
+        schedule_sampling.programs(config, model)
         resume.compare_with_earlier_run(config, model, mesh, workdir)
         tokenizer, batches = _open_data(config, mesh)
         cleanup.callback(batches.close)
@@ -327,8 +327,8 @@ class _Run:
         self.console.say(parameter_groups.describe(self.config, state.params, state.opt_state))
         self.console.say(f"compiling for {jax.device_count()} x {jax.devices()[0].device_kind}")
         begin = time.perf_counter()
-        models = schedule_sampling.models(self.config, self.model)
-        compiled = [compile_train_step(self.config, model, self.mesh) for model in models]
+        programs = schedule_sampling.programs(self.config, self.model)
+        compiled = [compile_train_step(config, model, self.mesh) for config, model in programs]
         log.start(compile_seconds=time.perf_counter() - begin)
         return compiled
 

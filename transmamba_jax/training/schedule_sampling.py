@@ -4,6 +4,8 @@
     pool    every step runs one schedule of `train.schedule_pool`: sliced, one compiled program each
     rows    every row has TransPoints of its own: one compiled program, which computes both branches everywhere
 
+After `train.schedule_sampling_steps` the others run `model.transpoints`, without distillation: fine-tuning for it.
+
 With `train.schedule_distillation` each step also runs the fixed schedule `train.schedule_teacher`, whose predictions
 the drawn one learns from; see `loss`.
 
@@ -13,6 +15,7 @@ what the run without a break draws.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
@@ -53,8 +56,10 @@ def require_transmamba(model: nn.Module, option: str) -> None:
         raise ValueError(f"{option} needs a TransMamba, found {type(model).__name__}: leave it out for other models")
 
 
-def models(config: Config, model: nn.Module) -> list[nn.Module]:
-    """Return the model of every compiled step: that of each schedule of the pool, or the one that there is.
+def programs(config: Config, model: nn.Module) -> list[tuple[Config, nn.Module]]:
+    """Return config and model of every compiled step: each schedule of the pool, or the one that there is.
+
+    The last one is that of the steps after the random ones, where there are such steps.
 
     Raises:
         ValueError: a schedule does not fit, or the model is no `TransMamba`.
@@ -63,9 +68,20 @@ def models(config: Config, model: nn.Module) -> list[nn.Module]:
         require_transmamba(model, f"train.schedule_sampling={config.train.schedule_sampling}")
     if config.train.schedule_distillation:
         teacher(config, model)
-    if config.train.schedule_sampling != "pool":
-        return [model]
-    return [_under(config, model, points) for points in pool(config)]
+    drawn = [(config, model)]
+    if config.train.schedule_sampling == "pool":
+        drawn = [(config, _under(config, model, points)) for points in pool(config)]
+    if config.train.schedule_sampling == "none" or not is_fixed(config, config.train.steps - 1):
+        return drawn
+    options = {"sampling": "none", "pool": (), "sampling_steps": 0, "distillation": 0.0}
+    fixed: dict[str, Any] = {f"schedule_{name}": value for name, value in options.items()}
+    return [*drawn, (dataclasses.replace(config, train=dataclasses.replace(config.train, **fixed)), model)]
+
+
+def is_fixed(config: Config, step: int) -> bool:
+    """Tell whether step `step` (from 0) runs `model.transpoints`."""
+    train = config.train
+    return train.schedule_sampling == "none" or 0 < train.schedule_sampling_steps <= step
 
 
 def teacher(config: Config, model: nn.Module) -> nn.Module:
@@ -84,7 +100,9 @@ def _under(config: Config, model: nn.Module, points: schedule.Schedule) -> nn.Mo
 
 
 def of_step(config: Config, step: int) -> int:
-    """Return which of `models` step `step` (from 0) runs."""
+    """Return which of `programs` step `step` (from 0) runs."""
+    if is_fixed(config, step):
+        return -1  # the last one
     if config.train.schedule_sampling != "pool":
         return 0
     return int(_generator(config, step).integers(len(config.train.schedule_pool)))
@@ -107,7 +125,7 @@ def of_rows(config: Config, step: int) -> np.ndarray:
 
 def with_transpoints(config: Config, batch: Rows, step: int, part: int, parts: int) -> Rows:
     """Return this process's batch, rows `part` of `parts`, with the TransPoints of its rows where rows draw them."""
-    if config.train.schedule_sampling != "rows":
+    if config.train.schedule_sampling != "rows" or is_fixed(config, step):
         return batch
     rows = config.data.batch_size // parts
     return {**batch, "transpoints": of_rows(config, step)[part * rows : (part + 1) * rows]}
