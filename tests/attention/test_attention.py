@@ -17,6 +17,7 @@ from transmamba_jax.attention import oracle as numpy_oracle
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "_BLOCK", 16)
+    monkeypatch.setattr(blockwise, "_CPU_EDGE", 6)  # a block on the diagonal in parts of 6, 6 and 4 queries
 
 
 # Blocks of 16: one block, its edges, several blocks; one spec serves several tests, which share its compilation.
