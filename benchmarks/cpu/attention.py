@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from transmamba_jax.attention import causal_attention
+from transmamba_jax.attention import blockwise, causal_attention
 
 HEADS = 8
 PASSES = ("forward", "forward+backward")
@@ -103,9 +103,16 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="channels of a head, N = P")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument(
+        "--diagonal",
+        type=int,
+        default=blockwise._CPU_EDGE,
+        help="queries at a time in blocks on the diagonal; 512: a whole block",
+    )
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each contender and shape")
     parser.add_argument("--seconds", type=float, default=30.0, help="at most about this long for a shape and pass")
     args = parser.parse_args()
+    blockwise._CPU_EDGE = args.diagonal
     print(timing.heading("jax", "jaxlib"))
     print(f"device {jax.devices()[0].device_kind}; {args.dtype}, H {HEADS}, N = P = {args.width}")
     for name, attend in CONTENDERS.items():

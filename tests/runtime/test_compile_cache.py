@@ -59,19 +59,19 @@ def test_the_second_start_reads_its_programs_and_computes_the_same(tmp_path):
     again, hits_again, written_again, _ = start(tmp_path / "second", tmp_path)
     assert (hits, written_again) == (0, 0)
     (folder,) = (tmp_path / "transmamba_jax" / "programs").iterdir()
-    ready = len(list(folder.glob("*.program")))
-    assert ready == 2  # the initialisation and the step: they are not even traced
-    assert hits_again == written - ready
+    untraced = len(list(folder.glob("*.program")))
+    assert untraced == 2  # the initialisation and the step: they are not even traced
+    assert hits_again == written - untraced
     assert losses == again
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 @pytest.mark.slow
-def test_programs_of_an_earlier_version_are_read_by_their_text(tmp_path):
+def test_programs_of_an_earlier_version_are_found_in_the_cache_of_jax(tmp_path):
     losses, _, _, _ = start(tmp_path / "first", tmp_path)
     (folder,) = (tmp_path / "transmamba_jax" / "programs").iterdir()
-    for ready in folder.glob("*.program"):
-        ready.unlink()  # as after an update that changes no program
+    for program in folder.glob("*.program"):
+        program.unlink()  # as after an update that changes no program
     for name in ("second", "third"):
         again, _, written, _ = start(tmp_path / name, tmp_path)
         assert written == 0
@@ -104,8 +104,8 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     program = min(folder.glob("*-cache"))
     program.write_bytes(program.read_bytes()[:100])
     program.with_name(program.name.removesuffix("-cache") + "-atime").unlink()
-    for ready in folder.glob("*.program"):
-        ready.unlink()
+    for program in folder.glob("*.program"):
+        program.unlink()
     again, hits, written_again, output = start(tmp_path / "second", tmp_path)
     assert (hits, written_again) == (written - 1, 1)
     assert again == losses
@@ -131,20 +131,20 @@ def lower(tmp_path, monkeypatch):
         yield Lowering()
 
 
-def run(lower, *facts):
-    program = compile_cache.compile_or_read(lower, facts, jax.devices()[:1])
+def run(lower, *key):
+    program = compile_cache.compile_or_read(lower, key, jax.devices()[:1])
     return program({"x": jnp.arange(3.0)})["scaled"].tolist()
 
 
-def test_a_program_of_the_same_facts_is_read_and_not_traced(lower, tmp_path):
+def test_a_program_of_the_same_key_is_read_and_not_traced(lower, tmp_path):
     assert run(lower, "double") == run(lower, "double") == [0.0, 2.0, 4.0]
     assert lower.count == 1
-    assert run(lower, "other facts") == [0.0, 2.0, 4.0]
+    assert run(lower, "another key") == [0.0, 2.0, 4.0]
     assert lower.count == 2
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_sources_settings_and_versions_are_facts(lower, monkeypatch):
+def test_sources_and_settings_are_part_of_the_key(lower, monkeypatch):
     run(lower, "double")
     with jax.default_matmul_precision("highest"):
         run(lower, "double")
@@ -157,8 +157,7 @@ def test_sources_settings_and_versions_are_facts(lower, monkeypatch):
     assert lower.count == 4
 
 
-def test_what_jax_has_read_back_is_not_written_again(tmp_path, monkeypatch):
-    # A deserialised CPU program that is serialised again lacks functions, and fails at its first call.
+def test_a_deserialized_executable_is_not_serialized_again(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_cache, "_folder", tmp_path)
     seconds = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -167,14 +166,14 @@ def test_what_jax_has_read_back_is_not_written_again(tmp_path, monkeypatch):
         assert run(lower, "one start") == [0.0, 2.0, 4.0]
         assert len(list(tmp_path.iterdir())) == 1
         for _ in range(2):
-            assert run(lower, "other facts, the same text") == [0.0, 2.0, 4.0]
+            assert run(lower, "another key, the same module") == [0.0, 2.0, 4.0]
         assert len(list(tmp_path.iterdir())) == 1
         assert lower.count == 3
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
-def test_programs_without_facts_are_not_kept(lower, tmp_path):
+def test_programs_without_a_key_are_not_kept(lower, tmp_path):
     for _ in range(2):
         compile_cache.compile_or_read(lower, None, jax.devices()[:1])
     assert lower.count == 2
@@ -196,7 +195,7 @@ def test_the_least_recently_used_go_first(lower, tmp_path, monkeypatch):
     size = first.stat().st_size
     left_behind = tmp_path / "killed.program.123"
     left_behind.write_bytes(b"0" * size)
-    monkeypatch.setattr(compile_cache, "_MAX_READY_BYTES", int(2.5 * size))
+    monkeypatch.setattr(compile_cache, "_MAX_KEYED_BYTES", int(2.5 * size))
     run(lower, "b")
     (second,) = set(tmp_path.glob("*.program")) - {first}
     for file, used in ((left_behind, 1), (second, 2)):

@@ -57,7 +57,7 @@ def test_draws_follow_seed_and_step_and_are_even():
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))
     assert draws[:50] != [schedule_sampling.of_step(other, step) for step in range(50)]
     assert np.bincount(draws).min() > 900
-    assert {schedule_sampling.of_step(config_of("none", ()), step) for step in range(9)} == {-1}
+    assert {schedule_sampling.of_step(config_of("none", ()), step) for step in range(9)} == {0}
 
 
 def test_rows_draw_zero_powers_of_two_and_the_whole_row():
@@ -168,10 +168,11 @@ def test_the_last_steps_run_the_schedule_of_the_config():
     assert found == [(16, 16), (0, 0), (4, 8), (0, 16)]
     drawn = [schedule_sampling.of_step(config, step) for step in range(6)]
     assert drawn[:4] == [schedule_sampling.of_step(config_of(), step) for step in range(4)]
-    assert drawn[4:] == [-1, -1]
+    assert drawn[4:] == [3, 3]
     never = dataclasses.replace(config, train=dataclasses.replace(train, schedule_sampling_steps=6))
     assert len(schedule_sampling.programs(never, tm.TransMamba(MODEL))) == 3
     rows = dataclasses.replace(config, train=dataclasses.replace(train, schedule_sampling="rows"))
+    assert [schedule_sampling.of_step(rows, step) for step in range(6)] == [0, 0, 0, 0, 1, 1]
     batch = {"tokens": np.zeros((8, 17), np.int32)}
     assert "transpoints" in schedule_sampling.with_transpoints(rows, batch, 3, 0, 1)
     assert schedule_sampling.with_transpoints(rows, batch, 4, 0, 1) is batch

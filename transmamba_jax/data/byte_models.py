@@ -20,8 +20,8 @@ def baselines(train: bytes, held_out: bytes) -> dict[str, float]:
 
     The order-2 model backs off by Witten and Bell's rule, in which d(ctx) counts the distinct bytes seen after ctx:
     p_n(c | ctx) = (count(ctx c) + d(ctx) p_{n-1}(c)) / (count(ctx) + d(ctx)), p_{n-1} where ctx was never seen, p_{-1}
-    uniform over 256 bytes. gzip, xz and brotli see `held_out` alone; brotli comes
-    with a dictionary of English words and of markup.
+    uniform over 256 bytes. gzip, xz and brotli see `held_out` alone. brotli has a dictionary of English words
+    and markup.
 
     Raises:
         ValueError: either text has fewer than 3 bytes.

@@ -1,7 +1,7 @@
 """Keep compiled programs on disk, so that the second start of a command compiles nothing.
 
-Commands call `keep_programs`; a program that uses the library decides for itself, by JAX's own options. JAX finds a
-program by its text, which it has to trace for that. `compile_or_read` finds one by the facts that decide its text.
+Commands call `keep_programs`; a program that uses the library decides for itself, by JAX's own options. JAX's
+cache finds a program by its lowered module, so that it has to trace first. `compile_or_read` needs no trace.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from jax.experimental import serialize_executable
 from transmamba_jax.runtime.paths import user_cache
 
 _MAX_BYTES = 2 * 2**30
-_MAX_READY_BYTES = 2**29
+_MAX_KEYED_BYTES = 2**29
 _MIN_SECONDS = 0.3  # a program that compiles faster is not worth its file
 _LOCK_SECONDS = 5
-_READY = ".program"
+_SUFFIX = ".program"  # of what `compile_or_read` keeps
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")  # that write a part of a program
 _LOGGER = logging.getLogger(__name__)
-_folder: Path | None = None  # of programs that need no trace; None: they are not kept
+_folder: Path | None = None  # of programs that are found without tracing; None: they are not kept
 
 
 def keep_programs() -> None:
@@ -58,28 +58,29 @@ def keep_programs() -> None:
 
 
 def compile_or_read(
-    lower: Callable[[], jax.stages.Lowered], facts: Sequence[object] | None, devices: Sequence[jax.Device]
+    lower: Callable[[], jax.stages.Lowered], key: Sequence[object] | None, devices: Sequence[jax.Device]
 ) -> jax.stages.Compiled:
-    """Compile a program; or read the one that an earlier start made of the same facts, and trace nothing.
+    """Compile a program; or read the one that an earlier start compiled under the same key, without tracing.
 
-    Programs are kept where `keep_programs` has been called, for one process, up to 512 MB: the least recently used go
-    first. A program whose text JAX knew from a start with other facts is read by its text again.
+    Programs are kept after a call of `keep_programs`, where there is one process. Above 512 MiB the least recently used
+    ones are removed. A program that JAX's cache has under another key is traced and read from there at each start.
 
     Args:
         lower: traces and lowers the program.
-        facts: all that decides the program besides the sources of this package, the versions of its libraries, the
-            settings of JAX and the kind of `devices`. Each one's `repr` must say all of it. None: it is not kept.
+        key: values whose `repr` decides the program, together with the sources of this package, the versions of its
+            libraries, the settings of JAX, and `devices`. None: the program is not kept.
         devices: those that the program runs on, in order.
     """
-    if _folder is None or facts is None or jax.process_count() > 1:
+    if _folder is None or key is None or jax.process_count() > 1:
         return lower().compile()
-    file = _folder / f"{_digest(facts, devices)}{_READY}"
+    file = _folder / f"{_digest(key, devices)}{_SUFFIX}"
     program = _read(file, devices)
     if program is None:
         lowered, hits = lower(), _count_hits()
         before = hits["count"]
         program = lowered.compile()
-        # What JAX has read back lacks functions when a CPU writes it again: "Function ... not found" at its first call.
+        # An executable that was deserialized lacks functions when it is serialized again, on a CPU (jax 0.10.2): its
+        # first call raises "Function ... not found".
         if hits["count"] == before:
             _write(file, program)
     return program
@@ -87,7 +88,7 @@ def compile_or_read(
 
 @functools.cache
 def _count_hits() -> dict[str, int]:
-    """Return a count of the programs that JAX reads from its own folder from now on."""
+    """Return a count of the hits of JAX's cache from now on."""
     hits = {"count": 0}
 
     def listen(event: str, **_: object) -> None:
@@ -97,10 +98,10 @@ def _count_hits() -> dict[str, int]:
     return hits
 
 
-def _digest(facts: Sequence[object], devices: Sequence[jax.Device]) -> str:
+def _digest(key: Sequence[object], devices: Sequence[jax.Device]) -> str:
     client = devices[0].client
     known = (
-        [repr(fact) for fact in facts],
+        [repr(value) for value in key],
         [(device.id, device.device_kind) for device in devices],
         (client.platform, client.platform_version, jax.device_count()),
         sorted((name, repr(value)) for name, value in jax.config.values.items()),
@@ -136,23 +137,23 @@ def _read(file: Path, devices: Sequence[jax.Device]) -> jax.stages.Compiled | No
 
 
 def _write(file: Path, program: jax.stages.Compiled) -> None:
-    """Write a program beside what it takes and returns; a program that cannot be written is compiled at each start."""
+    """Write an executable with the trees of its arguments and results; one that cannot be written is left out."""
     try:
         executable, *structures = serialize_executable.serialize(program)
-        # Structures of JAX have no form on disk. The same trees, with numbers for leaves, have one.
+        # A PyTreeDef cannot be pickled. A tree of that structure, with numbers for leaves, can.
         trees = (jax.tree.unflatten(structure, range(structure.num_leaves)) for structure in structures)
         waiting = file.with_name(f"{file.name}.{os.getpid()}")
         waiting.write_bytes(pickle.dumps((executable, *trees)))
         waiting.replace(file)
         _remove_oldest(file.parent)
-    except Exception as error:  # a disk that is full, a device whose programs have no form on disk
+    except Exception as error:  # a full disk; a device whose executables cannot be serialized
         _LOGGER.info("the next start traces and compiles again: %s is not written (%s)", file, error)
 
 
 def _remove_oldest(folder: Path) -> None:
     """Remove the programs that were used least recently until the rest fits; those that a kill left incomplete too."""
-    left = _MAX_READY_BYTES
-    stats = [(file.stat(), file) for file in folder.glob(f"*{_READY}*")]
+    left = _MAX_KEYED_BYTES
+    stats = [(file.stat(), file) for file in folder.glob(f"*{_SUFFIX}*")]
     for stat, file in sorted(stats, key=lambda pair: pair[0].st_mtime, reverse=True):
         left -= stat.st_size
         if left < 0:

@@ -4,7 +4,7 @@
     pool    every step runs one schedule of `train.schedule_pool`: sliced, one compiled program each
     rows    every row has TransPoints of its own: one compiled program, which computes both branches everywhere
 
-After `train.schedule_sampling_steps` the others run `model.transpoints`, without distillation: fine-tuning for it.
+The steps after `train.schedule_sampling_steps` run `model.transpoints`, without distillation.
 
 With `train.schedule_distillation` each step also runs the fixed schedule `train.schedule_teacher`, whose predictions
 the drawn one learns from; see `loss`.
@@ -71,7 +71,7 @@ def programs(config: Config, model: nn.Module) -> list[tuple[Config, nn.Module]]
     drawn = [(config, model)]
     if config.train.schedule_sampling == "pool":
         drawn = [(config, _under(config, model, points)) for points in pool(config)]
-    if config.train.schedule_sampling == "none" or not is_fixed(config, config.train.steps - 1):
+    if not is_fixed(config, config.train.steps - 1):
         return drawn
     options = {"sampling": "none", "pool": (), "sampling_steps": 0, "distillation": 0.0}
     fixed: dict[str, Any] = {f"schedule_{name}": value for name, value in options.items()}
@@ -79,9 +79,8 @@ def programs(config: Config, model: nn.Module) -> list[tuple[Config, nn.Module]]
 
 
 def is_fixed(config: Config, step: int) -> bool:
-    """Tell whether step `step` (from 0) runs `model.transpoints`."""
-    train = config.train
-    return train.schedule_sampling == "none" or 0 < train.schedule_sampling_steps <= step
+    """Tell whether step `step` (from 0) is one of those after the random ones."""
+    return 0 < config.train.schedule_sampling_steps <= step
 
 
 def teacher(config: Config, model: nn.Module) -> nn.Module:
@@ -101,11 +100,8 @@ def _under(config: Config, model: nn.Module, points: schedule.Schedule) -> nn.Mo
 
 def of_step(config: Config, step: int) -> int:
     """Return which of `programs` step `step` (from 0) runs."""
-    if is_fixed(config, step):
-        return -1  # the last one
-    if config.train.schedule_sampling != "pool":
-        return 0
-    return int(_generator(config, step).integers(len(config.train.schedule_pool)))
+    drawn = len(config.train.schedule_pool) if config.train.schedule_sampling == "pool" else 1
+    return drawn if is_fixed(config, step) else int(_generator(config, step).integers(drawn))
 
 
 def of_rows(config: Config, step: int) -> np.ndarray:

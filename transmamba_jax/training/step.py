@@ -58,8 +58,8 @@ class TrainState:
         Parameters and moments are float32. `mesh`: None is that of `config.mesh` over all devices.
         """
         mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
-        key = np.asarray(jax.random.key_data(jax.random.key(config.train.seed)))
-        return _initializer(program_config(config), model, mesh, key.shape)(key)
+        key = jax.random.key(config.train.seed)
+        return _initializer(program_config(config), model, mesh, key.dtype)(np.asarray(jax.random.key_data(key)))
 
 
 _OUTSIDE_PROGRAMS = (
@@ -92,20 +92,22 @@ def program_config(config: Config) -> Config:
 
 
 @functools.lru_cache(maxsize=2)
-def _initializer(config: Config, model: nn.Module, mesh: Mesh, key_shape: tuple[int, ...]) -> jax.stages.Compiled:
+def _initializer(config: Config, model: nn.Module, mesh: Mesh, _kind_of_keys: Any) -> jax.stages.Compiled:
     def lower() -> jax.stages.Lowered:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
         initialize = jax.jit(partial(init_state, config, model), out_shardings=shardings)
-        return initialize.lower(jax.ShapeDtypeStruct(key_shape, jnp.uint32))
+        return initialize.lower(_abstract_key_data())
 
-    return compile_cache.compile_or_read(lower, _facts("init", config, model, mesh), mesh.devices.ravel().tolist())
+    return _compile_or_read("init", lower, config, model, mesh)
 
 
-def _facts(program: str, config: Config, model: nn.Module, mesh: Mesh) -> tuple[object, ...] | None:
-    """Return all that decides a program; None for a model whose sources or functions are not those of this package."""
-    if type(model) is not TransMamba or model.attention is not None:
-        return None
-    return program, config, model, mesh.shape, [device.id for device in mesh.devices.flat]
+def _compile_or_read(
+    name: str, lower: Callable[[], jax.stages.Lowered], config: Config, model: nn.Module, mesh: Mesh
+) -> jax.stages.Compiled:
+    """Compile a program or read it; nothing is kept of models and attention functions from outside this package."""
+    own = type(model) is TransMamba and model.attention is None
+    key = (name, config, model, mesh.shape) if own else None
+    return compile_cache.compile_or_read(lower, key, mesh.devices.ravel().tolist())
 
 
 def init_state(config: Config, model: nn.Module, key_data: jax.Array) -> TrainState:
@@ -134,8 +136,7 @@ def abstract_state(config: Config, model: nn.Module, mesh: Mesh) -> TrainState:
 
 @functools.lru_cache(maxsize=2)  # tracing the initialisation takes seconds, and several callers ask
 def _abstract_state(config: Config, model: nn.Module, mesh: Mesh, _kind_of_keys: Any) -> TrainState:
-    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    shapes = jax.eval_shape(partial(init_state, config, model), key)
+    shapes = jax.eval_shape(partial(init_state, config, model), _abstract_key_data())
     everywhere = NamedSharding(mesh, P())
     shardings = dataclasses.replace(
         jax.tree.map(lambda _: everywhere, shapes),
@@ -145,6 +146,10 @@ def _abstract_state(config: Config, model: nn.Module, mesh: Mesh, _kind_of_keys:
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
     )
+
+
+def _abstract_key_data() -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -227,7 +232,7 @@ def _compile(config: Config, model: nn.Module, mesh: Mesh) -> jax.stages.Compile
         scale = jax.ShapeDtypeStruct((), jnp.float32)
         return step.lower(abstract_state(config, model, mesh), abstract_batch(config, mesh), scale)
 
-    return compile_cache.compile_or_read(lower, _facts("step", config, model, mesh), mesh.devices.ravel().tolist())
+    return _compile_or_read("step", lower, config, model, mesh)
 
 
 def _jit(
