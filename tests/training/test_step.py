@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import typing
 from functools import partial
 
 import jax
@@ -50,6 +51,15 @@ def _initial(first):
 @pytest.fixture(name="step", scope="module")
 def _step(mesh):
     return make_train_step(CONFIG, MODEL, make_optimizer(CONFIG), mesh)
+
+
+@pytest.mark.parametrize("ablation", typing.get_args(typing.get_type_hints(tm.ModelConfig)["ablation"]))
+def test_the_options_that_programs_depend_on_are_a_valid_config(ablation):
+    config = little_config(model={"ablation": ablation}, train={"sample_tokens": 0, "log_every": 3})
+    kept = train_step.program_config(config)
+    assert kept.model == config.model
+    assert train_step.program_config(kept) == kept
+    assert kept == train_step.program_config(little_config(model={"ablation": ablation}, train={"sample_tokens": 0}))
 
 
 def test_accumulation_equals_the_large_batch(initial):

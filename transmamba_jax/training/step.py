@@ -71,7 +71,6 @@ _OUTSIDE_PROGRAMS = (
     "tensorboard",
     "wandb",
     "mlflow",
-    "sample_tokens",
 )
 """Options of `train` that the loop reads and no compiled program does."""
 
@@ -79,13 +78,15 @@ _OUTSIDE_PROGRAMS = (
 def program_config(config: Config) -> Config:
     """Reset the options that no compiled program depends on: runs that differ in these alone share their programs."""
     default = Config()
+    train = {name: getattr(default.train, name) for name in _OUTSIDE_PROGRAMS}
+    train["sample_tokens"] = 0  # no rule between sections forbids 0, as one forbids the default to an ablation
     return dataclasses.replace(
         config,
         workdir=default.workdir,
         hosts=default.hosts,
         checkpoint=default.checkpoint,
         eval=default.eval,
-        train=dataclasses.replace(config.train, **{name: getattr(default.train, name) for name in _OUTSIDE_PROGRAMS}),
+        train=dataclasses.replace(config.train, **train),
         data=dataclasses.replace(config.data, seed=default.data.seed, eval_split=default.data.eval_split),
         optimizer=dataclasses.replace(config.optimizer, learning_rate_scale=default.optimizer.learning_rate_scale),
     )
