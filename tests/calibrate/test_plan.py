@@ -73,6 +73,26 @@ def test_a_machine_whose_steps_are_sums_is_predicted() -> None:
     assert text.endswith(f"model: {{transpoints: [{', '.join(map(str, found.recommended))}]}}")
 
 
+def test_predictions_follow_a_machine_that_is_slower_at_the_check(
+    machine: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls = machine.whole, []
+
+    def slower(points: Schedule) -> Timed:
+        """Take a quarter longer from the first step of V9 on, as its neighbours on a shared machine have it."""
+        calls.append(points)
+        run = whole(points)
+        return lambda: run() * (1.25 if len(calls) > 1 else 1.0)
+
+    monkeypatch.setattr(machine, "whole", slower)
+    found = plan.make_plan(CONFIG)
+    rows = {row.name: row for row in found.rows}
+    assert found.drift == pytest.approx(1.25)
+    assert rows["V9"].error == pytest.approx(0, abs=1e-9)
+    assert rows["Transformer"].predicted == pytest.approx(1.25 * found.costs.predict((T,) * 8))
+    assert "takes 1.25 of the time above" in "\n".join(plan.text(found))
+
+
 def test_a_machine_whose_steps_are_not_sums_misses_the_goal(machine: Simulated) -> None:
     machine.drift = 1.25
     found = plan.make_plan(CONFIG)

@@ -73,6 +73,8 @@ class Plan:
     """TransPoint -> operator -> seconds alone; empty where operators were not timed."""
     recommended: Schedule
     reason: str
+    drift: float
+    """Seconds of a Mamba-2 step at the check over those before, by which the predictions of `rows` are scaled."""
     rows: tuple[Row, ...]
 
 
@@ -112,8 +114,8 @@ def make_plan(
         measured = dataclasses.replace(measured, layer={**measured.layer, **added})
     parts = _parts(machine, points, objective, rounds)
     recommended, reason = costs.recommend(measured, config.model, budget)
-    rows = _compare(machine, measured, config.model, recommended, mamba2, rounds)
-    return Plan(device, how, objective, layers, measured, parts, recommended, reason, rows)
+    drift, rows = _compare(machine, measured, config.model, recommended, mamba2, rounds)
+    return Plan(device, how, objective, layers, measured, parts, recommended, reason, drift, rows)
 
 
 def _machine(config: Config, objective: Objective, topology: str | None, quick: bool) -> tuple[int, Machine, str, str]:
@@ -140,10 +142,11 @@ def _parts(machine: Machine, points: Sequence[int], objective: Objective, rounds
 
 def _compare(
     machine: Machine, measured: Costs, model: ModelConfig, recommended: Schedule, mamba2: Timed, rounds: int
-) -> tuple[Row, ...]:
-    """Predict the schedules, and run V9, the hybrid and the recommended one in rounds.
+) -> tuple[float, tuple[Row, ...]]:
+    """Predict the schedules, and run V9, the hybrid and the recommended one in rounds; the drift comes first.
 
-    Mamba-2, of which the prediction is a measurement, runs once more: its error is the drift of the machine since.
+    Mamba-2, of which the prediction is a measurement, runs beside them. A shared machine may be a quarter slower or
+    faster by now, for every schedule alike: the predictions are scaled to its speed at the check.
     """
     length, layers = measured.length, model.num_layers
     named: dict[str, Schedule] = {
@@ -157,8 +160,9 @@ def _compare(
     LOGGER.info("whole steps under %s", ", ".join(_CHECKED))
     calls = {name: machine.whole(expanded[name]) for name in _CHECKED}
     found = stopwatch.medians({**calls, "Mamba-2": mamba2}, rounds)
-    return tuple(
-        Row(name, points, measured.predict(points), found.get(name), costs.cache_peak(model, points, length))
+    drift = found["Mamba-2"] / measured.mamba2
+    return drift, tuple(
+        Row(name, points, drift * measured.predict(points), found.get(name), costs.cache_peak(model, points, length))
         for name, points in expanded.items()
     )
 
@@ -184,6 +188,8 @@ def text(plan: Plan) -> Iterator[str]:
         yield f"a loop over layers, in schedules that repeat: {milliseconds(found.mamba2 - found.unrolled)} ms"
     yield f"speed-optimal common TransPoint P* = {found.optimum()}"
     yield f"recommended: {plan.reason}"
+    if plan.drift != 1:
+        yield f"the machine takes {plan.drift:.2f} of the time above by now; the predictions below are scaled by it"
     checked = "whole ms" if plan.how == "measured" else "compiled ms"
     yield f"{'':<14}{'predicted ms':>14}{checked:>14}{'error':>9}{'of Transformer':>16}{'cache of a row':>16}"
     for row in plan.rows:
