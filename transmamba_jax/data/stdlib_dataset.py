@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import shutil
 import sys
 import sysconfig
@@ -32,11 +33,12 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, _: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        return {split: self._generate_examples(split) for split in SPLITS}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, str]]]:
         root = Path(sysconfig.get_path("stdlib"))
-        for path in source_files(root):
+        files = source_files(root)
+        return {split: self._generate_examples(root, files, split) for split in SPLITS}
+
+    def _generate_examples(self, root: Path, files: list[Path], split: str) -> Iterator[tuple[str, dict[str, str]]]:
+        for path in files:
             relative = path.relative_to(root).as_posix()
             if split_of(relative) == split:
                 with tokenize.open(path) as file:  # honours an encoding that the file declares
@@ -49,11 +51,12 @@ def source_files(root: Path) -> list[Path]:
     Raises:
         ValueError: there is none (a Python that was installed without its sources).
     """
-    files = sorted(
-        path
-        for path in root.rglob("*.py")
-        if not _EXCLUDED.intersection(path.relative_to(root).parts) and path.stat().st_size > 0
-    )
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _EXCLUDED]  # not entered: installed packages are many
+        found = [Path(folder, name) for name in names if name.endswith(".py")]
+        files += [path for path in found if path.is_file() and path.stat().st_size > 0]
+    files.sort()
     if not files:
         raise ValueError(
             f"data.source='stdlib': this Python's standard library at {root} has no source files; use 'text:<glob>'"
