@@ -52,6 +52,8 @@ TREE: dict[str, Any] = {
     "quick": {"axes": {"state": ["n4"]}, "learning_rates": [1e-2], "search_seeds": [0], "seeds": [10, 11]},
 }
 
+CHOSEN = {"attention/n2": 1e-3, "attention/n4": 1e-2, "ssm/n2": 3e-3, "ssm/n4": "3e-2"}
+
 
 def write_study(folder: Path, quick: bool = False, **changes: Any) -> Study:
     """Write the study with changed keys and load it."""
@@ -64,6 +66,14 @@ def study_file(folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "little.yaml"
     path.write_text(yaml.safe_dump({**copy.deepcopy(TREE), **changes}), encoding="utf-8")
+    return path
+
+
+def without_search(folder: Path, **changes: Any) -> Path:
+    """Write the study with the rates of an earlier one instead of a search."""
+    tree = {key: value for key, value in TREE.items() if key not in ("learning_rates", "search_seeds", "quick")}
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({**tree, "chosen_rates": CHOSEN, "quick": {}, **changes}), encoding="utf-8")
     return path
 
 

@@ -6,13 +6,13 @@ import time
 
 import pytest
 
-from tests.study.support import Trainer, accuracy, write_study
+from tests.study.support import CHOSEN, Trainer, accuracy, without_search, write_study
 from tests.training.support import Little
 from transmamba_jax.report import read_metrics
 from transmamba_jax.runtime import logs
 from transmamba_jax.study import report, results, runner
 from transmamba_jax.study.runner import COMPLETE, UNFINISHED, Selection, run_study
-from transmamba_jax.study.spec import Cell
+from transmamba_jax.study.spec import Cell, load_study
 from transmamba_jax.training.loop import EXIT_NOT_SAVED, train
 from transmamba_jax.training.metrics import TIMING
 from transmamba_jax.training.preemption import EXIT_PREEMPTED
@@ -46,6 +46,17 @@ def test_a_study_searches_and_then_reports_the_chosen_rates(tmp_path, trainer):
     assert results.metric_of(study, found[0]) == accuracy(config)
     assert found[0]["curve"] == [[8, pytest.approx(accuracy(config) / 2)], [16, accuracy(config)]]
     assert found[0]["examples_to_target"] == 16
+
+
+def test_rates_of_an_earlier_study_are_reported_without_a_search(tmp_path, trainer):
+    study = load_study(without_search(tmp_path))
+    assert run_study(study, tmp_path / "out", train_cell=trainer) == COMPLETE
+    assert len(trainer.trained) == 20
+    assert {name.split("/report-")[0] for name in trainer.trained} == set(CHOSEN)
+    assert all("/report-rate0.03-" in name for name in trainer.trained if name.startswith("ssm/n4"))
+    text = (report.write_report(study, tmp_path / "out").parent / "table.md").read_text(encoding="utf-8")
+    assert "chosen for each arm by the search of an earlier study; reported on 5 other seeds" in text
+    assert "![rates]" not in text
 
 
 def test_a_finished_cell_is_never_run_again(tmp_path, trainer):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.study.support import TREE, study_file, write_study
+from tests.study.support import CHOSEN, TREE, study_file, without_search, write_study
+from transmamba_jax.study import results
 from transmamba_jax.study.spec import Cell, find_study, keep_file, load_study, merge, resolve_point
 
 STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
@@ -13,11 +14,12 @@ STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yam
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_study_compares_with_a_plain_transformer(path):
-    """A plain one has no convolution, which alone lets a layer recall. Ablations compare a layer with itself."""
+    """A plain one has no convolution, which alone lets a layer recall. Ablations compare a layer with itself, and numbers of steps an arm."""
     study = load_study(path)
-    configs = [study.cell_config(Cell(arm, "search", study.learning_rates[0], 0), Path()) for arm in study.arms()]
+    rate = study.config["optimizer"]["learning_rate"]
+    configs = [study.cell_config(Cell(arm, "search", rate, 0), Path()) for arm in study.arms()]
     kinds = {(each.model.conv_width, each.model.conv_activation, each.model.transpoints) for each in configs}
-    assert (1, "none", (configs[0].data.seq_len,)) in kinds or study.name == "s4_ablations"
+    assert (1, "none", (configs[0].data.seq_len,)) in kinds or study.name in ("s4_ablations", "s6_steps")
 
 
 def test_the_rule_makes_a_search_and_new_seeds(tmp_path):
@@ -48,6 +50,34 @@ def test_quick_keeps_the_named_variants_and_needs_no_rule(tmp_path):
         "attention/n4/search-rate0.01-seed0",
         "ssm/n4/search-rate0.01-seed0",
     ]
+
+
+def test_rates_of_an_earlier_study_replace_the_search(tmp_path):
+    study = load_study(without_search(tmp_path))
+    assert study.search_cells() == []
+    rates = {arm: choice.rate for arm, choice in results.choose_rates(study, tmp_path).items()}
+    assert rates == {arm: float(rate) for arm, rate in CHOSEN.items()}
+    cells = study.report_cells(rates)
+    assert len(cells) == 4 * 5
+    assert cells[-1].name == "ssm/n4/report-rate0.03-seed14"
+    quick = {"axes": {"state": ["n4"]}, "chosen_rates": {"attention/n4": 1e-2, "ssm/n4": 1e-2}, "seeds": [10]}
+    assert load_study(without_search(tmp_path, quick=quick), quick=True).chosen_rates == quick["chosen_rates"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rates": [1e-2]}, "leave out learning_rates and search_seeds"),
+        ({"chosen_rates": {**CHOSEN, "ssm/n8": 1e-2}}, "one rate for each of attention/n2.*; ssm/n8 differs"),
+        ({"chosen_rates": {"ssm/n4": 1e-2}}, "one rate for each of attention/n2.*; attention/n2 differs"),
+        ({"chosen_rates": {**CHOSEN, "ssm/n4": 0}}, "chosen_rates positive"),
+        ({"chosen_rates": {**CHOSEN, "ssm/n4": "much"}}, "a learning rate must be a number, found 'much'"),
+        ({"seeds": [10]}, "at least 5 seeds are needed, found 1"),
+    ],
+)
+def test_a_mistake_in_rates_of_an_earlier_study_is_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_study(without_search(tmp_path, **changes))
 
 
 @pytest.mark.parametrize(

@@ -164,15 +164,14 @@ def _notes(study: Study, records: Sequence[Record], choices: dict[str, Choice]) 
 
 
 def _facts(study: Study, records_path: str) -> list[tuple[str, str]]:
+    reported = f"reported on {len(study.seeds)} other seeds and the {study.report_split} split"
+    grid = ", ".join(f"{rate:g}" for rate in study.learning_rates)
+    searched = f"of {grid}, chosen for each arm over {len(study.search_seeds)} seeds on the validation split"
+    rates = "chosen for each arm by the search of an earlier study" if study.chosen_rates else searched
     return [
         ("Question", study.question),
         ("Claim", f"{study.claim} ({study.source})"),
-        (
-            "Learning rate",
-            f"of {', '.join(f'{rate:g}' for rate in study.learning_rates)}, chosen for each arm over "
-            f"{len(study.search_seeds)} seeds on the validation split; reported on {len(study.seeds)} other seeds "
-            f"and the {study.report_split} split",
-        ),
+        ("Learning rate", f"{rates}; {reported}"),
         ("Every cell", records_path),
     ]
 

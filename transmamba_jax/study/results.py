@@ -40,7 +40,7 @@ class Choice:
     at_edge: bool
     """The rate is the smallest or the largest of the grid: a better one may lie outside."""
     means: tuple[tuple[float, float], ...]
-    """(rate, mean of the metric over the search's seeds) of every rate without a failed cell."""
+    """(rate, mean of the metric over the search's seeds) of every rate without a failed cell; none: chosen earlier."""
 
 
 def cell_folder(out: Path, cell: Cell) -> Path:
@@ -100,11 +100,13 @@ def read_results(study: Study, out: Path) -> list[Record]:
 
 
 def choose_rates(study: Study, out: Path) -> dict[str, Choice]:
-    """Choose a learning rate for every arm whose search is complete.
+    """Choose a learning rate for every arm whose search is complete, or return those that an earlier study chose.
 
     The rate with the best mean of the metric over the search's seeds wins, of equal ones the smallest. A rate with a
     failed cell is out. An arm all of whose rates failed has no choice.
     """
+    if study.chosen_rates:
+        return {arm: Choice(rate, False, ()) for arm, rate in study.chosen_rates.items()}
     values: dict[str, dict[float, list[float]]] = {}
     unfinished, failed = set(), set()
     for cell in study.search_cells():

@@ -27,6 +27,7 @@ _KEYS = {
     "axes": dict,
     "learning_rates": list,
     "search_seeds": list,
+    "chosen_rates": dict,
     "seeds": list,
     "metric": str,
     "better": str,
@@ -42,6 +43,8 @@ _KEYS = {
 _MEASURE = ("data", "eval", "transpoints", "classes", "search")
 _QUICK = ".quick"
 _OPTIONAL: Tree = {"target": None, "also": [], "measure": {}, "report_split": "test"}
+_SEARCH: Tree = {"learning_rates": [], "search_seeds": [], "chosen_rates": {}}
+"""Either the first two or the third."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Study:
     learning_rates: tuple[float, ...]
     """Peak learning rates of the search, ascending. The final rate keeps its ratio to the peak."""
     search_seeds: tuple[int, ...]
+    chosen_rates: dict[str, float]
+    """Arm -> learning rate that the search of an earlier study chose; empty: this study searches."""
     seeds: tuple[int, ...]
     """Seeds of the reported runs; none of them took part in the search."""
     metric: str
@@ -184,7 +189,8 @@ def load_study(path: Path, quick: bool = False) -> Study:
         study = _study(path.stem.removesuffix(_QUICK), tree, quick)
         _check_study(study)
         for arm in study.arms():
-            config = study.cell_config(Cell(arm, "search", study.learning_rates[0], 0), Path("."))
+            rate = study.chosen_rates["/".join(arm)] if study.chosen_rates else study.learning_rates[0]
+            config = study.cell_config(Cell(arm, "search", rate, 0), Path("."))
             for name in study.measure:
                 study.measure_config(config, name)
     except ValueError as error:
@@ -252,7 +258,9 @@ def _check_keys(tree: Any) -> None:
         raise ValueError(f"a study must be a mapping with the keys {', '.join(_KEYS)}, found {type(tree).__name__}")
     for key in tree:
         _require_known(str(key), list(_KEYS), "key")
-    missing = [key for key in _KEYS if key not in tree and key not in _OPTIONAL]
+    needed = [key for key in _KEYS if key not in _OPTIONAL and key not in _SEARCH]
+    needed += [] if "chosen_rates" in tree else ["learning_rates", "search_seeds"]
+    missing = [key for key in needed if key not in tree]
     if missing:
         raise ValueError(f"missing keys: {', '.join(missing)}")
     for key, value in tree.items():
@@ -266,7 +274,9 @@ def _require_known(name: str, names: Sequence[str], what: str) -> None:
 
 
 def _quick(tree: Tree) -> Tree:
-    """Merge the quick variant; its `axes` names, for each axis, the variants that are kept; its `measure` replaces."""
+    """Merge the quick variant; its `axes` names, for each axis, the variants that are kept; its `measure` and
+    `chosen_rates` replace.
+    """
     changes = dict(tree["quick"])
     kept = changes.pop("axes", {})
     for key in changes:
@@ -278,11 +288,12 @@ def _quick(tree: Tree) -> Tree:
         for name in names:
             _require_known(name, list(variants), f"variant of axis {axis}")
         axes[axis] = {name: variants[name] for name in names}
-    return {**merged, "axes": axes, **{key: changes[key] for key in ("measure",) if key in changes}}
+    replaced = {key: changes[key] for key in ("measure", "chosen_rates") if key in changes}
+    return {**merged, "axes": axes, **replaced}
 
 
 def _study(name: str, tree: Tree, quick: bool) -> Study:
-    values = {**_OPTIONAL, **tree}
+    values = {**_OPTIONAL, **_SEARCH, **tree}
     axes = {
         axis: {str(variant): {} if changes is None else changes for variant, changes in variants.items()}
         for axis, variants in values["axes"].items()
@@ -293,6 +304,7 @@ def _study(name: str, tree: Tree, quick: bool) -> Study:
         axes=axes,
         learning_rates=tuple(sorted(map(_number, values["learning_rates"]))),
         search_seeds=tuple(values["search_seeds"]),
+        chosen_rates={str(arm): _number(rate) for arm, rate in values["chosen_rates"].items()},
         seeds=tuple(values["seeds"]),
         target=values["target"],
         also=tuple(values["also"]),
@@ -332,10 +344,30 @@ def _check_study(study: Study) -> None:
                 raise ValueError(f"axis {axis}: a variant's name must have no slash and no space, found {variant!r}")
     if not study.axes or not all(study.axes.values()):
         raise ValueError("axes must have at least one axis, and every axis at least one variant")
+    _check_rates(study)
+    if "optimizer" not in study.config or "learning_rate" not in study.config["optimizer"]:
+        raise ValueError("config.optimizer.learning_rate must be given: the grid's rates are relative to it")
+
+
+def _check_rates(study: Study) -> None:
+    """Check the learning-rate rule: a search of this study, or the choice of an earlier one for every arm."""
+    seeds = len(set(study.seeds))
+    if study.chosen_rates:
+        if study.learning_rates or study.search_seeds:
+            raise ValueError("chosen_rates are of an earlier study's search: leave out learning_rates and search_seeds")
+        arms = ["/".join(arm) for arm in study.arms()]
+        wrong = sorted(set(arms) ^ set(study.chosen_rates))
+        if wrong:
+            raise ValueError(f"chosen_rates must have one rate for each of {', '.join(arms)}; {wrong[0]} differs")
+        if not study.quick and seeds < MIN_SEEDS:
+            raise ValueError(f"at least {MIN_SEEDS} seeds are needed, found {seeds}")
+        if seeds < 1 or min(study.chosen_rates.values()) <= 0:
+            raise ValueError("seeds must not be empty, and chosen_rates positive")
+        return
     both = sorted(set(study.search_seeds) & set(study.seeds))
     if both:
         raise ValueError(f"seeds must be new: seed {both[0]} is among search_seeds and seeds")
-    found = len(set(study.learning_rates)), len(set(study.search_seeds)), len(set(study.seeds))
+    found = len(set(study.learning_rates)), len(set(study.search_seeds)), seeds
     if not study.quick and any(
         have < need for have, need in zip(found, (MIN_RATES, MIN_SEARCH_SEEDS, MIN_SEEDS), strict=True)
     ):
@@ -345,5 +377,3 @@ def _check_study(study: Study) -> None:
         )
     if min(found) < 1 or study.learning_rates[0] <= 0:
         raise ValueError("learning_rates, search_seeds and seeds must not be empty, and learning rates positive")
-    if "optimizer" not in study.config or "learning_rate" not in study.config["optimizer"]:
-        raise ValueError("config.optimizer.learning_rate must be given: the grid's rates are relative to it")
