@@ -105,7 +105,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
     except RuntimeError as error:
         raise ValueError(
             f"--topology {topology!r} cannot be had: {error}. Names are like v5e:16x16, v5p:8x8x8, v6e:16x16 or cpu:8; "
-            "the compiler comes with pip install 'transmamba_jax[tpu]'"
+            "the compiler comes with pip install -e '.[tpu]'"
         ) from error
 
 

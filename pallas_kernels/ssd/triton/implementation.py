@@ -39,12 +39,12 @@ _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 def _missing() -> list[str]:
     """Return the reasons why the kernels cannot be compiled on this machine."""
     reasons = [
-        f"the package {package} is not installed: pip install 'transmamba-jax[triton]'"
+        f"the package {package} is not installed: pip install -e '.[triton]'"
         for module, package in (("jax_triton", "jax-triton"), ("triton", "triton"))
         if importlib.util.find_spec(module) is None
     ]
     if not any(importlib.util.find_spec(plugin) for plugin in _CUDA_PLUGINS):
-        reasons.append("JAX has no CUDA plugin here: pip install 'transmamba-jax[cuda12]'")
+        reasons.append("JAX has no CUDA plugin here: pip install -e '.[cuda12]'")
     meant = target.mesh_device()
     if meant is not None and meant.platform == "tpu":
         reasons.append(f"it needs an NVIDIA GPU, found {meant.device_kind} in the mesh of jax.set_mesh")

@@ -328,7 +328,7 @@ def test_an_empty_object_that_stands_for_a_folder_is_no_file_of_it(folder, bucke
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"needs the package gcsfs: pip install 'transmamba-jax\[gcs\]'"):
+    with pytest.raises(ValueError, match=r"needs the package gcsfs: pip install -e '\.\[gcs\]'"):
         expand_path("gs://bucket/run")
-    with pytest.raises(ValueError, match=r"needs the package s3fs: pip install 'transmamba-jax\[s3\]'"):
+    with pytest.raises(ValueError, match=r"needs the package s3fs: pip install -e '\.\[s3\]'"):
         expand_path("s3://bucket/run")

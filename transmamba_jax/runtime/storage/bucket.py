@@ -255,7 +255,7 @@ def parse(url: str) -> BucketPath:
         raise ValueError(f"{url} has a wildcard ({' '.join(_WILDCARDS)}), and must name one place: write its name")
     package, extra = SCHEMES[scheme]
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"{url} needs the package {package}: pip install 'transmamba-jax[{extra}]'")
+        raise ValueError(f"{url} needs the package {package}: pip install -e '.[{extra}]'")
     return BucketPath(url.rstrip("/"))
 
 
