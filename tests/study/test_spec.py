@@ -14,7 +14,7 @@ STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yam
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_study_compares_with_a_plain_transformer(path):
-    """A plain one has no convolution, which alone lets a layer recall. Ablations compare a layer with itself, and numbers of steps an arm."""
+    """A plain one has no convolution, which alone lets a layer recall. Two studies compare an arm with itself."""
     study = load_study(path)
     rate = study.config["optimizer"]["learning_rate"]
     configs = [study.cell_config(Cell(arm, "search", rate, 0), Path()) for arm in study.arms()]
