@@ -158,9 +158,7 @@ def check_installed(config: Config) -> None:
     """
     for package, target in (("wandb", config.train.wandb), ("mlflow", config.train.mlflow)):
         if target is not None and importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"train.{package}={target} needs the package {package}: pip install -e '.[{package}]'"
-            )
+            raise ValueError(f"train.{package}={target} needs the package {package}: pip install -e '.[{package}]'")
 
 
 def open_writers(config: Config, workdir: Path, step: int) -> Writers:
