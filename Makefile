@@ -1,7 +1,7 @@
 # make train: environment, then the tiny experiment to the end.
 # make small: a tokenizer and the experiment of 8M parameters, about two and a half hours; again: it resumes.
 # make test:  environment with test tools, then the suite without the markers below.
-# make slow:  the tests that start whole programs: kills, several processes, buckets, README's commands, notebooks.
+# make slow:  the tests above 2.5 CPU seconds: whole programs, kills, several processes, buckets, README's commands, notebooks.
 # make faults: the accidents that take minutes (50 kills at random moments, a full disk) besides those of the suite.
 # make exhaustive: every case of what the suite samples, such as all shapes of the Triton kernels.
 # make wheel-check: the wheel, installed outside the repository, trains and generates.

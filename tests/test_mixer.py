@@ -122,6 +122,7 @@ def test_equals_the_oracle(point: int, traced: bool) -> None:
     assert per_leaf_error(grads, expected_grads) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [1, 19, SEQ_LEN - 1])
 @pytest.mark.parametrize("packed", [False, True])
 def test_one_pass_of_the_tpu_kernels_equals_the_oracle(point: int, packed: bool) -> None:
@@ -140,7 +141,7 @@ def test_one_pass_of_the_tpu_kernels_equals_the_oracle(point: int, packed: bool)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
+@pytest.mark.parametrize("traced", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["static", "traced"])
 def test_open_choices_equal_the_oracle(variant: str, traced: bool) -> None:
     config = dataclasses.replace(CONFIG, **VARIANTS[variant])
     params, x, cotangent = make(config, seed=1)
@@ -154,6 +155,7 @@ def test_open_choices_equal_the_oracle(variant: str, traced: bool) -> None:
     assert per_leaf_error(grads, expected_grads) < 1e-5
 
 
+@pytest.mark.slow
 def test_one_transpoint_per_row() -> None:
     params, x, cotangent = make(CONFIG)
     points = np.array([5, 30], np.int32)
@@ -179,6 +181,7 @@ def test_packed_documents_equal_the_oracle(point: int, traced: bool) -> None:
     assert per_leaf_error(grads, expected_grads) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
 def test_causal_across_the_transpoint(traced: bool) -> None:
     params, x, _ = make(CONFIG)
@@ -219,6 +222,7 @@ def test_bfloat16_keeps_exponentials_and_sums_in_float32(kernel: str, traced: bo
     assert found == set()
 
 
+@pytest.mark.slow
 def test_bfloat16_hands_on_steps_decays_and_states_that_were_never_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     params, x, _ = make(CONFIG)
     half = dataclasses.replace(CONFIG, dtype="bfloat16")

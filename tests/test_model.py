@@ -40,6 +40,7 @@ def test_every_schedule_equals_the_oracle(name: str, form: str) -> None:
     assert oracle.relative_error(logits, oracle_logits(CONFIG, params, tokens, per_row)) < 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [{"tie_embeddings": False}, {"mlp_dim": 0}, {"remat": "full"}, {"remat": "dots"}, {"num_groups": 2}],
@@ -86,6 +87,7 @@ def test_an_attention_of_another_shape_is_refused() -> None:
         model.apply({"params": make()[1]}, tokens_of())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual_in_fp32", [False, True])
 def test_bfloat16_logits_are_close_and_accumulated_in_float32(residual_in_fp32: bool) -> None:
     _, params = make()
@@ -100,6 +102,7 @@ def test_bfloat16_logits_are_close_and_accumulated_in_float32(residual_in_fp32: 
     assert precision.narrow(partial(apply, half), params, tokens_of()) == set()
 
 
+@pytest.mark.slow
 def test_parameter_tree_is_the_same_under_every_schedule() -> None:
     shapes = {}
     for name, points in SCHEDULES.items():
@@ -196,6 +199,7 @@ def test_packed_document_equals_the_document_alone(offset: int) -> None:
         assert oracle.relative_error(logits, expected) < 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", [1, 9])
 def test_left_padding_shifts_the_transpoints(padding: int) -> None:
     """A row left-padded by s under P + s is the unpadded row under P."""
@@ -210,6 +214,7 @@ def test_left_padding_shifts_the_transpoints(padding: int) -> None:
         assert oracle.relative_error(logits, expected) < 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_right_padding_changes_nothing(with_ids: bool) -> None:
     _, params = make()
@@ -248,6 +253,7 @@ def test_given_layers_of_another_shape_or_without_a_leaf_are_refused() -> None:
             model.apply({"params": wrong}, tokens_of())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
 def test_unrolled_layers_change_the_loop_alone(traced: bool) -> None:
     config = dataclasses.replace(CONFIG, num_layers=4, transpoints=(0, 6))
@@ -265,6 +271,7 @@ def test_unrolled_layers_change_the_loop_alone(traced: bool) -> None:
         assert oracle.relative_error(each, found[1]) < 1e-6
 
 
+@pytest.mark.slow
 def test_depth_adds_no_code_when_the_schedule_repeats() -> None:
     def size(num_layers: int) -> int:
         model = tm.TransMamba(dataclasses.replace(CONFIG, num_layers=num_layers, transpoints=(0, 6)))

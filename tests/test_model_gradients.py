@@ -38,6 +38,7 @@ def test_rematerialisation_saves_memory_and_changes_no_gradient(traced: bool) ->
     assert least <= fewer < most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["sequential", "associative"])
 def test_what_is_kept_is_not_computed_again(kernel: str) -> None:
     """With "dots", the forward loops of attention and of the SSM run once; with "full" twice."""
@@ -65,6 +66,7 @@ def test_gradients_of_the_gate_are_computed_once_on_a_tpu(monkeypatch: pytest.Mo
     assert "optimization_barrier" in str(jax.make_jaxpr(gradient())(params, x))
 
 
+@pytest.mark.slow
 def test_gradient_at_padding_is_finite() -> None:
     _, params = make()
     ids = np.array([[0] * 5 + [1] * 9 + [2] * 10, [1] * 20 + [0] * 4], np.int32)

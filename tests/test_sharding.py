@@ -248,6 +248,7 @@ print(json.dumps({length: exchanged(length) for length in (64, 512)}))
 """
 
 
+@pytest.mark.slow
 def test_what_parts_of_the_sequence_exchange_does_not_depend_on_its_length():
     """Convolution and SSM, forward and backward, of 2 rows per device in 4 parts; H 4, P 8, N 16, K 4; 4 bytes each."""
     short, long = run_on_eight_devices(EXCHANGE).values()

@@ -70,6 +70,7 @@ def expected(name, params, x, point=POINT):
     return jnp.concatenate([norm(attended[:, :point]), norm(y)], axis=1) @ params["out"]["kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_is_its_definition(name):
     params, x = parameters(name)
@@ -104,6 +105,7 @@ def test_an_ablation_of_the_passage_changes_nothing_where_there_is_none(name, eq
         assert oracle.relative_error(run(jnp.int32(point)), whole) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_document_that_begins_behind_the_transpoint_is_not_ablated():
     params, x = parameters("zero_state")
     ids = jnp.where(jnp.arange(SEQ_LEN) < POINT, 1, 2)[None].repeat(BATCH, 0)

@@ -88,6 +88,7 @@ def test_blocks_of_splash_are_wider_in_long_rows(length: int, dtype: str, block:
     assert set(re.findall(r"block_q\\+22: (\d+)", text)) == {str(block)}
 
 
+@pytest.mark.slow
 def test_splash_numbers_in_interpret_mode() -> None:
     arrays, ids = Spec(200, groups=1, heads=2, state_dim=24, head_dim=16, batch=1, packed=True).arrays()
     with pltpu.force_tpu_interpret_mode():

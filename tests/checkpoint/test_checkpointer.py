@@ -253,6 +253,7 @@ print(writer.steps())
 """
 
 
+@pytest.mark.slow
 def test_an_error_in_the_background_is_raised_by_wait_and_by_the_next_save(tmp_path):
     result = run(DISK_FULL, tmp_path)
     assert result.returncode == 0, result.stderr
@@ -312,6 +313,7 @@ assert copied.is_fully_replicated and len(copied.sharding.device_set) == 8
 """
 
 
+@pytest.mark.slow
 def test_shardings_asked_for_are_honoured_and_one_device_reads_what_eight_wrote(tmp_path):
     result = run(EIGHT_DEVICES, tmp_path, devices=8)
     assert result.returncode == 0, result.stderr
@@ -346,6 +348,7 @@ np.testing.assert_array_equal(shard.data, np.arange(6.0).reshape(2, 3)[index])
 """
 
 
+@pytest.mark.slow
 def test_each_process_gets_its_own_data_state_back(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -88,6 +88,7 @@ def test_decoding_holds_to_the_options_of_mamba2() -> None:
     assert relative_error(state.logits, expected[:, -1]) < 2e-6
 
 
+@pytest.mark.slow
 def test_attention_by_a_schedule_and_a_step_of_training() -> None:
     config, params, tokens, _ = golden("limited")
     model, points = tm.TransMamba(config), jnp.array([9, 20])
@@ -242,6 +243,7 @@ def test_without_a_named_end_the_id_of_the_model_s_config_is_taken(index: int, e
     assert tokenizer.end_of_document == end  # </s> where the config names no added token
 
 
+@pytest.mark.slow
 def test_the_command_goes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, middle, back = tmp_path / "limited", tmp_path / "middle", tmp_path / "back"
     shutil.copytree(GOLDEN / "limited", source)

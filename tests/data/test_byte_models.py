@@ -55,6 +55,7 @@ def test_too_little_text_is_refused():
         baselines(b"abc", b"ab")
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_predictable(stdlib_cache):
     config = DataConfig(cache_dir=str(stdlib_cache))
     measured = baselines(training_text(config), held_out_text(config))

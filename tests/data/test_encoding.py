@@ -100,6 +100,7 @@ def test_rows_are_those_of_the_documents_read_whole(tmp_path: Path, kind: str, m
         np.testing.assert_array_equal(parted["tokens"], whole["tokens"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["concat", "first_fit"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_position_inside_a_long_document_continues_bit_for_bit(tmp_path: Path, packing: str, workers: int):

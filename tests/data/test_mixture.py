@@ -45,6 +45,7 @@ def letters(batch: dict[str, np.ndarray]) -> list[str]:
     return [each.pop() for each in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("packing", "workers"), [("concat", 0), ("first_fit", 0), ("concat", 2)])
 def test_every_batch_has_the_shares(make, packing: str, workers: int) -> None:
     batches = train_batches(make(THREE, packing=packing, num_workers=workers), BYTES)
@@ -60,6 +61,7 @@ def test_every_batch_has_the_shares(make, packing: str, workers: int) -> None:
     batches.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["concat", "first_fit"])
 def test_a_position_continues_bit_for_bit(make, packing: str) -> None:
     config = make(THREE, packing=packing)
@@ -80,6 +82,7 @@ def test_a_position_continues_bit_for_bit(make, packing: str) -> None:
         train_batches(make(dict.fromkeys(THREE, 1)), BYTES).set_state(train_batches(make(THREE), BYTES).get_state())
 
 
+@pytest.mark.slow
 def test_processes_read_parts_of_the_same_rows(make) -> None:
     config = make(THREE)
     alone = train_batches(dataclasses.replace(config, streams=4), BYTES)

@@ -61,6 +61,7 @@ def in_memory(
 documents = st.lists(st.binary(max_size=40).map(lambda data: data.replace(b"\0", b" ")), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @given(documents, st.integers(1, 30), st.integers(1, 4), st.integers(1, 200))
 @settings(max_examples=40)
 def test_concat_is_the_stream_cut_into_rows(texts, seq_len, rows, window):
@@ -72,6 +73,7 @@ def test_concat_is_the_stream_cut_into_rows(texts, seq_len, rows, window):
     np.testing.assert_array_equal(got.ravel(), np.resize(stream, got.size))
 
 
+@pytest.mark.slow
 @given(documents, st.integers(1, 30), st.integers(1, 4))
 @settings(max_examples=40)
 def test_first_fit_places_every_piece_once(texts, seq_len, bins):
@@ -160,6 +162,7 @@ def test_a_restored_position_continues_bit_for_bit(tmp_path, write_corpus, packi
     assert equal(next(iterator), batches[3])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize(("workers", "packing"), [(1, "concat"), (2, "first_fit")])
 def test_workers_resume_bit_for_bit(tmp_path, write_corpus, workers, packing):
@@ -194,6 +197,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["exit", "kill"])
 def test_workers_end_with_the_program_however_it_ends(tmp_path, write_corpus, end):
     write_corpus(9)

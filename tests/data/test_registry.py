@@ -41,6 +41,7 @@ def test_the_example_runs():
     assert doctest.DocTestRunner().run(example).failed == 0
 
 
+@pytest.mark.slow
 def test_a_registered_source_is_read_shuffled_and_resumed():
     data.register_source("numbers", open_numbers)
     config = DataConfig(source="numbers:a:b", seq_len=20, batch_size=4, num_workers=1)

@@ -94,6 +94,7 @@ def run(config: DataConfig, folder: Path, end: str) -> tuple[int, list[str]]:
     return result.returncode, result.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "workers"), [("jsonl.gz", 1), ("hf", 0)])
 def test_a_killed_program_continues_bit_for_bit(tmp_path: Path, kind: str, workers: int) -> None:
     folder = tmp_path / "data"

@@ -57,6 +57,7 @@ def test_second_preparation_finds_the_first(stdlib_cache):
     assert {path: path.stat().st_mtime_ns for path in directory_in(stdlib_cache).iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_network")
 def test_half_prepared_is_redone(tmp_path):
     directory = directory_in(tmp_path)
@@ -72,6 +73,7 @@ def test_half_prepared_is_redone(tmp_path):
     assert not is_complete(directory)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path):
     code = (
         "import sys; from pathlib import Path; from transmamba_jax.data.stdlib_dataset import prepare; "

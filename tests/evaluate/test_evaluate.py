@@ -193,6 +193,7 @@ np.testing.assert_allclose(
 """
 
 
+@pytest.mark.slow
 def test_rows_split_over_eight_devices_give_the_same(folder):
     environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
     environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
@@ -232,6 +233,7 @@ def saved(folder, tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_command_prints_what_the_evaluator_measures(saved, folder, capsys):
     assert evaluate_command.main(["--checkpoint", str(saved)]) == 0
     output = capsys.readouterr().out

@@ -38,6 +38,7 @@ def _params() -> Any:
     return {**params, "embedding": 20 * params["embedding"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("points", POINTS)
 def test_the_inside_is_that_of_the_forward_pass(params: Any, points: str, packed: bool) -> None:
@@ -79,6 +80,7 @@ def test_states_and_maps_equal_the_oracle(params: Any) -> None:
             assert oracle.relative_error(ours, attended) < 1e-6
 
 
+@pytest.mark.slow
 def test_layers_are_chosen(params: Any) -> None:
     every = tm.inspect(MODEL, params, TOKENS, attention=True)
     some = tm.inspect(MODEL, params, TOKENS, layers=(-1, 0), attention=True)

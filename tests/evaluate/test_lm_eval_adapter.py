@@ -86,6 +86,7 @@ def saved(monkeypatch) -> None:
     monkeypatch.setattr(data, "tokenizer_from_json", lambda _: Spelling())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saved")
 def test_the_harness_runs_local_tasks(offline):
     import lm_eval
@@ -224,6 +225,7 @@ def test_each_way_of_generating_gets_its_requests_and_its_options(monkeypatch):
         TransMambaLM(scorer).generate_until([wrong])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 def test_odd_documents_do_not_end_an_evaluation():
     """Contexts of spaces, no continuation, no text at all, more tokens than the model reads."""

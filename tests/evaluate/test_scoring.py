@@ -122,6 +122,7 @@ def test_documents_are_scored_in_windows(params):
     np.testing.assert_allclose(found[0], answer(params, [0], documents[0])[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_leaves_no_trace_in_a_model_with_transpoints():
     """TransPoints 4 and never: between the lengths of the rows, which share one program."""
     model, params = make(TWO)
@@ -160,6 +161,7 @@ def continue_one(prompt: str, count: int) -> str:
     return Spelling().decode(row)[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_continuations_of_unequal_prompts_end_where_they_must(monkeypatch):
     monkeypatch.setattr(scoring, "BLOCK_STEPS", 3)
     model, params = make(TWO)
@@ -275,6 +277,7 @@ def test_a_text_that_no_token_spells_has_no_likelihood(params, caplog):
     assert "1 continuations have no tokens, such as ' ': their log p is -inf" in caplog.text
 
 
+@pytest.mark.slow
 def test_ids_without_a_token_are_no_answer():
     """A model of 64 ids, whose tokenizer has 50: greedy decoding never gives an id beyond."""
     config = dataclasses.replace(TWO, vocab_size=64)
@@ -316,6 +319,7 @@ def test_more_tokens_than_the_model_reads_are_cut_with_a_line(caplog):
         assert line in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), "byte_level"])
 def test_continuations_of_characters_of_several_bytes_are_whole(tokenizer, monkeypatch):
     """Blocks cut characters; the text is the decoding of all tokens, up to a stop string of such characters."""

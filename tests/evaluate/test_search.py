@@ -50,6 +50,7 @@ def test_a_search_that_has_no_start_is_refused(candidates, budget, message):
         greedy(loss_by_hand, sum, 2, candidates, budget)
 
 
+@pytest.mark.slow
 def test_the_losses_of_a_search_are_those_of_an_evaluation_under_the_schedule():
     config = Config(
         model=MODEL,

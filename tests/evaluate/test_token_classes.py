@@ -73,6 +73,7 @@ def test_an_interval_is_over_rows_and_weighs_tokens():
     assert _mean("copy", np.ones((1, 2)), np.zeros((1, 2))) is None
 
 
+@pytest.mark.slow
 def test_the_class_of_all_tokens_has_the_held_out_loss():
     config = Config(
         model=MODEL,

@@ -56,6 +56,7 @@ def test_generate_and_load_say_the_same_from_here_and_from_there(folder, capsys)
     assert capsys.readouterr().out.startswith("abc")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_evaluate_reads_checkpoint_and_text(capsys):
     assert evaluate(["--checkpoint", "gs://bucket/commands/run/checkpoints/0", "--json"]) == 0

@@ -113,6 +113,7 @@ def test_neither_orbax_nor_this_package_is_needed(folder: Path, expected: np.nda
     assert relative_error(np.load(tmp_path / "logits.npy"), expected[:1, :SHORT]) < 2e-6
 
 
+@pytest.mark.slow
 def test_the_forward_serves_any_batch_and_length(folder: Path, params: Any, expected: np.ndarray) -> None:
     """The other shape is that of the test before."""
     program = export.load_program(folder, "forward")
@@ -127,6 +128,7 @@ def test_programs_call_no_library(folder: Path) -> None:
         assert called <= {"shape_assertion"}
 
 
+@pytest.mark.slow
 def test_the_decode_step_serves_rows_of_different_lengths(folder: Path, params: Any, expected: np.ndarray) -> None:
     tokens, logits = TOKENS[:, :SHORT], expected[:, :SHORT]
     weights = export.load_program(folder, "pack_weights").call(params)
@@ -160,6 +162,7 @@ def test_programs_compute_in_the_models_dtype() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(folder: Path, params: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(
         ValueError, match=r"already holds model\.safetensors, config\.yaml, tokenizer\.json; name a new"

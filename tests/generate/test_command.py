@@ -242,6 +242,7 @@ def test_command_does_not_wait_for_the_interpreters_end_after_ctrl_c() -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_command_ends_quietly_when_nobody_reads_on(saved: Path) -> None:
     arguments = ["--checkpoint", str(saved), "--prompt", "def f", "--max-new-tokens", "2"]
     program = [sys.executable, "-m", "transmamba_jax.generate", *arguments]

@@ -50,7 +50,10 @@ NARROW = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("name", tm.schedule.NAMED)
+_MARKS = {name: () if name in ("v9", "hybrid") else (pytest.mark.slow,) for name in tm.schedule.NAMED}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in _MARKS.items()])
 def test_every_position_under_every_schedule(name: str) -> None:
     """Prefixes of every length in one batch, each read at once and then one token further.
 
@@ -118,6 +121,7 @@ def test_a_chunk_after_others_continues_them() -> None:
         assert oracle.relative_error(state.logits[row], expected) < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -50,6 +50,7 @@ def test_memory_falls_at_every_transpoint_and_stays() -> None:
     assert memory.nbytes(after[20].cache.layers) == rest
 
 
+@pytest.mark.slow
 def test_a_stage_has_one_program_whatever_the_lengths() -> None:
     config = dataclasses.replace(TWO, transpoints=(6, 14), vocab_size=51)  # no other test's, so nothing is compiled yet
     decoder, before = Decoder(*make(config)), decode._decode_block._cache_size()
@@ -66,6 +67,7 @@ def test_a_stage_has_one_program_whatever_the_lengths() -> None:
     assert decode._decode_block._cache_size() - before == 3
 
 
+@pytest.mark.slow
 def test_short_prompts_are_read_by_few_programs() -> None:
     config = dataclasses.replace(TWO, vocab_size=52)  # no other test's, so nothing is compiled yet
     decoder, before = Decoder(*make(config)), decode._prefill_program._cache_size()

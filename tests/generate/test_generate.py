@@ -38,6 +38,7 @@ def test_greedy_equals_the_forward_token_by_token() -> None:
             row.append(token)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"conv_width": 1, "conv_bias": False}])
 def test_without_silu_on_q_k_and_v_it_is_the_same(options: dict[str, Any]) -> None:
     config = dataclasses.replace(TWO, conv_activation="none", **options)
@@ -49,6 +50,7 @@ def test_without_silu_on_q_k_and_v_it_is_the_same(options: dict[str, Any]) -> No
         row.append(token)
 
 
+@pytest.mark.slow
 def test_a_batch_gives_what_each_prompt_gives_alone() -> None:
     key = jax.random.key(1)
     greedy, sampled = generate(new=3), generate(new=3, temperature=2.0, key=key)
@@ -57,6 +59,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone() -> None:
     assert generate(PROMPTS[1:2], 3, temperature=2.0, key=jax.random.fold_in(key, 1)[None]) == sampled[1:2]
 
 
+@pytest.mark.slow
 def test_a_batch_gives_what_each_prompt_gives_alone_in_bfloat16() -> None:
     model, params = make(dataclasses.replace(TWO, dtype="bfloat16"))
     together = tm.generate(model, params, PROMPTS, NEW)

@@ -55,6 +55,7 @@ def _equal(one: Any, other: Any) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_its_checkpoints_a_step_and_an_exported_folder_are_the_same_model(
     run: Path, lm: tm.LanguageModel, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +102,7 @@ def test_a_stream_joined_is_what_generate_returns(lm: tm.LanguageModel) -> None:
         assert "".join(pieces) == lm.generate(text, 30, temperature=3.0)
 
 
+@pytest.mark.slow
 def test_scores_are_the_log_likelihoods_of_the_bytes(lm: tm.LanguageModel) -> None:
     def expected(context: list[int], tokens: list[int]) -> float:
         row = np.array([context + tokens])

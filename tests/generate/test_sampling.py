@@ -90,6 +90,7 @@ PADDED = dataclasses.replace(TWO, vocab_size=64)
 """The ids from 50 on have no token, as in a vocabulary that was padded to a multiple of 64."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3), Sampling(temperature=9.0), Sampling(1.3, 9.0, 60)])
 def test_ids_without_a_token_are_never_sampled(sampling: Sampling) -> None:
     model, params = make(PADDED)

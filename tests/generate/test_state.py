@@ -34,6 +34,7 @@ def test_states_are_kept_forked_and_rolled_back() -> None:
         kept.rows([1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "lengths"),
     [(CONFIG, (14, 14)), (TWO, (2, 5)), (dataclasses.replace(TWO, dtype="bfloat16"), (2, 2))],

@@ -86,6 +86,7 @@ def test_values_and_gradients(shape: tuple[int, int, int, int], masked: bool, si
         assert error(found[name], value) < 1e-6, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_bfloat16_is_rounded_once(masked: bool) -> None:
     given, readable = draw((2, 600, 256), dtype=jnp.bfloat16), draw_readable(2, 600, 4) if masked else None

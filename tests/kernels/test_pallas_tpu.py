@@ -79,18 +79,22 @@ class TestPallasTpu(suite.SsdSuite):
     def test_values_and_gradients(self, spec: checks.Spec) -> None:
         super().test_values_and_gradients(spec)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("regime", ["strong"])
     def test_long_rows(self, regime: str) -> None:
         super().test_long_rows(regime)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("spec", BFLOAT16_SPECS, ids=str)
     def test_bfloat16_of_whole_chunks(self, spec: checks.Spec) -> None:
         checks.check_bfloat16(self.implementation, spec)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("spec", STARTS, ids=str)
     def test_outputs_from_a_later_token_on(self, spec: checks.Spec) -> None:
         super().test_outputs_from_a_later_token_on(spec)
 
+    @pytest.mark.slow
     def test_wide_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Those of a v6e; the last of two is not whole."""
         monkeypatch.setattr(target, "device_kind", lambda: "TPU v6 lite")

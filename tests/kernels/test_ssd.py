@@ -47,6 +47,7 @@ def test_blocks_fit_the_cache() -> None:
     assert [sequential.chunks_of_a_block(64, 2**power) for power in (17, 19, 20, 21, 22, 30)] == [8, 8, 4, 2, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["associative", "sequential"])
 def test_memory_is_linear_in_length(implementation: str) -> None:
     """Temporary buffers of forward + backward at twice the length are about twice as large, and bounded."""

@@ -25,6 +25,7 @@ def _check_fails(implementation: str, spec: checks.Spec, match: str) -> None:
         checks.check_against_oracle(implementation, spec)
 
 
+@pytest.mark.slow
 def test_decay_of_the_previous_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """A_{k-1} instead of A_k."""
 

@@ -118,6 +118,7 @@ if HAS_TRITON:
         def test_bfloat16_of_whole_tiles(self, spec: checks.Spec) -> None:
             checks.check_bfloat16(self.implementation, spec)
 
+        @pytest.mark.slow
         @pytest.mark.parametrize("regime", ["strong"])
         def test_long_rows(self, regime: str) -> None:
             """Cut into two segments."""

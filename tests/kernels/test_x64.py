@@ -25,6 +25,7 @@ def run(implementation: str) -> None:
         checks.check_state_alone(implementation, spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "associative", "sequential"])
 def test_results_are_32_bit_in_64_bit_mode(implementation: str) -> None:
     code = (

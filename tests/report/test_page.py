@@ -91,6 +91,7 @@ def pages(text) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_nothing_comes_from_elsewhere(text):
     page = Page(text)
     names = {tag for tag, _ in page.tags}
@@ -200,6 +201,7 @@ def test_the_memory_is_that_of_the_cache(text):
     assert f"At most {most} under this schedule, and {last} beyond" in text
 
 
+@pytest.mark.slow
 def test_a_transpoint_that_never_comes_does_not_stretch_the_page(pages):
     page = Page(pages["never"])
     assert "P > T" in page.texts
@@ -293,6 +295,7 @@ def test_every_page_is_well_formed(pages, name):
     assert len(page.all("svg", "wide")) == len(page.all("svg", "narrow")) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.hardware  # a browser is a tool that a machine has or has not
 @pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("name", ["tiny", "v9", "never"])

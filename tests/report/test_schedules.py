@@ -50,6 +50,7 @@ def test_answers_are_the_quality_where_there_are_any():
     assert "accuracy of answers" in schedules.section(ELASTIC, accurate)
 
 
+@pytest.mark.slow
 def test_the_page_draws_a_line_for_each_schedule_and_nothing_more_for_one():
     drawn = page.page("run", ELASTIC, [RECORD], None)
     texts = Page(drawn).texts

@@ -44,6 +44,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", COMMANDS)
 def test_a_platform_without_devices_is_said_without_a_traceback(module: str, tmp_path: Path) -> None:
     arguments = COMMANDS[module].format(folder=tmp_path).split()

@@ -54,6 +54,7 @@ def run(how: str) -> tuple[bool | None, list[int]]:
     return arranged, faults
 
 
+@pytest.mark.slow
 @pytest.mark.hardware
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
 def test_freed_memory_is_kept() -> None:

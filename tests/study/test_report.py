@@ -37,6 +37,7 @@ def _index(study, out):
     return report.write_report(study, out)
 
 
+@pytest.mark.slow
 def test_the_table_has_every_arm_with_its_interval_and_cost(study, out):
     records, choices = results.read_results(study, out), results.choose_rates(study, out)
     header, rows = report.table(study, records, choices)
@@ -145,6 +146,7 @@ def test_evaluations_after_training_are_drawn_where_arms_have_them(out, tmp_path
     assert set(study.figures) < set(FIGURES)
 
 
+@pytest.mark.slow
 def test_equal_time_is_read_off_the_speed_of_each_run(study, out):
     records = [record for record in results.read_results(study, out) if record["arm"] == "attention/n2"]
     for record in records:
@@ -159,6 +161,7 @@ def test_equal_time_is_read_off_the_speed_of_each_run(study, out):
     assert not figures.DRAWINGS["time"](Figure().add_subplot(), study, unknown, {})
 
 
+@pytest.mark.slow
 def test_publishing_keeps_the_report_and_no_work_directory(study, out, index, tmp_path, capsys):
     (out / "little.yaml").write_text((out.parent / "little.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     assert main(["report", str(out), "--publish", str(tmp_path / "kept")]) == 0

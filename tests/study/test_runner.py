@@ -59,6 +59,7 @@ def test_rates_of_an_earlier_study_are_reported_without_a_search(tmp_path, train
     assert "![rates]" not in text
 
 
+@pytest.mark.slow
 def test_a_finished_cell_is_never_run_again(tmp_path, trainer):
     study = write_study(tmp_path)
     run_study(study, tmp_path / "out", train_cell=trainer)
@@ -138,6 +139,7 @@ def test_shards_partition_the_cells(tmp_path, shards):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.slow
 def test_reported_cells_wait_for_the_search_of_other_shards(tmp_path):
     study = write_study(tmp_path)
     trainers = [Trainer(), Trainer()]
@@ -184,6 +186,7 @@ def test_times_are_estimated_from_the_finished_cells_of_the_arm(tmp_path):
     assert found == {"attention/n2": 15, "attention/n4": 30, "ssm/n2": 30, "ssm/n4": 60}
 
 
+@pytest.mark.slow
 def test_a_cell_is_an_ordinary_run_and_is_reproduced_to_the_digit(tmp_path):
     study = write_study(tmp_path)
     cell = Cell(("attention", "n2"), "search", 1e-2, 1)
@@ -201,6 +204,7 @@ def test_a_cell_is_an_ordinary_run_and_is_reproduced_to_the_digit(tmp_path):
     assert curves[0] == curves[1]
 
 
+@pytest.mark.slow
 def test_finished_cells_are_taken_from_an_earlier_part(tmp_path):
     study, first, second = write_study(tmp_path), tmp_path / "first", tmp_path / "second"
     trainer = Trainer()

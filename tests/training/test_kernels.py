@@ -113,6 +113,7 @@ def test_a_file_that_cannot_be_read_is_ignored(text: str, tmp_path: Path, caplog
     assert line.startswith(f"{tmp_path / kernels.FILE} is not used: ")
 
 
+@pytest.mark.slow
 def test_a_run_uses_the_record_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = keep("associative", 8)
     config = Config(

@@ -101,6 +101,7 @@ def test_the_end_of_a_document_is_looked_for_in_the_tokenizer(make, tmp_path):
             start(config)
 
 
+@pytest.mark.slow
 def test_a_longer_run_continues_and_names_what_changed(make, capsys):
     train(make(train={"steps": 6}))
     capsys.readouterr()

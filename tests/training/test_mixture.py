@@ -17,6 +17,7 @@ def lines_of(config: Config) -> list[dict]:
     return [json.loads(line) for line in (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mixture_resumes_and_says_what_it_read(tmp_path: Path) -> None:
     words = {"numbers": "one two three four", "letters": "abcdefghijklm"}
     for name, text in words.items():

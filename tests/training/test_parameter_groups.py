@@ -89,6 +89,7 @@ def test_there_is_no_optimizer_state_for_frozen_parameters(name, moments):
     assert {gone.count(path) for path in FROZEN} == moments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_multipliers_scale_rate_and_decay_of_what_they_match(name, accumulation):
@@ -110,6 +111,7 @@ def test_multipliers_scale_rate_and_decay_of_what_they_match(name, accumulation)
         np.testing.assert_allclose(found[path] - first[path], expected, rtol=1e-3, atol=2e-7, err_msg=path)
 
 
+@pytest.mark.slow
 def test_multipliers_equal_a_chain_by_hand():
     config = little_config(optimizer={**RATES, "clip_norm": 0.05, "lr_multipliers": (("embedding", 0.1),)})
     first, last, _, gradients, _ = _run(config)

@@ -4,6 +4,7 @@ import dataclasses
 import types
 
 import jax
+import pytest
 
 from tests.generate.decoding import TWO, make
 from transmamba_jax import data
@@ -31,6 +32,7 @@ def test_no_prompt_is_empty_or_begins_within_a_character():
         assert all(sample._pieces(text.encode()))
 
 
+@pytest.mark.slow
 def test_a_padded_vocabulary_is_sampled_as_text(monkeypatch):
     """A model of 1,024 ids with byte tokens: samples are bytes, whatever the ids beyond them say."""
     config = Config(

@@ -130,6 +130,7 @@ np.savez(sys.argv[2], **{path.replace("/", "."): leaf for path, leaf in flatten(
 """
 
 
+@pytest.mark.slow
 def test_parameters_are_cut_over_the_devices_as_the_runs_own(trained, tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
@@ -145,6 +146,7 @@ def test_parameters_are_cut_over_the_devices_as_the_runs_own(trained, tmp_path):
     assert np.all(found["final_norm.scale"] == -7)
 
 
+@pytest.mark.slow
 def test_a_fork_starts_anew_from_the_parameters_of_a_step(make, old, capsys):
     fork = make("fork", train={"steps": 4, "init_from": f"{old.workdir}@8"}, optimizer={"name": "muon"})
     assert train(fork) == 0
