@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import signal
 import tempfile
 from collections.abc import Generator, Iterator
 
@@ -55,6 +56,9 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep what this process compiles until it ends: a run that is resumed or repeated compiles once."""
+    # A shell starts jobs in the background with Ctrl-C ignored, and so would be every process that a test interrupts.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tempfile.TemporaryDirectory(prefix="transmamba_jax_programs_")
     config.add_cleanup(folder.cleanup)
     programs.keep_in(folder.name)

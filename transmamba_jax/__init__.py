@@ -5,6 +5,7 @@ Public names load on first use, so that `import transmamba_jax` and `transmamba 
 
 import importlib
 import sys
+import time
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from transmamba_jax.training.step import TrainState, make_train_step
 
 __version__ = "0.1.0"
+
+_IMPORTED = time.time()
+"""Seconds since 1970: a source that was written later is not what runs."""
 
 __all__ = [
     "CheckpointConfig",

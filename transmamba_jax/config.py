@@ -7,7 +7,7 @@ from typing import Literal
 from transmamba_jax import schedule
 from transmamba_jax.data.data_config import DataConfig
 from transmamba_jax.model_config import KernelsConfig, ModelConfig
-from transmamba_jax.runtime.checks import at_least, check_types, divisors, require
+from transmamba_jax.runtime.checks import at_least, at_most, check_types, divisors, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_types("optimizer", self)
+        patterns = [pattern for pattern, _ in self.lr_multipliers]
+        twice = next((pattern for pattern in patterns if patterns.count(pattern) > 1), None)
+        require(twice is None, f"optimizer.lr_multipliers has the pattern {twice!r} more than once; give it once")
         for pattern, factor in self.lr_multipliers:
             require(
                 math.isfinite(factor) and factor > 0,
@@ -130,6 +133,7 @@ class TrainConfig:
         """Check the ranges."""
         check_types("train", self)
         at_least("train", self, 1, "steps", "accumulation", "loss_chunk", "log_every", "max_nonfinite_steps")
+        at_most("train", self, 2**32 - 1, "seed")
         at_least("train", self, 0, "seed", "sample_tokens", "schedule_sampling_steps")
         require(
             0 <= self.schedule_distillation <= 1,

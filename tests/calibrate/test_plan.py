@@ -11,7 +11,7 @@ from transmamba_jax import schedule
 from transmamba_jax.calibrate import __main__ as command
 from transmamba_jax.calibrate import figure, plan, show, stopwatch, trials
 from transmamba_jax.calibrate.stopwatch import Timed
-from transmamba_jax.config import Config, DataConfig, KernelsConfig, ModelConfig
+from transmamba_jax.config import Config, DataConfig, KernelsConfig, ModelConfig, TrainConfig
 from transmamba_jax.runtime import calibration
 from transmamba_jax.runtime.calibration import Record, Result
 from transmamba_jax.schedule import Schedule
@@ -71,6 +71,13 @@ def test_a_machine_whose_steps_are_sums_is_predicted() -> None:
     assert "a loop over layers, in schedules that repeat: 500.00 ms" in text
     assert "goal 10%: met" in text
     assert text.endswith(f"model: {{transpoints: [{', '.join(map(str, found.recommended))}]}}")
+
+
+@pytest.mark.usefixtures("machine")
+def test_random_schedules_of_the_config_are_left_out() -> None:
+    train = TrainConfig(schedule_sampling="rows", schedule_sampling_steps=100, schedule_distillation=0.5)
+    found = plan.make_plan(dataclasses.replace(CONFIG, train=train))
+    assert found.recommended == plan.make_plan(CONFIG).recommended
 
 
 def test_predictions_follow_a_machine_that_is_slower_at_the_check(
@@ -161,7 +168,7 @@ def test_layers_and_steps_run_on_this_machine(objective: Any) -> None:
 def test_an_absent_chip_is_predicted_by_its_compiler() -> None:
     # Of two heads the gradients are so small that the compiler of jax 0.12 (libtpu) aborts in their sum over chips.
     sizes = {"d_model": 128, "num_heads": 4, "num_groups": 4, "head_dim": 64, "state_dim": 64, "mlp_dim": 128}
-    model = dataclasses.replace(LITTLE, vocab_size=256, dtype="bfloat16", **sizes)
+    model = dataclasses.replace(LITTLE, vocab_size=256, dtype="bfloat16", transpoints=(0, 128), **sizes)
     config = Config(model=model, data=DataConfig(seq_len=256, batch_size=4))
     found = plan.make_plan(config, topology="v5e:2x2", quick=True)
     assert found.how == "predicted by the compiler of the chip, not measured"

@@ -1,5 +1,7 @@
 """Synthetic tasks: rows written out by hand, and answers that the row determines and nothing else does."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -167,6 +169,15 @@ def test_a_task_has_a_tokenizer_of_its_own():
     with pytest.raises(ValueError, match=r"ids 0\.\.15, found '16'"):
         tokenizer.encode("3 16")
     assert open_tokenizer(DataConfig(source=SOURCES["needle"])).to_json() == load_tokenizer("bytes").to_json()
+
+
+def test_a_position_of_batches_of_another_size_is_refused():
+    source = DataConfig(source="synthetic:recall?keys=8&values=8", seq_len=16, batch_size=8)
+    batches = train_batches(source, open_tokenizer(source))
+    next(batches)
+    other = train_batches(dataclasses.replace(source, batch_size=4), open_tokenizer(source))
+    with pytest.raises(ValueError, match="rows"):
+        other.set_state(batches.get_state())
 
 
 def test_batches_resume_exactly_and_are_shared_out():

@@ -288,6 +288,15 @@ def test_a_config_file_without_a_schedule_on_the_command_line_brings_its_own(fol
     assert (config.model.transpoints, config.model.d_model) == ((3,), MODEL.d_model)
 
 
+def test_batches_of_a_config_file_need_not_fit_the_accumulation_of_the_run(folder, tmp_path):
+    (tmp_path / "other.yaml").write_text(to_yaml(config_of(folder, data={"batch_size": 3})))
+    options = evaluate_command._parser().parse_args(
+        ["--checkpoint", str(tmp_path), "--config", str(tmp_path / "other.yaml")]
+    )
+    saved = config_of(folder, data={"batch_size": 4}, train={"accumulation": 4})
+    assert evaluate_command._configured(saved, options).data.batch_size == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -121,6 +121,12 @@ def test_the_forward_serves_any_batch_and_length(folder: Path, params: Any, expe
     assert relative_error(program.call(params, TOKENS), expected) < 2e-6
 
 
+def test_an_ablation_which_cannot_decode_is_refused(params: Any) -> None:
+    config = tm.ModelConfig(num_layers=1, transpoints=(0,), ablation="gated_attention")
+    with pytest.raises(ValueError, match=r"model\.ablation must be 'none' to decode, found 'gated_attention'"):
+        export.programs(config, params)
+
+
 def test_programs_call_no_library(folder: Path) -> None:
     """What a platform's own libraries would serve runs on that platform alone."""
     for name in export.PROGRAMS:

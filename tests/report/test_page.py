@@ -181,7 +181,7 @@ def test_the_schedule_is_drawn_where_it_is():
 
 def test_charts_of_positions_have_the_same_axis():
     points, spans = (0, 4, 8, 99), [(0, 1, 4.5), (1, 4, 3.5), (4, 16, 2.5)]
-    loss, layers = report_charts.loss_by_position(spans, points), report_charts.layers_by_position(points, 16)
+    loss, layers = report_charts.loss_by_position(spans, points, 16), report_charts.layers_by_position(points, 16)
     for width in (report_charts.WIDE, report_charts.NARROW):
         ticks = []
         for chart in (loss, layers):
@@ -225,6 +225,17 @@ def test_a_run_that_has_hardly_begun():
     assert "The run has no evaluation." in page.texts
     assert "var(--training)" in text.partition("</figure>")[0].partition("<figure>")[2]  # a line of one point
     Page(report_page.page("broken", CONFIG, [{"step": 1, "loss": None}], None))
+
+
+def test_a_mixture_is_named_and_rows_are_as_long_as_they_are():
+    mixed = dataclasses.replace(CONFIG.data, source="stdlib", mixture={"text:a": 1.0, "text:b": 2.0})
+    seen = {"step": 1, "eval/loss": 2.0, "eval/bits_per_byte": 3.0, "eval/by_position": [[0, 1, 3.0], [1, 2, 2.0]]}
+    text = report_page.page("mixed", dataclasses.replace(CONFIG, data=mixed), [seen], None)
+    assert "trained on text:a, text:b in rows" in text
+    buffer = io.StringIO()  # the last positions of these rows have no token that is trained on
+    report_charts.save(report_charts.loss_by_position([(0, 1, 3.0), (1, 2, 2.0)], (4, 8), 16), buffer, "svg")
+    assert "P = 8" in buffer.getvalue()
+    assert not {"= T", "&gt; T"} & set(re.findall(r"= T|&gt; T", buffer.getvalue()))
 
 
 def test_a_long_run_makes_a_small_page():

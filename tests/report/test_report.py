@@ -119,6 +119,12 @@ def test_refuses_metrics_that_no_run_writes(tmp_path, text, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_failed_save_leaves_the_lines_of_its_step(tmp_path):
+    lines = [{"step": 4, "loss": 1.0}, {"step": 4, "eval/loss": 2.0}, {"step": 4, "checkpoint/failed_saves": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report.read_metrics(tmp_path / "metrics.jsonl") == lines
+
+
 def test_command(run, capsys):
     assert report_command.main([str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report" / "index.html")
@@ -178,7 +184,7 @@ def test_transpoints_stand_where_they_are_and_labels_do_not_overlap(name, width)
 def test_nothing_is_cut_off_at_the_edges_of_a_picture(name):
     points, seq_len = SCHEDULES[name]
     file = io.BytesIO()
-    charts.save(charts.loss_by_position([(0, 1, 2.6), (1, 2, 2.2), (2, seq_len, 1.5)], points), file)
+    charts.save(charts.loss_by_position([(0, 1, 2.6), (1, 2, 2.2), (2, seq_len, 1.5)], points, seq_len), file)
     file.seek(0)
     pixels = image.imread(file)
     for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]):

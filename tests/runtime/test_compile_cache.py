@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -212,3 +213,14 @@ def test_a_folder_that_is_gone_costs_nothing_else(lower, tmp_path, monkeypatch):
     monkeypatch.setattr(compile_cache, "_folder", tmp_path / "gone")
     assert run(lower, "double") == run(lower, "double") == [0.0, 2.0, 4.0]
     assert lower.count == 2
+
+
+def test_what_was_edited_after_the_import_is_not_kept(lower, tmp_path, monkeypatch):
+    """The code that is traced is that of the import, and the sources on disk would name it."""
+    imported = compile_cache._IMPORTED
+    monkeypatch.setattr(compile_cache, "_IMPORTED", 0.0)  # every source is later
+    assert run(lower, "double") == [0.0, 2.0, 4.0]
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(compile_cache, "_IMPORTED", max(imported, time.time()))
+    run(lower, "double")
+    assert len(list(tmp_path.iterdir())) == 1

@@ -20,6 +20,12 @@ def search(out, values: dict[float, list[float]], arm=("ssm", "n4")) -> None:
             record(out, Cell(arm, "search", rate, seed), value)
 
 
+def test_a_value_that_is_not_finite_has_no_interval():
+    found = results.interval([1.0, math.inf, 2.0])
+    assert found.mean == math.inf
+    assert math.isnan(found.half_width)
+
+
 def test_the_interval_is_students():
     # Mean 3, s = sqrt(2.5), t(0.975, 4) = 2.776 (any table): 2.776 * 1.5811 / 2.2361 = 1.963.
     value = results.interval([1, 2, 3, 4, 5])

@@ -10,9 +10,11 @@ from tests.study.support import CHOSEN, Trainer, accuracy, without_search, write
 from tests.training.support import Little
 from transmamba_jax.report import read_metrics
 from transmamba_jax.runtime import logs
+from transmamba_jax.study import __main__ as study_command
 from transmamba_jax.study import report, results, runner
 from transmamba_jax.study.runner import COMPLETE, UNFINISHED, Selection, run_study
 from transmamba_jax.study.spec import Cell, load_study
+from transmamba_jax.training.lock_owner import RunningElsewhereError
 from transmamba_jax.training.loop import EXIT_NOT_SAVED, train
 from transmamba_jax.training.metrics import TIMING
 from transmamba_jax.training.preemption import EXIT_PREEMPTED
@@ -106,6 +108,14 @@ def test_a_failing_cell_is_recorded_and_the_others_run(tmp_path, trainer, failur
     assert trainer.trained[20:] == [name]
 
 
+def test_a_cell_that_runs_elsewhere_gets_no_result_here(tmp_path, trainer):
+    trainer.failures[FIRST] = RunningElsewhereError("it belongs to another run")
+    study = write_study(tmp_path)
+    assert run_study(study, tmp_path / "out", train_cell=trainer) == UNFINISHED
+    assert trainer.trained == [FIRST]
+    assert results.read_results(study, tmp_path / "out") == []
+
+
 def test_an_error_that_is_a_bug_is_not_swallowed(tmp_path, trainer):
     trainer.failures[FIRST] = TypeError("a bug")
     with pytest.raises(TypeError, match="a bug"):
@@ -173,6 +183,23 @@ def test_a_result_of_another_config_is_refused(tmp_path, trainer):
     )
     with pytest.raises(ValueError, match=r"another config: model.d_model: 8 -> 16; choose another --out"):
         run_study(changed, tmp_path / "out", Selection(only=FIRST), train_cell=trainer)
+
+
+def test_a_result_of_another_config_leaves_the_file_beside_it(tmp_path, trainer, capsys):
+    run_study(write_study(tmp_path), tmp_path / "out", Selection(only=FIRST), train_cell=trainer)
+    file, kept = tmp_path / "little.yaml", tmp_path / "out" / "little.yaml"
+    study_command.keep_file(file, load_study(file), tmp_path / "out")
+    before = kept.read_text(encoding="utf-8")
+    file.write_text(before.replace("steps: 4", "steps: 40"), encoding="utf-8")
+    assert study_command.main([str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "train.steps: 4 -> 40" in capsys.readouterr().err
+    assert kept.read_text(encoding="utf-8") == before
+
+
+def test_a_study_that_is_stopped_before_its_first_result_asks_to_be_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "run_study", lambda *_: UNFINISHED)
+    write_study(tmp_path)
+    assert study_command.main([str(tmp_path / "little.yaml"), "--out", str(tmp_path / "out")]) == UNFINISHED
 
 
 def test_times_are_estimated_from_the_finished_cells_of_the_arm(tmp_path):

@@ -39,6 +39,8 @@ def test_a_resumed_run_takes_back_what_lies_beyond_its_step(tmp_path):
     assert _lines(tmp_path) == expected
     with MetricsWriter(tmp_path, 0):
         assert _lines(tmp_path) == []
+    kept = (tmp_path / "metrics.jsonl.old").read_text(encoding="utf-8")
+    assert [json.loads(line) for line in kept.splitlines()] == expected  # no checkpoint, and the lines are not lost
 
 
 @pytest.mark.parametrize("foreign", [b"not json", b'{"note": 3}', b"[1]", b"\xff\xfe", b'{"step": true}', b""])
@@ -69,7 +71,8 @@ class Kept:
 def test_lines_are_strict_json_and_writers_get_the_numbers(tmp_path):
     kept = Kept()
     with MetricsWriter(tmp_path, 0, Writers({"kept": lambda: kept})) as writer:
-        writer.write({"step": 1, "loss": math.nan, "eval/loss": 2, "eval/by_position": [[0, 1, 2.0]], "note": "text"})
+        spans = [[0, 1, 2.0], [1, 2, math.nan]]
+        writer.write({"step": 1, "loss": math.nan, "eval/loss": 2, "eval/by_position": spans, "note": "text"})
         assert kept.closed == 0
     assert _lines(tmp_path) == [
         {"step": 1, "loss": None, "eval/loss": 2, "eval/by_position": [[0, 1, 2.0]], "note": "text"}

@@ -99,6 +99,11 @@ def test_weight_decay_is_for_matrices_and_convolution_taps(paths):
     }
 
 
+def test_muon_has_the_projections_of_an_attention_with_weights_of_its_own():
+    assert all(MATRICES.fullmatch(f"layers/mixer/attention_{part}/kernel") for part in "qkv")
+    assert not MATRICES.fullmatch("layers/mixer/attention_conv_q/kernel")
+
+
 def _tree(seed, scale=1.0):
     rng = np.random.default_rng(seed)
     normal = lambda *shape: scale * rng.normal(size=shape)

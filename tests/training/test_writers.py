@@ -135,6 +135,6 @@ def test_a_run_whose_writer_cannot_be_opened_is_the_run_without_it(make, capsys)
 def test_a_package_that_is_not_there_is_refused_with_its_extra(make, monkeypatch, package):
     monkeypatch.setattr(writers.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(
-        ValueError, match=rf"train\.{package}=a needs the package {package}: .*transmamba-jax\[{package}\]"
+        ValueError, match=rf"train\.{package}=a needs the package {package}: .*pip install -e '\.\[{package}\]'"
     ):
         train(make(train={package: "a"}))

@@ -38,7 +38,7 @@ class Topology:
 
     def layer(self, point: int) -> Timed:
         """Predict one layer without its MLP, whose TransPoint is `point`."""
-        model = dataclasses.replace(self.config.model, num_layers=1, mlp_dim=0)
+        model = dataclasses.replace(self.config.model, num_layers=1, mlp_dim=0, transpoints=(point,))
         block, function = layer_function(model, self.config.kernels, point)
         shape = (microbatch(self.config), self.config.data.seq_len, model.d_model)
         placed = sharding.batch_sharding(self.mesh)

@@ -17,7 +17,7 @@ from transmamba_jax.report.charts import byte_count
 from transmamba_jax.runtime import calibration
 from transmamba_jax.runtime.logs import LOGGER
 from transmamba_jax.schedule import Schedule
-from transmamba_jax.training import kernels
+from transmamba_jax.training import kernels, schedule_sampling
 
 GOAL = 0.1
 """Relative error of a prediction that is allowed."""
@@ -92,8 +92,7 @@ def make_plan(
             than "train".
     """
     # Rows that draw their own TransPoints would not run the schedules that are compared.
-    train = dataclasses.replace(config.train, schedule_sampling="none", schedule_pool=())
-    config = dataclasses.replace(config, train=train)
+    config = schedule_sampling.without(config)
     rounds, machine, device, how = _machine(config, objective, topology, quick)
     length, layers = config.data.seq_len, config.model.num_layers
     zero: Schedule = (0,) * layers

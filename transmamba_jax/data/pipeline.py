@@ -150,7 +150,8 @@ def _open_task_stream(config: DataConfig, index: int, count: int) -> tuple[grain
     """Open a stream of a synthetic task, whose rows are drawn in the training process."""
     dataset = task_batches.training_stream(config, config.batch_size // count, slice(index, None, count))
     names = ("source", "seq_len", "seed", "train_split")
-    return dataset, {"stream": [index, count], **{name: getattr(config, name) for name in names}}
+    stream = {"rows": config.batch_size // count, "stream": [index, count]}
+    return dataset, {**stream, **{name: getattr(config, name) for name in names}}
 
 
 def _start_worker(_index: int, _count: int) -> None:

@@ -28,7 +28,8 @@ def _configured(saved: Config, options: argparse.Namespace) -> Config:
     config = saved
     if options.config is not None:
         given = config_io.load_config(options.config)
-        config = dataclasses.replace(saved, data=given.data, eval=given.eval, kernels=given.kernels)
+        train = dataclasses.replace(saved.train, accumulation=1)  # it must divide the batches of the run's own data
+        config = dataclasses.replace(saved, train=train, data=given.data, eval=given.eval, kernels=given.kernels)
         if options.schedule is None:
             model = dataclasses.replace(saved.model, transpoints=given.model.transpoints)
             config = dataclasses.replace(config, model=model)

@@ -24,6 +24,7 @@ from transmamba_jax import schedule
 from transmamba_jax.cache import LayerCache
 from transmamba_jax.config import KernelsConfig, ModelConfig
 from transmamba_jax.generate import decode_step
+from transmamba_jax.generate.arguments import check_model
 from transmamba_jax.generate.decode_step import Branch, LayerMode, LayerWeights, MLPWeights
 from transmamba_jax.model import TransMamba, embed
 from transmamba_jax.runtime import tensor_files
@@ -77,9 +78,10 @@ def programs(
     """Return the programs by name: forward, pack_weights, decode.
 
     Raises:
-        ValueError: a platform that is unknown.
+        ValueError: a platform that is unknown, or a mixer with an ablation, which cannot decode.
     """
     check_platforms(platforms)
+    check_model(TransMamba(config))
     config = dataclasses.replace(config, remat="none")
     model = TransMamba(config, _PORTABLE)
     batch, time, capacity = jax_export.symbolic_shape("b, t, s")

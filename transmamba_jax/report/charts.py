@@ -184,11 +184,13 @@ def memory(own: Sequence[Point], transformer: Sequence[Point]) -> Chart:
     return Chart("Memory while generating", 280, draw)
 
 
-def loss_by_position(spans: Sequence[Span], points: schedule.Schedule) -> Chart:
-    """Chart the held-out loss per span of positions, and mark where layers go from attention to the SSM."""
+def loss_by_position(spans: Sequence[Span], points: schedule.Schedule, seq_len: int) -> Chart:
+    """Chart the held-out loss per span of positions of rows of `seq_len` tokens, and mark where layers go to the SSM.
+
+    The last positions may have no span: none of their tokens is trained on.
+    """
 
     def draw(axes: Any, narrow: bool) -> Tips:
-        seq_len = spans[-1][1]
         position_axis(axes, seq_len, narrow)
         # A mark in the middle of its span: stairs would show a drop at every power of two, where TransPoints often are.
         middles = [(((start + 0.5) * (stop + 0.5)) ** 0.5, value) for start, stop, value in spans]

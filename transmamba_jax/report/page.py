@@ -112,7 +112,7 @@ def _header(name: str, config: Config, records: Sequence[Record]) -> str:
     step = max(record["step"] for record in records)
     lead = (
         f"{_millions(parameters)} parameters in {model.num_layers} layers of width {model.d_model}, "
-        f"trained on {rows.source} in rows of {rows.seq_len:,} tokens: step {step:,} of {train.steps:,}."
+        f"trained on {', '.join(rows.sources)} in rows of {rows.seq_len:,} tokens: step {step:,} of {train.steps:,}."
     )
     cards = []
     for key, text, css in (
@@ -171,8 +171,7 @@ def _positions(config: Config, records: Sequence[Record]) -> str:
     figure, more, note = "", "", "The run has no evaluation, so there is no loss by position. "
     if evaluations:
         spans = evaluations[-1]["eval/by_position"]
-        length = spans[-1][1]
-        figure = svg.inline(charts.loss_by_position([tuple(span) for span in spans], points))
+        figure = svg.inline(charts.loss_by_position([tuple(span) for span in spans], points, length))
         more = schedules.section(config, evaluations[-1])
         note = f"Held-out loss at step {evaluations[-1]['step']:,}, each dot the mean over a span of positions. "
     note += (

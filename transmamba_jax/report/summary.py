@@ -99,7 +99,7 @@ def _write_files(
         points = schedule.expand(config.model.transpoints, config.model.num_layers)
         rows = [(*span, sum(point > span[0] for point in points)) for span in by_position]
         _write_csv(folder / "loss_by_position.csv", ("start", "stop", "loss", "attention_layers_at_start"), rows)
-        charts.save(charts.loss_by_position(by_position, points), folder / "loss_by_position.png")
+        charts.save(charts.loss_by_position(by_position, points, config.data.seq_len), folder / "loss_by_position.png")
         found = schedules.measured(config, positions[-1])
         if len(found) > 1:
             charts.save(schedules.loss_by_position(found), folder / "loss_by_schedule.png")
@@ -120,11 +120,11 @@ def read_metrics(path: Path) -> list[Record]:
     except OSError as error:
         raise ValueError(f"cannot read the metrics {str(path)!r}: {error.strerror}") from None
     complete = text[: text.rfind("\n") + 1]
-    latest: dict[tuple[int, bool], Record] = {}
+    latest: dict[tuple[int, str], Record] = {}
     for number, line in enumerate(complete.splitlines(), start=1):
         try:
             record = json.loads(line)
-            key = (int(record["step"]), "eval/loss" in record)
+            key = (int(record["step"]), next((kind for kind in ("eval/loss", "loss") if kind in record), "other"))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is not a JSON object with a step: {error!r}") from None
         latest.pop(key, None)
@@ -155,7 +155,8 @@ def _page(config: Config, records: list[Record], folder: Path, sampled: bool) ->
         f"| model | {model.num_layers} layers, width {model.d_model}, {model.num_heads} heads of {model.head_dim}, "
         f"state {model.state_dim}, MLP {model.mlp_dim}, vocabulary {model.vocab_size}, {model.dtype} |",
         f"| TransPoints | {', '.join(map(str, points))} |",
-        f"| data | {config.data.source}, tokenizer {config.data.tokenizer}, rows of {config.data.seq_len} tokens |",
+        f"| data | {', '.join(config.data.sources)}, tokenizer {config.data.tokenizer}, rows of {config.data.seq_len} "
+        "tokens |",
         f"| optimizer | {config.optimizer.name}, {config.train.steps} steps of {config.data.batch_size} rows |",
         *_figures(records),
         "",

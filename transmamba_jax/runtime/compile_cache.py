@@ -14,13 +14,14 @@ import pickle
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import filelock
 import jax
 from jax.experimental import serialize_executable
 
+from transmamba_jax import _IMPORTED
 from transmamba_jax.runtime.paths import user_cache
 
 _MAX_BYTES = 2 * 2**30
@@ -71,7 +72,7 @@ def compile_or_read(
             libraries, the settings of JAX, and `devices`. None: the program is not kept.
         devices: those that the program runs on, in order.
     """
-    if _folder is None or key is None or jax.process_count() > 1:
+    if _folder is None or key is None or jax.process_count() > 1 or _sources_changed():
         return lower().compile()
     file = _folder / f"{_digest(key, devices)}{_SUFFIX}"
     program = _read(file, devices)
@@ -81,7 +82,7 @@ def compile_or_read(
         program = lowered.compile()
         # An executable that was deserialized lacks functions when it is serialized again, on a CPU (jax 0.10.2): its
         # first call raises "Function ... not found".
-        if hits["count"] == before:
+        if hits["count"] == before and not _sources_changed():
             _write(file, program)
     return program
 
@@ -115,11 +116,21 @@ def _digest(key: Sequence[object], devices: Sequence[jax.Device]) -> str:
 def _sources() -> str:
     """Hash every module of the two packages: a change of any of them may change a program."""
     digest = hashlib.sha256()
+    for package, root, module in _modules():
+        digest.update(repr((package, str(module.relative_to(root)))).encode() + module.read_bytes())
+    return digest.hexdigest()
+
+
+def _sources_changed() -> bool:
+    """Tell whether a module was written since the import: the program that runs is not that of the sources then."""
+    return any(module.stat().st_mtime > _IMPORTED for _, _, module in _modules())
+
+
+def _modules() -> Iterator[tuple[str, Path, Path]]:
     for package in ("transmamba_jax", "pallas_kernels"):
         root = Path(sys.modules[package].__path__[0])
         for module in sorted(root.rglob("*.py")):
-            digest.update(repr((package, str(module.relative_to(root)))).encode() + module.read_bytes())
-    return digest.hexdigest()
+            yield package, root, module
 
 
 def _read(file: Path, devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:

@@ -7,10 +7,12 @@ python -m transmamba_jax.study report DIR     write the report of the study in D
 import argparse
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,9 @@ from transmamba_jax.study.spec import Cell, Study, find_study, keep_file, load_s
 
 if TYPE_CHECKING:
     from transmamba_jax.study.runner import Selection
+
+_SECONDS_TO_END = 60.0
+"""After a Ctrl-C: a cell ends at its next step."""
 
 _DESCRIPTION = "Run the cells of a study that have no result yet, then write its table, plots and page."
 
@@ -81,11 +86,13 @@ def _run(study: Study, out: Path, options: argparse.Namespace) -> int:
     shard, shards = options.shard
     selection = runner.Selection(options.only, shard, shards, options.stage)
     if options.finished is not None:
+        runner.check_results(study, out)
         keep_file(options.file, study, out)
         logs.write_line(f"{results.take_results(study, out, options.finished)} cells taken from {options.finished}")
     if options.list:
         _list(study, out, selection)
         return 0
+    runner.check_results(study, out)  # first: results stand beside the file that they are of
     keep_file(options.file, study, out)
     if options.jobs > 1:
         if shards > 1:
@@ -93,7 +100,7 @@ def _run(study: Study, out: Path, options: argparse.Namespace) -> int:
         code = _run_jobs(study, out, options)
     else:
         code = runner.run_study(study, out, selection, options.retry_failed)
-    if shards == 1 and options.stage is None:
+    if shards == 1 and options.stage is None and results.read_results(study, out):
         print(report.write_report(study, out))
     return code
 
@@ -102,20 +109,49 @@ def _run_jobs(study: Study, out: Path, options: argparse.Namespace) -> int:
     """Run each stage as `jobs` processes, each of which runs a shard, and show a bar over all cells."""
     from transmamba_jax.study import results, runner
 
-    codes = []
-    for stage in ("search", "report"):
+    codes: list[int] = []
+    for stage in ("search", "report") if options.stage is None else (options.stage,):
         command = [sys.executable, "-m", "transmamba_jax.study", str(options.file), "--out", str(out), "--stage", stage]
         command += ["--only", options.only, *["--quick"] * study.quick, *["--retry-failed"] * options.retry_failed]
         shards = [[*command, "--shard", f"{number}/{options.jobs}"] for number in range(options.jobs)]
+        if any(codes):  # a request to stop, the budget, or an error: the reported cells wait
+            break
         children = [subprocess.Popen(shard) for shard in shards]
         _divide_cores([child.pid for child in children])
         cells = runner.Selection(options.only).of(runner.stage_cells(study, out, stage))
-        with tqdm(total=len(cells), desc=stage, unit="cell", dynamic_ncols=True, disable=None) as bar:
+        with (
+            _ended_together(children),
+            tqdm(total=len(cells), desc=stage, unit="cell", dynamic_ncols=True, disable=None) as bar,
+        ):
             while any(child.poll() is None for child in children):
                 bar.update(sum(results.read_result(out, cell) is not None for cell in cells) - bar.n)
                 time.sleep(1)
         codes += [child.returncode for child in children]
     return next((code for code in codes if code), 0)
+
+
+@contextlib.contextmanager
+def _ended_together(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Hand a request to stop on to the children, and wait for them: none goes on behind a command that ended."""
+    from transmamba_jax.training.preemption import EXIT_PREEMPTED  # imports JAX
+
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                stack.callback(signal.signal, number, signal.signal(number, lambda *_: sys.exit(EXIT_PREEMPTED)))
+        try:
+            yield
+        except KeyboardInterrupt:  # the terminal sent it to them too, and a second request would end them at once
+            end = time.monotonic() + _SECONDS_TO_END
+            while time.monotonic() < end and any(child.poll() is None for child in children):
+                time.sleep(0.1)
+            raise
+        finally:
+            for child in children:
+                if child.poll() is None:
+                    child.terminate()
+            for child in children:
+                child.wait()
 
 
 def _divide_cores(processes: Sequence[int]) -> None:

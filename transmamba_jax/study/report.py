@@ -108,7 +108,7 @@ def table(study: Study, records: Sequence[Record], choices: dict[str, Choice]) -
                 *([] if study.target is None else [_examples(found)]),
                 f"{first['parameters']:,}",
                 f"{first['state_bytes']:,}",
-                f"{first['training_flops']:.3g}",
+                f"{first['training_flops']:.3g}" if first["training_flops"] is not None else "–",
                 *([speeds[arm] or "–"] if timed else []),
                 f"{statistics.fmean(record['seconds'] for record in found):.0f}",
             ]

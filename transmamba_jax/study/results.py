@@ -144,9 +144,9 @@ def metric_of(study: Study, record: Record) -> float:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return mean and 95 % interval: mean ± t(0.975, n - 1) · s / √n."""
+    """Return mean and 95 % interval: mean ± t(0.975, n - 1) · s / √n; no interval where a value is not finite."""
     mean = statistics.fmean(values)
-    if len(values) < 2:
+    if len(values) < 2 or not math.isfinite(mean):
         return Interval(mean, math.nan, tuple(values))
     quantile = float(scipy.stats.t.ppf(0.975, len(values) - 1))
     return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(len(values)), tuple(values))

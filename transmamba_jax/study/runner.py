@@ -26,6 +26,7 @@ from transmamba_jax.runtime import logs
 from transmamba_jax.study import after, measure, results
 from transmamba_jax.study.results import Record
 from transmamba_jax.study.spec import Cell, Stage, Study
+from transmamba_jax.training.lock_owner import RunningElsewhereError
 from transmamba_jax.training.loop import EXIT_NOT_SAVED, train
 from transmamba_jax.training.preemption import EXIT_PREEMPTED
 from transmamba_jax.training.step import share_programs
@@ -99,8 +100,10 @@ def stage_cells(study: Study, out: Path, stage: Stage) -> list[Cell]:
 
 
 def run_cell(study: Study, out: Path, cell: Cell, retry: bool, train_cell: Train = train) -> bool:
-    """Train a cell and write its result, or why it failed; return False where a signal stopped it."""
+    """Train a cell and write its result, or why it failed; return False if it was stopped or another run has it."""
     folder = results.cell_folder(out, cell)
+    if not _is_due(study, out, cell, retry):  # by now: another process may have finished it
+        return True
     if retry and (folder / results.RESULT).exists():
         shutil.rmtree(folder)
     config = study.cell_config(cell, folder)
@@ -115,12 +118,26 @@ def run_cell(study: Study, out: Path, cell: Cell, retry: bool, train_cell: Train
         seconds = time.perf_counter() - begin  # without the evaluations after training
         if error is None and cell.stage == "report":
             extra = after.evaluate(study, config)
+    except RunningElsewhereError as failure:  # no result: the other run writes it
+        logs.write_line(f"{cell.name}: {failure}")
+        return False
     except (ValueError, OSError, NonFiniteError, jax.errors.JaxRuntimeError) as failure:
         error = f"{type(failure).__name__}: {failure}"
     record = _record(study, cell, config, error, seconds or time.perf_counter() - begin, extra)
     results.write_result(out, cell, record)
     logs.write_line(_line(study, cell, record))
     return True
+
+
+def check_results(study: Study, out: Path) -> None:
+    """Check that the results of a folder are of the study's configs.
+
+    Raises:
+        ValueError: one is of another config.
+    """
+    for stage in ("search", "report"):
+        for cell in stage_cells(study, out, stage):
+            _is_due(study, out, cell, retry=False)
 
 
 def estimate(study: Study, out: Path, cells: Sequence[Cell]) -> list[float]:

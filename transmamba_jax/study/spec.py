@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -199,10 +200,12 @@ def load_study(path: Path, quick: bool = False) -> Study:
 
 
 def keep_file(path: Path, study: Study, out: Path) -> None:
-    """Copy the file of a study into its folder, for `find_study`."""
+    """Copy the file of a study into its folder, for `find_study`; other processes see a complete file."""
     out.mkdir(parents=True, exist_ok=True)
-    name = f"{study.name}{_QUICK if study.quick else ''}.yaml"
-    (out / name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    kept = out / f"{study.name}{_QUICK if study.quick else ''}.yaml"
+    part = kept.with_suffix(f".{os.getpid()}")
+    part.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    os.replace(part, kept)
 
 
 def find_study(out: Path) -> Study:

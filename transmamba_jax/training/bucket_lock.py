@@ -48,7 +48,7 @@ class BucketLock:
             return
         owner = lock_owner.parse(found.content.decode("utf-8", "replace"))
         if owner is not None and found.content != self._held.content:
-            raise ValueError(lock_owner.taken_over(self._workdir, owner))
+            raise lock_owner.RunningElsewhereError(lock_owner.taken_over(self._workdir, owner))
 
     def close(self) -> None:
         """Stop renewing, and free the lock where it is ours."""
@@ -77,7 +77,9 @@ def hold(workdir: Any, lease: float, stopped: Callable[[], bool]) -> Iterator[Bu
     try:
         held = _acquire(workdir, content, lease, stopped)
     except FileExistsError:
-        raise ValueError(f"{workdir} belongs to another run that starts or ends now; try again") from None
+        raise lock_owner.RunningElsewhereError(
+            f"{workdir} belongs to another run that starts or ends now; try again"
+        ) from None
     except FileNotFoundError:
         raise ValueError(
             f"workdir {workdir}: there is no bucket {workdir.bucket}; make it (gcloud storage buckets create "
@@ -109,7 +111,7 @@ def _acquire(workdir: Any, content: bytes, lease: float, stopped: Callable[[], b
                 _log.warning("%s: %s, no longer runs: taking the lock over", workdir, lock_owner.shown(owner))
             return _write(workdir, content, found.generation)
         if runs:
-            raise ValueError(lock_owner.still_runs(workdir, owner))
+            raise lock_owner.RunningElsewhereError(lock_owner.still_runs(workdir, owner))
         age = _now(workdir, content) - found.updated if not seen else time.monotonic() - begin
         if age > lease:
             limit = f"more than {lease:.0f} s: taking it over"

@@ -35,6 +35,10 @@ def shown(owner: dict[str, Any]) -> str:
     return f"process {owner['process']} on {owner['host']}, started {owner['since']}"
 
 
+class RunningElsewhereError(ValueError):
+    """The work directory belongs to another run."""
+
+
 def still_runs(workdir: object, owner: dict[str, Any]) -> str:
     """Refuse a work directory whose owner runs."""
     return f"{workdir} belongs to another run: {shown(owner)}, is still running; stop it, or use another --workdir"

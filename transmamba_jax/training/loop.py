@@ -255,7 +255,8 @@ class _Run:
         samples, index = report / "sample.txt", report / "index.html"
         text = None
         # A program's own model has no decoding cache, and tokens of a synthetic task are no text.
-        decodes = isinstance(self.model, TransMamba) and not is_synthetic(self.config.data.source)
+        own = isinstance(self.model, TransMamba) and self.model.attention is None
+        decodes = own and self.model.config.ablation == "none" and not is_synthetic(self.config.data.source)
         wanted = decodes and self.config.train.sample_tokens > 0
         if wanted and hosts.broadcast_from_first(trained or not samples.exists()):
             text = sample_text(self.config, self.model, self.tokenizer, state, step)

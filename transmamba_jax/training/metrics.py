@@ -90,7 +90,7 @@ class MetricsWriter:
         Raises:
             OSError: it could not be written, and goes before the next one.
         """
-        clean = {name: None if _nonfinite(value) else value for name, value in record.items()}
+        clean = {name: _clean(value) for name, value in record.items()}
         line = (json.dumps(clean, allow_nan=False) + "\n").encode()
         numbers = {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
         tags = {name if "/" in name else f"train/{name}": value for name, value in numbers.items()}
@@ -132,8 +132,13 @@ class MetricsWriter:
 
 
 def _lines_up_to(path: Path, step: int) -> list[tuple[str, Record]]:
-    """Return the lines of an earlier run up to `step`, and keep a copy of a file that has others in it."""
-    if step == 0 or not path.exists():
+    """Return the lines of an earlier run up to `step`; keep a copy of a file that has foreign lines, or loses all."""
+    if not path.exists():
+        return []
+    if step == 0:
+        if path.read_bytes():
+            storage.copy(path, path.with_suffix(".jsonl.old"))
+            LOGGER.info("no checkpoint of the earlier run: its lines go from %s to %s", path, f"{path.name}.old")
         return []
     text = path.read_text(encoding="utf-8", errors="surrogateescape")
     complete = text[: text.rfind("\n") + 1].splitlines()
@@ -163,3 +168,13 @@ def _parse(line: str) -> Record | None:
 
 def _nonfinite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
+
+
+def _clean(value: Any) -> Any:
+    """Return null for a number that is not finite; of a list of lists, [start, stop, NaN] is left out."""
+    if isinstance(value, dict):
+        return {name: _clean(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        holds = lambda each: isinstance(each, list | tuple) and any(map(_nonfinite, each))
+        return [_clean(each) for each in value if not holds(each)]
+    return None if _nonfinite(value) else value

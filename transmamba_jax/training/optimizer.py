@@ -18,7 +18,7 @@ from transmamba_jax.training import parameter_groups
 
 NO_DECAY = re.compile(r"(.*/)?(a_log|skip|dt_bias|bias|[a-z_]*norm/scale)")
 # Matrices that multiply hidden states, stacked [L, in, out]; convolution taps are depthwise and not among them.
-MATRICES = re.compile(r"layers/(mixer|mlp)/(q|k|v|z|dt|out|gate|up|down)/kernel")
+MATRICES = re.compile(r"layers/(mixer|mlp)/((attention_)?(q|k|v)|z|dt|out|gate|up|down)/kernel")
 
 
 def learning_rate_schedule(config: Config, peak: float) -> optax.Schedule:

@@ -123,7 +123,8 @@ def newest_state(
         state = _fill(state, TrainState.create(config, model, mesh))
     state = dataclasses.replace(state, params=jax.tree.map(master_weights, state.params))
     if 0 < restored.step < config.train.steps:
-        _say_new_rate(config_io.from_yaml(restored.config_yaml), config, state)
+        with contextlib.suppress(ValueError):  # written by a version with other options: no rates to compare
+            _say_new_rate(config_io.from_yaml(restored.config_yaml), config, state)
     return state, restored.step
 
 

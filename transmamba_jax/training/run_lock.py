@@ -53,7 +53,7 @@ class RunLock:
         content = shown(self._path.parent)
         owner = lock_owner.parse(content)
         if owner is not None and content != self._content:
-            raise ValueError(lock_owner.taken_over(self._path.parent, owner))
+            raise lock_owner.RunningElsewhereError(lock_owner.taken_over(self._path.parent, owner))
 
     def close(self) -> None:
         """Stop renewing."""
@@ -130,7 +130,9 @@ def _acquire(path: Path, stream: TextIO, lease: float, stopped: Callable[[], boo
         owner = lock_owner.parse(content)
         if owner is None:
             if free is False:
-                raise ValueError(f"{path.parent} belongs to another run that starts or ends now; try again")
+                raise lock_owner.RunningElsewhereError(
+                    f"{path.parent} belongs to another run that starts or ends now; try again"
+                )
             if content:
                 _log.warning("%s is not readable (%r): taking it over", path, content[:40])
             return True
@@ -138,7 +140,7 @@ def _acquire(path: Path, stream: TextIO, lease: float, stopped: Callable[[], boo
             if free:
                 _log.warning("%s: %s, no longer runs: taking the lock over", path, lock_owner.shown(owner))
                 return True
-            raise ValueError(lock_owner.still_runs(path.parent, owner))
+            raise lock_owner.RunningElsewhereError(lock_owner.still_runs(path.parent, owner))
         renewed = path.stat().st_mtime
         age = _now(path.parent) - renewed
         # The second condition ends the wait for a file whose time is in the future.
@@ -151,7 +153,7 @@ def _acquire(path: Path, stream: TextIO, lease: float, stopped: Callable[[], boo
             until = f"waiting until it is renewed again, or until {lease:.0f} s have passed without"
             _log.warning("%s belongs to %s, which renewed it %.0f s ago; %s", path, lock_owner.shown(owner), age, until)
         elif renewed != seen:
-            raise ValueError(
+            raise lock_owner.RunningElsewhereError(
                 f"{path.parent} belongs to another run: {lock_owner.shown(owner)}, renewed its lock "
                 f"{max(age, 0):.0f} s ago and loses it after {lease:.0f} s without: it is "
                 "running; stop it, or use another --workdir"

@@ -73,9 +73,14 @@ def programs(config: Config, model: nn.Module) -> list[tuple[Config, nn.Module]]
         drawn = [(config, _under(config, model, points)) for points in pool(config)]
     if not is_fixed(config, config.train.steps - 1):
         return drawn
+    return [*drawn, (without(config), model)]
+
+
+def without(config: Config) -> Config:
+    """Return a config that trains under `model.transpoints` alone, without distillation."""
     options = {"sampling": "none", "pool": (), "sampling_steps": 0, "distillation": 0.0}
     fixed: dict[str, Any] = {f"schedule_{name}": value for name, value in options.items()}
-    return [*drawn, (dataclasses.replace(config, train=dataclasses.replace(config.train, **fixed)), model)]
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **fixed))
 
 
 def is_fixed(config: Config, step: int) -> bool:
