@@ -98,6 +98,8 @@ def test_a_mapping_of_names_reads_from_yaml_and_options_and_goes_back(tmp_path: 
     assert yaml.safe_load(config_io.to_yaml(config))["optimizer"]["lr_multipliers"] == {"embedding": 1, "layers/*": 0.5}
     assert config_io.from_yaml(config_io.to_yaml(config)) == config
     assert config_io.from_tree(config_io.to_tree(tm.Config())) == tm.Config()
+    with pytest.raises(ValueError, match=r"lr_multipliers has the pattern 'a' more than once"):
+        tm.OptimizerConfig(lr_multipliers=(("a", 1.0), ("*", 2.0), ("a", 0.5)))
     other = tm.load_config(path, ["--optimizer.lr-multipliers", "*", "2", "embedding", "0.1"])
     assert other.optimizer.lr_multipliers == (("*", 2.0), ("embedding", 0.1))
     assert config_io.differences(tm.Config(workdir=config.workdir), config) == [
@@ -180,6 +182,7 @@ def test_differences_name_the_fields() -> None:
             "data: {batch_size: 6}\ntrain: {accumulation: 4}",
             r"train.accumulation=4 must divide data.batch_size=6; .*\[1, 2, 3, 6\]",
         ),
+        ("train: {seed: 4294967296}", r"train.seed must be <= 4294967295, found 4294967296"),
         ("optimizer: {lr_multipliers: [a]}", r"optimizer.lr_multipliers must be a mapping, found \['a'\]"),
         ("optimizer: {lr_multipliers: {a: x}}", r"optimizer.lr_multipliers\['a'\] must be of type float, found 'x'"),
         ("optimizer: {learning_rate: -1}", "optimizer.learning_rate must be positive, found -1"),

@@ -97,7 +97,7 @@ def test_predictions_follow_a_machine_that_is_slower_at_the_check(
     assert found.drift == pytest.approx(1.25)
     assert rows["V9"].error == pytest.approx(0, abs=1e-9)
     assert rows["Transformer"].predicted == pytest.approx(1.25 * found.costs.predict((T,) * 8))
-    assert "takes 1.25 of the time above" in "\n".join(plan.text(found))
+    assert "now takes 1.25 times as long as above" in "\n".join(plan.text(found))
 
 
 def test_a_machine_whose_steps_are_not_sums_misses_the_goal(machine: Simulated) -> None:

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.study.support import TREE, study_file
 from transmamba_jax.checkpoint import complete_steps
+from transmamba_jax.study import __main__ as study_command
 from transmamba_jax.study.spec import merge
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,51 @@ def test_two_jobs_search_report_and_write_the_page(tmp_path):
     splits = [record["config"]["data"]["eval_split"] for record in records]
     assert splits == ["validation", "test", "test"]
     assert "proves that the pipeline works, and no claim" in (out / "table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("stage", "code", "stages"),
+    [(None, 0, ["search", "report"]), ("search", 0, ["search"]), (None, 75, ["search"])],
+    ids=["both", "one", "stopped"],
+)
+def test_jobs_run_the_stages_that_are_asked_for_until_one_is_stopped(tmp_path, monkeypatch, stage, code, stages):
+    started = []
+
+    class Child:
+        """Stands in for a process that has ended."""
+
+        def __init__(self, arguments):
+            started.append(arguments[arguments.index("--stage") + 1])
+            self.pid, self.returncode = os.getpid(), code
+
+        def poll(self):
+            return self.returncode
+
+        wait = poll
+
+    monkeypatch.setattr(study_command.subprocess, "Popen", Child)
+    monkeypatch.setattr(study_command, "_divide_cores", lambda _: None)
+    file = study_file(tmp_path, axes={"schedule": {"ssm": {"model": {"transpoints": [0]}}}})
+    options = ["--jobs", "2", "--out", str(tmp_path / "out"), *(["--stage", stage] if stage else [])]
+    assert study_command.main([str(file), *options]) == code
+    assert started == [each for each in stages for _ in range(2)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_stop_ends_the_jobs_too(number):
+    children = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
+    before = signal.getsignal(number)
+
+    def stop() -> None:
+        with study_command._ended_together(children):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    with pytest.raises(SystemExit) as ended:
+        stop()
+    assert ended.value.code == 75
+    assert [child.poll() for child in children] == [-signal.SIGTERM] * 2
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.slow

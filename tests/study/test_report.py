@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transmamba_jax.study import figures, report, results
 from transmamba_jax.study.__main__ import main
 from transmamba_jax.study.results import Interval
 from transmamba_jax.study.runner import Selection, run_study
-from transmamba_jax.study.spec import FIGURES
+from transmamba_jax.study.spec import FIGURES, keep_file
 
 pytestmark = pytest.mark.draws
 
@@ -97,6 +98,33 @@ def test_figures_are_drawn_as_png_and_svg_and_are_the_same_again(study, index):
     assert index.read_text(encoding="utf-8").count("<svg") == len(study.figures)
     report.write_report(study, index.parent)
     assert pictures() == first
+
+
+def test_a_value_that_is_not_finite_stands_in_the_report(study, out, tmp_path):
+    there = tmp_path / "there"
+    shutil.copytree(out, there)
+    for file in there.glob("cells/ssm/n2/report-*/result.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["seed"] == 10:
+            record["metrics"][study.metric], record["curve"][-1][1] = None, None
+            file.write_text(json.dumps(record), encoding="utf-8")
+    report.write_report(study, there)
+    assert "| ssm | n2 | not finite |" in (there / "table.md").read_text(encoding="utf-8")
+
+
+def test_differences_by_seed_leave_out_what_seeds_do_to_all_arms(study, out, capsys):
+    report.write_report(study, out)
+    keep_file(out.parent / "little.yaml", study, out)
+    lines = report.differences(study, out, "ssm/n2")
+    assert lines[0] == "eval/accuracy less that of ssm/n2, by seed"
+    by_arm = dict(line.split(maxsplit=1) for line in lines[1:])
+    # The stand-in's accuracy has the same share of the seed in every arm.
+    assert by_arm.keys() == {"attention/n2", "attention/n4", "ssm/n4"}
+    assert all(value.endswith("± 0.0000") for value in by_arm.values())
+    assert main(["report", str(out), "--against", "ssm/n2"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    assert main(["report", str(out), "--against", "ssm"]) == 2
+    assert "--against must be one of attention/n2, " in capsys.readouterr().err
 
 
 def test_a_study_without_results_is_refused(study, tmp_path):

@@ -1,5 +1,6 @@
 """The runner: what runs, what never runs again, what is recorded, and one cell trained for real, twice."""
 
+import dataclasses
 import itertools
 import json
 import time
@@ -11,7 +12,7 @@ from tests.training.support import Little
 from transmamba_jax.report import read_metrics
 from transmamba_jax.runtime import logs
 from transmamba_jax.study import __main__ as study_command
-from transmamba_jax.study import report, results, runner
+from transmamba_jax.study import measure, report, results, runner
 from transmamba_jax.study.runner import COMPLETE, UNFINISHED, Selection, run_study
 from transmamba_jax.study.spec import Cell, load_study
 from transmamba_jax.training.lock_owner import RunningElsewhereError
@@ -200,6 +201,22 @@ def test_a_study_that_is_stopped_before_its_first_result_asks_to_be_started_agai
     monkeypatch.setattr(runner, "run_study", lambda *_: UNFINISHED)
     write_study(tmp_path)
     assert study_command.main([str(tmp_path / "little.yaml"), "--out", str(tmp_path / "out")]) == UNFINISHED
+
+
+def test_flops_are_those_of_the_schedules_that_steps_run(tmp_path):
+    study = write_study(tmp_path)
+    base = study.cell_config(Cell(("ssm", "n4"), "report", 1e-2, 10), tmp_path)
+    under = lambda points: dataclasses.replace(base, model=dataclasses.replace(base.model, transpoints=points))
+    flops = lambda config, **train: measure.model_facts(
+        dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+    )["training_flops"]
+    ssm, attention = flops(under((0,))), flops(under((12,)))
+    assert ssm != attention
+    pool = {"schedule_sampling": "pool", "schedule_pool": ("transformer", "mamba2")}
+    assert flops(base, **pool) == pytest.approx((ssm + attention) / 2)
+    assert flops(base, **pool, schedule_sampling_steps=2) == pytest.approx((3 * ssm + attention) / 4)  # of four steps
+    assert flops(base, schedule_sampling="rows") is None
+    assert flops(base, schedule_distillation=0.5) is None
 
 
 def test_times_are_estimated_from_the_finished_cells_of_the_arm(tmp_path):

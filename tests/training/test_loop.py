@@ -117,6 +117,39 @@ def test_a_longer_run_continues_and_names_what_changed(make, capsys):
     assert config_io.read_config_file(Path(settings.workdir) / "config.yaml") == settings
 
 
+def test_a_run_of_a_version_with_other_options_continues(make, monkeypatch, capsys):
+    settings = make(train={"steps": 2}, eval={"every": 0})
+    train(settings)
+    (Path(settings.workdir) / "config.yaml").unlink()  # as the refusal to read it says
+
+    def unknown(_: str) -> None:
+        raise ValueError("unknown option 'train.old'")
+
+    monkeypatch.setattr(config_io, "from_yaml", unknown)
+    assert train(make(train={"steps": 3}, eval={"every": 0})) == 0
+    output = capsys.readouterr().out
+    assert "rates before and after step 2 cannot be compared: unknown option 'train.old'" in output
+
+
+def test_a_run_whose_evaluation_is_not_finite_goes_on_and_has_a_report(make):
+    """The first step leaves weights whose loss is NaN everywhere; the next ones are skipped."""
+    settings = make(train={"steps": 4}, eval={"every": 2}, optimizer={"learning_rate": 1e30, "warmup_steps": 0})
+    assert train(settings) == 0
+    held_out, last = [line for line in _lines(settings) if "eval/loss" in line]
+    assert (held_out["eval/loss"], held_out["eval/by_position"], last["eval/loss"]) == (None, [], None)
+    assert (Path(settings.workdir) / "report" / "index.html").exists()
+
+
+def test_an_attention_of_ones_own_trains_to_the_report_without_samples(make):
+    mean = lambda _q, _k, v, *_, **__: jnp.broadcast_to(v.mean(axis=1, keepdims=True), v.shape)
+    settings = make(train={"steps": 2, "sample_tokens": 8}, eval={"every": 0}, model={"transpoints": (99,)})
+    model = tm.TransMamba(settings.model, settings.kernels, attention=mean)
+    assert tm.train(settings, model=model) == 0
+    report = Path(settings.workdir) / "report"
+    assert (report / "index.html").exists()
+    assert not (report / "sample.txt").exists()
+
+
 def test_a_checkpoint_of_another_run_is_refused_and_kept(make, monkeypatch):
     earlier = make(train={"steps": 2}, eval={"every": 0})
     train(earlier)

@@ -41,6 +41,12 @@ def test_a_resumed_run_takes_back_what_lies_beyond_its_step(tmp_path):
         assert _lines(tmp_path) == []
     kept = (tmp_path / "metrics.jsonl.old").read_text(encoding="utf-8")
     assert [json.loads(line) for line in kept.splitlines()] == expected  # no checkpoint, and the lines are not lost
+    with MetricsWriter(tmp_path, 0) as writer:
+        writer.write({"step": 1, "loss": 7.0})
+    with MetricsWriter(tmp_path, 0):
+        pass
+    kept = (tmp_path / "metrics.jsonl.old").read_text(encoding="utf-8")
+    assert [json.loads(line) for line in kept.splitlines()] == [*expected, {"step": 1, "loss": 7.0}]
 
 
 @pytest.mark.parametrize("foreign", [b"not json", b'{"note": 3}', b"[1]", b"\xff\xfe", b'{"step": true}', b""])

@@ -188,7 +188,7 @@ def text(plan: Plan) -> Iterator[str]:
     yield f"speed-optimal common TransPoint P* = {found.optimum()}"
     yield f"recommended: {plan.reason}"
     if plan.drift != 1:
-        yield f"the machine takes {plan.drift:.2f} of the time above by now; the predictions below are scaled by it"
+        yield f"the machine now takes {plan.drift:.2f} times as long as above; the predictions below are scaled by it"
     checked = "whole ms" if plan.how == "measured" else "compiled ms"
     yield f"{'':<14}{'predicted ms':>14}{checked:>14}{'error':>9}{'of Transformer':>16}{'cache of a row':>16}"
     for row in plan.rows:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from transmamba_jax import data
 from transmamba_jax.checkpoint import command_options
 from transmamba_jax.export import folder, stablehlo
+from transmamba_jax.generate.arguments import check_model
+from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import hardware, logs, tensor_files
 from transmamba_jax.runtime.paths import option_path
 
@@ -50,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tensor_files.reserve_outputs(options.output, [folder.CONFIG, folder.TOKENIZER, *programs_too])
         saved = command_options.restore(options.checkpoint, options.step)
         config = dataclasses.replace(saved.config, model=command_options.apply(saved.config, options))
+        if options.platforms:
+            check_model(TransMamba(config.model))  # before anything is written
         folder.save(options.output, config, saved.params, data.tokenizer_from_json(saved.tokenizer_json))
         if options.platforms:
             stablehlo.save_programs(options.output, config.model, saved.params, options.platforms)

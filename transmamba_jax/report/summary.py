@@ -93,7 +93,7 @@ def _write_files(
     """Write the files beside the page."""
     _write_csv(folder / "loss.csv", ("step", "loss", "eval_loss", "eval_bits_per_byte"), _loss_rows(training, held_out))
     charts.save(report_page.loss_chart(records), folder / "loss.png")
-    positions = [record for record in held_out if "eval/by_position" in record]
+    positions = [record for record in held_out if record.get("eval/by_position")]
     if positions:
         by_position = [(start, stop, loss) for start, stop, loss in positions[-1]["eval/by_position"]]
         points = schedule.expand(config.model.transpoints, config.model.num_layers)

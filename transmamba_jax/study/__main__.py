@@ -26,9 +26,6 @@ from transmamba_jax.study.spec import Cell, Study, find_study, keep_file, load_s
 if TYPE_CHECKING:
     from transmamba_jax.study.runner import Selection
 
-_SECONDS_TO_END = 60.0
-"""After a Ctrl-C: a cell ends at its next step."""
-
 _DESCRIPTION = "Run the cells of a study that have no result yet, then write its table, plots and page."
 
 
@@ -68,9 +65,12 @@ def _report(arguments: Sequence[str]) -> int:
         metavar="FOLDER",
         help="copy study, results, table, plots and page there, without checkpoints, such as docs/results/s1_recall",
     )
+    parser.add_argument("--against", metavar="ARM", help="print the differences of every arm to this one, seed by seed")
     options = parser.parse_args(arguments)
     study = find_study(options.folder)
-    if options.publish is None:
+    if options.against is not None:
+        print("\n".join(report.differences(study, options.folder, options.against)))
+    elif options.publish is None:
         print(report.write_report(study, options.folder))
     else:
         print(report.publish(study, options.folder, options.publish))
@@ -85,15 +85,14 @@ def _run(study: Study, out: Path, options: argparse.Namespace) -> int:
 
     shard, shards = options.shard
     selection = runner.Selection(options.only, shard, shards, options.stage)
-    if options.finished is not None:
-        runner.check_results(study, out)
+    if options.finished is not None or not options.list:
+        runner.check_results(study, out)  # first: results stand beside the file that they are of
         keep_file(options.file, study, out)
+    if options.finished is not None:
         logs.write_line(f"{results.take_results(study, out, options.finished)} cells taken from {options.finished}")
     if options.list:
         _list(study, out, selection)
         return 0
-    runner.check_results(study, out)  # first: results stand beside the file that they are of
-    keep_file(options.file, study, out)
     if options.jobs > 1:
         if shards > 1:
             raise ValueError("--jobs divides the cells itself, found --shard too; give one of them")
@@ -109,13 +108,10 @@ def _run_jobs(study: Study, out: Path, options: argparse.Namespace) -> int:
     """Run each stage as `jobs` processes, each of which runs a shard, and show a bar over all cells."""
     from transmamba_jax.study import results, runner
 
-    codes: list[int] = []
     for stage in ("search", "report") if options.stage is None else (options.stage,):
         command = [sys.executable, "-m", "transmamba_jax.study", str(options.file), "--out", str(out), "--stage", stage]
         command += ["--only", options.only, *["--quick"] * study.quick, *["--retry-failed"] * options.retry_failed]
         shards = [[*command, "--shard", f"{number}/{options.jobs}"] for number in range(options.jobs)]
-        if any(codes):  # a request to stop, the budget, or an error: the reported cells wait
-            break
         children = [subprocess.Popen(shard) for shard in shards]
         _divide_cores([child.pid for child in children])
         cells = runner.Selection(options.only).of(runner.stage_cells(study, out, stage))
@@ -126,8 +122,10 @@ def _run_jobs(study: Study, out: Path, options: argparse.Namespace) -> int:
             while any(child.poll() is None for child in children):
                 bar.update(sum(results.read_result(out, cell) is not None for cell in cells) - bar.n)
                 time.sleep(1)
-        codes += [child.returncode for child in children]
-    return next((code for code in codes if code), 0)
+        codes = [child.returncode for child in children]
+        if any(codes):  # a request to stop, the budget, or an error: the reported cells wait
+            return next(code for code in codes if code)
+    return 0
 
 
 @contextlib.contextmanager
@@ -137,17 +135,12 @@ def _ended_together(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[Non
 
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 stack.callback(signal.signal, number, signal.signal(number, lambda *_: sys.exit(EXIT_PREEMPTED)))
         try:
             yield
-        except KeyboardInterrupt:  # the terminal sent it to them too, and a second request would end them at once
-            end = time.monotonic() + _SECONDS_TO_END
-            while time.monotonic() < end and any(child.poll() is None for child in children):
-                time.sleep(0.1)
-            raise
         finally:
-            for child in children:
+            for child in children:  # a terminal's Ctrl-C has reached them too; SIGTERM after it changes nothing
                 if child.poll() is None:
                     child.terminate()
             for child in children:

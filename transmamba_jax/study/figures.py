@@ -60,10 +60,10 @@ def _bars(axes: Any, study: Study, records: Sequence[Record], _: dict[str, Choic
         value = results.interval([results.metric_of(study, record) for record in found])
         colour = _COLOURS[place % len(_COLOURS)]
         half = None if math.isnan(value.half_width) else value.half_width
-        axes.bar(place, value.mean, 0.65, color=colour, alpha=0.35)
-        axes.errorbar(place, value.mean, half, color=colour, capsize=5, linewidth=1.6)
+        axes.bar(place, _shown(value.mean), 0.65, color=colour, alpha=0.35)
+        axes.errorbar(place, _shown(value.mean), half, color=colour, capsize=5, linewidth=1.6)
         spread = np.linspace(-0.18, 0.18, len(found)) if len(found) > 1 else [0.0]
-        axes.plot(place + np.asarray(spread), value.values, "o", color=colour, markersize=3.5)
+        axes.plot(place + np.asarray(spread), list(map(_shown, value.values)), "o", color=colour, markersize=3.5)
     axes.set_xticks(range(len(arms)), [arm.replace("/", "\n") for arm in arms], rotation=20, ha="right")
     axes.set(ylabel=study.metric, title=f"{study.name}: {study.metric} by arm, mean and 95 % interval over seeds")
     return bool(arms)
@@ -117,7 +117,7 @@ def _rates(axes: Any, study: Study, records: Sequence[Record], choices: dict[str
                 points.setdefault(record["learning_rate"], []).append(results.metric_of(study, record))
         _line(axes, sorted(points.items()), arm, place)
         if arm in choices:
-            chosen = dict(choices[arm].means)[choices[arm].rate]
+            chosen = _shown(dict(choices[arm].means)[choices[arm].rate])
             colour = _COLOURS[place % len(_COLOURS)]
             axes.plot(choices[arm].rate, chosen, "o", markersize=11, fillstyle="none", color=colour)
     axes.set_xscale("log")
@@ -192,8 +192,13 @@ def _measures(axes: Any, study: Study, records: Sequence[Record], _: dict[str, C
 def _limit(axes: Any, study: Study, records: Sequence[Record]) -> None:
     """Show shares from 0 to 1; an interval over two or three seeds reaches far beyond."""
     values = [results.metric_of(study, record) for record in records if record["error"] is None]
-    if study.better == "higher" and all(0 <= value <= 1 for value in values):
+    if study.better == "higher" and all(0 <= value <= 1 for value in values if math.isfinite(value)):
         axes.set_ylim(0, 1.03)
+
+
+def _shown(value: float) -> float:
+    """Return the value, or NaN for one that is not finite, which matplotlib leaves out."""
+    return value if math.isfinite(value) else math.nan
 
 
 def _line(axes: Any, points: Sequence[tuple[float, list[float]]], label: str, place: int, linestyle: str = "-") -> None:
@@ -205,7 +210,7 @@ def _line(axes: Any, points: Sequence[tuple[float, list[float]]], label: str, pl
     places = [at for at, _ in points]
     options: dict[str, Any] = {"color": _COLOURS[place % len(_COLOURS)], "marker": "o", "markersize": 4}
     options |= {"label": label, "capsize": 3, "linewidth": 1.5, "linestyle": linestyle}
-    axes.errorbar(places, [value.mean for value in values], halves, **options)
+    axes.errorbar(places, [_shown(value.mean) for value in values], halves, **options)
 
 
 def _legend(axes: Any) -> None:

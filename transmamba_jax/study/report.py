@@ -116,8 +116,39 @@ def table(study: Study, records: Sequence[Record], choices: dict[str, Choice]) -
     return header, rows
 
 
+def differences(study: Study, folder: Path, against: str) -> list[str]:
+    """Return a line for each arm: the metric's differences to the arm `against` by seed, mean ± 95 %.
+
+    Args:
+        study: the study.
+        folder: has its results.jsonl, of a study that ran or was published.
+        against: an arm with reported cells.
+
+    Raises:
+        ValueError: there are no results, or none of that arm.
+    """
+    file = folder / "results.jsonl"
+    if not file.exists():
+        raise ValueError(f"{folder} has no results.jsonl; write the report first")
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    by_seed = {
+        arm: {record["seed"]: results.metric_of(study, record) for record in found}
+        for arm, found in results.reported(study, records).items()
+    }
+    if against not in by_seed:
+        raise ValueError(f"--against must be one of {', '.join(by_seed)}, found {against!r}")
+    base = by_seed.pop(against)
+    lines = [f"{study.metric} less that of {against}, by seed"]
+    for arm, values in by_seed.items():
+        shared = [value - base[seed] for seed, value in values.items() if seed in base]
+        lines.append(f"{arm:<32}{format_interval(results.interval(shared)) if shared else 'no seed in common'}")
+    return lines
+
+
 def format_interval(value: Interval) -> str:
     """Write mean ± half width with four decimals."""
+    if not math.isfinite(value.mean):
+        return "not finite"
     return f"{value.mean:.4f}" if math.isnan(value.half_width) else f"{value.mean:.4f} ± {value.half_width:.4f}"
 
 

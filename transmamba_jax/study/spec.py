@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transmamba_jax import config_io
 from transmamba_jax.config import Config, DataConfig
 from transmamba_jax.evaluate.lengths import with_length
+from transmamba_jax.runtime import storage
 from transmamba_jax.runtime.checks import require, suggestion
 
 Stage = Literal["search", "report"]
@@ -202,10 +203,8 @@ def load_study(path: Path, quick: bool = False) -> Study:
 def keep_file(path: Path, study: Study, out: Path) -> None:
     """Copy the file of a study into its folder, for `find_study`; other processes see a complete file."""
     out.mkdir(parents=True, exist_ok=True)
-    kept = out / f"{study.name}{_QUICK if study.quick else ''}.yaml"
-    part = kept.with_suffix(f".{os.getpid()}")
-    part.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    os.replace(part, kept)
+    name = f"{study.name}{_QUICK if study.quick else ''}.yaml"
+    storage.replace_text(out / name, path.read_text(encoding="utf-8"), f"{name}.{os.getpid()}")
 
 
 def find_study(out: Path) -> Study:

@@ -136,8 +136,10 @@ def _lines_up_to(path: Path, step: int) -> list[tuple[str, Record]]:
     if not path.exists():
         return []
     if step == 0:
-        if path.read_bytes():
-            storage.copy(path, path.with_suffix(".jsonl.old"))
+        if lines := path.read_bytes():
+            kept = storage.append_to(path.with_suffix(".jsonl.old"))  # after those of an earlier start
+            kept.write(lines)
+            kept.close()
             LOGGER.info("no checkpoint of the earlier run: its lines go from %s to %s", path, f"{path.name}.old")
         return []
     text = path.read_text(encoding="utf-8", errors="surrogateescape")

@@ -123,8 +123,12 @@ def newest_state(
         state = _fill(state, TrainState.create(config, model, mesh))
     state = dataclasses.replace(state, params=jax.tree.map(master_weights, state.params))
     if 0 < restored.step < config.train.steps:
-        with contextlib.suppress(ValueError):  # written by a version with other options: no rates to compare
-            _say_new_rate(config_io.from_yaml(restored.config_yaml), config, state)
+        try:
+            earlier = config_io.from_yaml(restored.config_yaml)
+        except ValueError as error:  # of a version with other options
+            hosts.log_first(f"the learning rates before and after step {restored.step} cannot be compared: {error}")
+        else:
+            _say_new_rate(earlier, config, state)
     return state, restored.step
 
 
