@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from transmamba_jax.config import DataConfig
-from transmamba_jax.data import baselines, held_out_text, training_text
+from transmamba_jax.data import baselines, byte_models, held_out_text, training_text
 
 
 def order2_by_hand(train: bytes, held_out: bytes) -> float:
@@ -33,6 +33,15 @@ def test_order2_is_the_formula():
     assert baselines(train, held_out)["order2_bits_per_byte"] == pytest.approx(
         order2_by_hand(train, held_out), rel=1e-12
     )
+
+
+def test_a_text_in_pieces_has_the_bits_of_the_whole(monkeypatch):
+    generator = random.Random(1)
+    train, held_out = (bytes(generator.choices(b"abcd", [8, 4, 2, 1], k=count)) for count in (100, 23))
+    whole = baselines(train, held_out)["order2_bits_per_byte"]
+    for piece in (1, 7, 21, 22):
+        monkeypatch.setattr(byte_models, "_PIECE", piece)
+        assert baselines(train, held_out)["order2_bits_per_byte"] == pytest.approx(whole, rel=1e-12)
 
 
 def test_gzip_is_gzip():

@@ -24,7 +24,7 @@ from transmamba_jax import checkpoint, data
 from transmamba_jax.checkpoint import manifest as checkpoint_manifest
 from transmamba_jax.checkpoint import steps as checkpoint_steps
 from transmamba_jax.evaluate import evaluator
-from transmamba_jax.training import loop, run_lock
+from transmamba_jax.training import completion, run_lock
 
 POISON = 255  # a byte that the text does not have
 KILL_POINTS = {
@@ -34,7 +34,7 @@ KILL_POINTS = {
     "manifest": (checkpoint_manifest, "write"),
     "manifest-rename": (os, "fsync"),
     "deletion": (checkpoint_steps, "delete_leftovers"),
-    "report": (loop, "write_report"),
+    "report": (completion, "write_report"),
 }
 
 

@@ -53,13 +53,14 @@ def test_two_jobs_search_report_and_write_the_page(tmp_path):
     ids=["both", "one", "stopped"],
 )
 def test_jobs_run_the_stages_that_are_asked_for_until_one_is_stopped(tmp_path, monkeypatch, stage, code, stages):
-    started = []
+    started, hours = [], []
 
     class Child:
         """Stands in for a process that has ended."""
 
         def __init__(self, arguments):
             started.append(arguments[arguments.index("--stage") + 1])
+            hours.append(float(arguments[arguments.index("--budget-hours") + 1]))
             self.pid, self.returncode = os.getpid(), code
 
         def poll(self):
@@ -73,6 +74,10 @@ def test_jobs_run_the_stages_that_are_asked_for_until_one_is_stopped(tmp_path, m
     options = ["--jobs", "2", "--out", str(tmp_path / "out"), *(["--stage", stage] if stage else [])]
     assert study_command.main([str(file), *options]) == code
     assert started == [each for each in stages for _ in range(2)]
+    # One hour for all stages: each gets what the one before left.
+    assert hours[::2] == hours[1::2] == sorted(hours[::2], reverse=True)
+    assert 0.9 < min(hours) <= max(hours) < 1
+    assert len(set(hours)) == len(stages)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -85,6 +85,26 @@ def test_a_stopped_study_continues_where_it_was(tmp_path, trainer):
     assert len(before) + len(again.trained) == 80
 
 
+def test_the_seconds_of_a_cell_that_was_stopped_are_kept(tmp_path, trainer, monkeypatch):
+    study, folder = write_study(tmp_path), tmp_path / "out" / "cells" / FIRST
+    folder.mkdir(parents=True)
+    seconds = itertools.count(step=10)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    trainer.failures[FIRST] = EXIT_PREEMPTED
+    for _ in range(2):
+        assert run_study(study, tmp_path / "out", Selection(only=FIRST), train_cell=trainer) == UNFINISHED
+    trainer.failures.clear()
+    assert run_study(study, tmp_path / "out", Selection(only=FIRST), train_cell=trainer) == COMPLETE
+    (record,) = results.read_results(study, tmp_path / "out")
+    assert record["seconds"] == 30
+
+
+def test_no_cell_begins_when_the_given_hours_are_spent(tmp_path, trainer, capsys):
+    assert run_study(write_study(tmp_path), tmp_path / "out", hours=0.0, train_cell=trainer) == UNFINISHED
+    assert trainer.trained == []
+    assert "the hours of the budget are spent; the same command continues" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("failure", "message"),
     [

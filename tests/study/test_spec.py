@@ -167,8 +167,20 @@ def test_an_evaluation_after_training_keeps_or_scales_the_transpoints(tmp_path):
         ({"search": 2}, "measure 2T: search must be a share of the cost in [0, 1], found 2"),
         ({"transpoints": "doubled"}, "measure 2T: transpoints must be kept or scaled, found 'doubled'"),
         ({"data": {"seq_len": 0}}, "measure 2T: data.seq_len must be >= 1, found 0"),
+        (
+            {"data": {"source": "synthetic:recall?keys=10&values=11"}},
+            "measure 2T: model.vocab_size=20 is too small for synthetic:recall?keys=10&values=11, which has ids 0..20",
+        ),
     ],
 )
 def test_a_wrong_evaluation_after_training_is_named(tmp_path, entry, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         write_study(tmp_path, measure={"2T": entry})
+
+
+@pytest.mark.parametrize("entry", [{"classes": True}, {"search": 0.5}])
+def test_what_reads_one_source_is_refused_for_a_mixture(tmp_path, entry):
+    mixed = {"mixture": {"bytes:a": 0.5, "bytes:b": 0.5}, "seq_len": 12, "batch_size": 4}
+    config = {**TREE["config"], "model": {**TREE["config"]["model"], "vocab_size": 256}, "data": mixed}
+    with pytest.raises(ValueError, match="classes and search read one source, found the mixture of bytes:a, bytes:b"):
+        write_study(tmp_path, config=config, metric="eval/loss", measure={"2T": entry})

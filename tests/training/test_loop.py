@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +172,74 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(make, monkeypatch):
         train(earlier)
     assert config_io.read_config_file(Path(earlier.workdir) / "config.yaml") == earlier
     assert _steps(earlier) == [2]
+
+
+class Refused(Little):
+    """Stands in for a kernel that does not serve the shapes that it is given."""
+
+    def hidden(self, tokens, segment_ids=None):
+        if tokens.shape[0] > 1:
+            raise ValueError("this kernel serves one row")
+        return super().hidden(tokens, segment_ids)
+
+
+def test_what_is_refused_while_compiling_leaves_the_earlier_config(make):
+    settings = make(train={"steps": 2}, eval={"every": 0})
+    train(settings)
+    kept = [Path(settings.workdir) / name for name in ("config.yaml", "kernels.json")]
+    before = [file.read_bytes() for file in kept]
+    longer = make(train={"steps": 4}, eval={"every": 0}, kernels={"chunk_size": 7})
+    with pytest.raises(ValueError, match="serves one row"):
+        tm.train(longer, model=Refused(longer.model))
+    with pytest.raises(ValueError, match=r"eval\.schedules needs a TransMamba, found Little"):
+        train(make(train={"steps": 4}, eval={"every": 1, "schedules": ("mamba2",)}))
+    assert [file.read_bytes() for file in kept] == before
+
+
+class Listed(Little):
+    """A module that Flax cannot hash."""
+
+    widths: Any = None
+
+
+def test_a_module_with_a_list_is_refused_with_what_to_use(make):
+    settings = make(train={"steps": 2}, eval={"every": 0})
+    with pytest.raises(ValueError, match=r"widths of the model, Listed, must be hashable, found \[1\]; use a tuple"):
+        tm.train(settings, model=Listed(settings.model, widths=[1]))
+
+
+def test_an_optimizer_that_begins_in_the_middle_of_a_run_logs_the_rate_that_it_uses(make, capsys):
+    rates = {"schedule": "constant", "learning_rate": 0.01, "muon_learning_rate": 0.02, "warmup_steps": 4}
+    run = lambda steps, **more: train(
+        make(
+            train={"steps": steps, "log_every": 1},
+            eval={"every": 0},
+            checkpoint={"every": 0, "partial": True},
+            optimizer={**rates, **more},
+        )
+    )
+    assert run(6) == 0
+    capsys.readouterr()
+    assert run(8, name="muon") == 0
+    said = "of step 7 changes from 0.01 to 0.0025: the optimizer state was not loaded, and begins its warm-up"
+    assert f"the learning rate {said}" in capsys.readouterr().out
+    assert _rates(make()) == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01, 0.0025, 0.005])
+
+
+@pytest.mark.draws
+def test_a_report_that_a_killed_run_left_old_is_written_again(make):
+    settings = make(train={"steps": 4}, eval={"every": 0}, checkpoint={"every": 0})
+    train(settings)
+    index = Path(settings.workdir) / "report" / "index.html"
+    old = index.read_text(encoding="utf-8")
+    longer = make(train={"steps": 6}, eval={"every": 0}, checkpoint={"every": 0})
+    train(longer)
+    new = index.read_text(encoding="utf-8")
+    assert "step 4 of 4" in old
+    assert "step 6 of 6" in new
+    index.write_text(old, encoding="utf-8")  # killed between the last checkpoint and the report
+    assert train(longer) == 0
+    assert "step 6 of 6" in index.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -1,15 +1,43 @@
 """The lines of metrics.jsonl, and the count of operations."""
 
+import dataclasses
 import json
 import math
 
+import jax
 import pytest
 
-from tests.training.support import Filling
+from tests.training.support import Filling, little_config
 from transmamba_jax.config import ModelConfig
 from transmamba_jax.report.costs import flops_per_token
-from transmamba_jax.training.metrics import MetricsWriter
+from transmamba_jax.training.metrics import MetricsWriter, Throughput
 from transmamba_jax.training.writers import Writers
+
+
+@pytest.mark.parametrize(
+    ("options", "points"),
+    [
+        ({}, [(0,)]),
+        ({"schedule_sampling": "pool", "schedule_pool": ("transformer", "mamba2")}, [(12,), (0,)]),
+        ({"schedule_sampling": "rows"}, None),
+    ],
+    ids=["fixed", "pool", "rows"],
+)
+def test_flops_a_second_are_those_of_the_schedules_that_steps_run(options, points):
+    config = little_config(model={"transpoints": (0,)}, train=options)
+    at = lambda each: flops_per_token(
+        dataclasses.replace(config.model, transpoints=each), 12, config.kernels.chunk_size
+    )
+    clock = Throughput(config, jax.devices())
+    clock.resume()
+    clock.step_done()
+    rates = clock.read()
+    if points is None:
+        assert rates.keys() == {"tokens_per_second"}
+    else:
+        mean = sum(map(at, points)) / len(points)
+        assert rates["model_flops_per_second"] == pytest.approx(rates["tokens_per_second"] * mean)
+
 
 MODEL = {"vocab_size": 50, "num_layers": 1, "d_model": 12, "num_heads": 4, "num_groups": 2, "head_dim": 6}
 MODEL |= {"state_dim": 8, "mlp_dim": 20}

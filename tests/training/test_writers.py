@@ -43,6 +43,15 @@ def test_tensorboard_reads_the_events_and_hides_what_an_earlier_run_wrote_beyond
     assert _values(events[2]) == (3, {"train/loss": 0.5, "eval/loss": 1.5})
 
 
+def test_tensorboard_hides_what_a_run_wrote_that_was_killed_before_its_first_checkpoint(tmp_path):
+    TensorBoard(tmp_path, 0).close()
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    TensorBoard(tmp_path, 0).close()
+    first.unlink()
+    (_, start) = _events(tmp_path)
+    assert (start.step, start.session_log.status) == (1, 1)
+
+
 def test_events_that_a_full_disk_refuses_are_written_before_the_next_one(tmp_path, caplog):
     boards = []
     several = Writers({"TensorBoard": lambda: boards.append(TensorBoard(tmp_path, 0)) or boards[0]})

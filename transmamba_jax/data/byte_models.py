@@ -2,12 +2,16 @@
 
 import lzma
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow
 
 from transmamba_jax.config import DataConfig
 from transmamba_jax.data.synthetic import is_synthetic
+
+_PIECE = 2**22
+"""Bytes that are counted at a time: their indices and probabilities take some 60 bytes each."""
 
 
 def has_baselines(config: DataConfig) -> bool:
@@ -39,17 +43,35 @@ def baselines(train: bytes, held_out: bytes) -> dict[str, float]:
 
 
 def _order2(train: np.ndarray, held_out: np.ndarray) -> float:
-    probability = np.full(len(held_out) + 1, 1 / 256)
+    """Return bits per byte from the third byte on: the first two have no context of two bytes."""
+    tables = []
     for order in range(3):
-        counts = np.bincount(_contexts(train, order), minlength=256 ** (order + 1))
-        table = counts.astype(np.int32).reshape(-1, 256)
+        counts = np.zeros(256 ** (order + 1), np.int64)
+        for piece in _pieces(train, order):
+            counts += np.bincount(_contexts(piece, order), minlength=len(counts))
+        tables.append(counts)
+    bits = sum(float(-np.log2(_probability(tables, piece)).sum()) for piece in _pieces(held_out, 2))
+    return bits / (len(held_out) - 2)
+
+
+def _probability(tables: list[np.ndarray], text: np.ndarray) -> np.ndarray:
+    """Return the probability of every byte of a text from the third one on."""
+    probability = np.full(len(text) + 1, 1 / 256)
+    for order, counts in enumerate(tables):
+        table = counts.reshape(-1, 256)
         totals, distinct = table.sum(axis=1), np.count_nonzero(table, axis=1)
-        asked = _contexts(held_out, order)
+        asked = _contexts(text, order)
         contexts = asked // 256
         seen, weight = totals[contexts], distinct[contexts]
         lower = probability[1:]  # the first byte has no context of this length
         probability = np.where(seen > 0, (counts[asked] + weight * lower) / np.maximum(seen + weight, 1), lower)
-    return float(-np.log2(probability).mean())
+    return probability
+
+
+def _pieces(text: np.ndarray, order: int) -> Iterator[np.ndarray]:
+    """Cut a text into pieces that share `order` bytes, so that each run of `order` + 1 bytes is in one of them."""
+    for start in range(0, len(text) - order, _PIECE):
+        yield text[start : start + _PIECE + order]
 
 
 def _contexts(text: np.ndarray, order: int) -> np.ndarray:

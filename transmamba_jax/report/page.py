@@ -100,6 +100,11 @@ def document(title: str, body: str) -> str:
     )
 
 
+def progress(step: int) -> str:
+    """Return the words of the first paragraph that name the last step, by which a page is known to be of that step."""
+    return f"step {step:,} of"
+
+
 def numbers(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
     """Return (step, value) where there is a finite one; null is one that was not."""
     pairs = [(record["step"], record[name]) for record in records if name in record]
@@ -112,7 +117,7 @@ def _header(name: str, config: Config, records: Sequence[Record]) -> str:
     step = max(record["step"] for record in records)
     lead = (
         f"{_millions(parameters)} parameters in {model.num_layers} layers of width {model.d_model}, "
-        f"trained on {', '.join(rows.sources)} in rows of {rows.seq_len:,} tokens: step {step:,} of {train.steps:,}."
+        f"trained on {', '.join(rows.sources)} in rows of {rows.seq_len:,} tokens: {progress(step)} {train.steps:,}."
     )
     cards = []
     for key, text, css in (

@@ -73,6 +73,14 @@ def write_report(workdir: Path) -> Path:
     return folder / "index.html"
 
 
+def is_written(workdir: Path, step: int) -> bool:
+    """Tell whether the report in a work directory is that of `step`, and not of a run that was shorter."""
+    try:
+        return report_page.progress(step) in (workdir / "report" / "index.html").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def _read_samples(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8")

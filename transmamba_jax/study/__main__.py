@@ -93,23 +93,26 @@ def _run(study: Study, out: Path, options: argparse.Namespace) -> int:
     if options.list:
         _list(study, out, selection)
         return 0
+    hours = study.budget_hours if options.budget_hours is None else options.budget_hours
     if options.jobs > 1:
         if shards > 1:
             raise ValueError("--jobs divides the cells itself, found --shard too; give one of them")
-        code = _run_jobs(study, out, options)
+        code = _run_jobs(study, out, options, hours)
     else:
-        code = runner.run_study(study, out, selection, options.retry_failed)
+        code = runner.run_study(study, out, selection, options.retry_failed, hours)
     if shards == 1 and options.stage is None and results.read_results(study, out):
         print(report.write_report(study, out))
     return code
 
 
-def _run_jobs(study: Study, out: Path, options: argparse.Namespace) -> int:
+def _run_jobs(study: Study, out: Path, options: argparse.Namespace, hours: float) -> int:
     """Run each stage as `jobs` processes, each of which runs a shard, and show a bar over all cells."""
     from transmamba_jax.study import results, runner
 
+    end = time.perf_counter() + 3600 * hours
     for stage in ("search", "report") if options.stage is None else (options.stage,):
         command = [sys.executable, "-m", "transmamba_jax.study", str(options.file), "--out", str(out), "--stage", stage]
+        command += ["--budget-hours", f"{(end - time.perf_counter()) / 3600:.9f}"]
         command += ["--only", options.only, *["--quick"] * study.quick, *["--retry-failed"] * options.retry_failed]
         shards = [[*command, "--shard", f"{number}/{options.jobs}"] for number in range(options.jobs)]
         children = [subprocess.Popen(shard) for shard in shards]
@@ -206,6 +209,9 @@ def _parser() -> argparse.ArgumentParser:
         help="results.jsonl of an earlier part, whose finished cells are not run again",
     )
     parser.add_argument("--stage", choices=("search", "report"), help="run the search or the reported cells alone")
+    parser.add_argument(
+        "--budget-hours", type=float, metavar="H", help="begin no further cell after H hours (default: the study's)"
+    )
     parser.add_argument("--retry-failed", action="store_true", help="run cells that failed again")
     return parser
 

@@ -1,10 +1,8 @@
 """Facts about a cell beside its metrics: size, state, FLOPs, where and with which versions it ran."""
 
-import dataclasses
 import functools
 import importlib.metadata
 import platform
-import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,33 +11,22 @@ import jax
 
 from transmamba_jax import __version__
 from transmamba_jax.config import Config
-from transmamba_jax.report.costs import flops_per_token, largest_cache_bytes, parameter_count
+from transmamba_jax.report.costs import largest_cache_bytes, parameter_count
 from transmamba_jax.runtime import hardware
-from transmamba_jax.training import schedule_sampling
+from transmamba_jax.training.metrics import training_flops_per_token
 
 
 def model_facts(config: Config) -> dict[str, Any]:
     """Return parameters, the largest decoding state of one row in bytes, and FLOPs of the whole training.
 
-    The FLOPs of a pool are the mean over its schedules. They are None where a step computes more than one schedule
-    (`rows`, distillation) or a layer has more weights (the ablation `separate_weights`).
+    The FLOPs are None where they are not counted, see `training_flops_per_token`.
     """
-    length, train = config.data.seq_len, config.train
-    tokens = train.steps * config.data.batch_size * length
-    drawn = schedule_sampling.pool(config) if train.schedule_sampling == "pool" else []
-    random = sum(not schedule_sampling.is_fixed(config, step) for step in range(train.steps)) if drawn else 0
-    at = lambda points: flops_per_token(
-        dataclasses.replace(config.model, transpoints=points), length, config.kernels.chunk_size
-    )
-    own = at(config.model.transpoints)
-    pool = statistics.fmean(map(at, drawn)) if drawn else own
-    per_token = (random * pool + (train.steps - random) * own) / train.steps
-    counted = train.schedule_sampling != "rows" and not train.schedule_distillation
-    counted = counted and config.model.ablation != "separate_weights"
+    tokens = config.train.steps * config.data.batch_size * config.data.seq_len
+    per_token = training_flops_per_token(config)
     return {
         "parameters": parameter_count(config.model),
         "state_bytes": largest_cache_bytes(config.model, config.data.seq_len, config.model.transpoints),
-        "training_flops": tokens * per_token if counted else None,
+        "training_flops": None if per_token is None else tokens * per_token,
     }
 
 

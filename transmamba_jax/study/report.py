@@ -197,7 +197,7 @@ def _notes(study: Study, records: Sequence[Record], choices: dict[str, Choice]) 
 def _facts(study: Study, records_path: str) -> list[tuple[str, str]]:
     reported = f"reported on {len(study.seeds)} other seeds and the {study.report_split} split"
     grid = ", ".join(f"{rate:g}" for rate in study.learning_rates)
-    searched = f"of {grid}, chosen for each arm over {len(study.search_seeds)} seeds on the validation split"
+    searched = f"of {grid}, chosen for each arm over {len(study.search_seeds)} seeds on the {study.search_split} split"
     rates = "chosen for each arm by the search of an earlier study" if study.chosen_rates else searched
     return [
         ("Question", study.question),

@@ -35,6 +35,9 @@ from transmamba_jax.training.step_log import NonFiniteError
 COMPLETE, UNFINISHED = 0, 75
 """Exit codes: every cell that was asked for has a result; the same command continues (EX_TEMPFAIL)."""
 
+_SECONDS = "seconds.txt"
+"""File of a cell that was stopped: the time of its training so far."""
+
 Train = Callable[[Config], int]
 
 
@@ -57,7 +60,12 @@ class Selection:
 
 
 def run_study(
-    study: Study, out: Path, selection: Selection = Selection(), retry: bool = False, train_cell: Train = train
+    study: Study,
+    out: Path,
+    selection: Selection = Selection(),
+    retry: bool = False,
+    hours: float | None = None,
+    train_cell: Train = train,
 ) -> int:
     """Run the selected cells that have no result, and return an exit code.
 
@@ -66,6 +74,7 @@ def run_study(
         out: its folder, with work directories in `cells/`.
         selection: which cells.
         retry: run cells that failed again.
+        hours: no further cell begins after them; None: the study's `budget_hours`.
         train_cell: trains one config and returns an exit code; replaced in tests.
 
     Returns:
@@ -73,6 +82,7 @@ def run_study(
         another shard.
     """
     begin = time.perf_counter()
+    hours = study.budget_hours if hours is None else hours
     out.mkdir(parents=True, exist_ok=True)
     for stage in ("search", "report") if selection.stage is None else (selection.stage,):
         cells = [cell for cell in selection.of(stage_cells(study, out, stage)) if _is_due(study, out, cell, retry)]
@@ -82,9 +92,8 @@ def run_study(
                 jax.clear_caches()  # other arms trace functions of their own
                 with share_programs():
                     for cell in of_arm:
-                        if time.perf_counter() - begin > 3600 * study.budget_hours:
-                            spent = f"budget_hours={study.budget_hours:g} are spent"
-                            logs.write_line(f"{spent}; the same command continues")
+                        if time.perf_counter() - begin > 3600 * hours:
+                            logs.write_line("the hours of the budget are spent; the same command continues")
                             return UNFINISHED
                         if not run_cell(study, out, cell, retry, train_cell):
                             return UNFINISHED
@@ -112,10 +121,11 @@ def run_cell(study: Study, out: Path, cell: Cell, retry: bool, train_cell: Train
     try:
         code = train_cell(config)
         if code == EXIT_PREEMPTED:
+            _add_seconds(folder, time.perf_counter() - begin)
             return False
         if code == EXIT_NOT_SAVED:
             error = "the last state could not be saved"
-        seconds = time.perf_counter() - begin  # without the evaluations after training
+        seconds = _earlier_seconds(folder) + time.perf_counter() - begin  # without the evaluations after training
         if error is None and cell.stage == "report":
             extra = after.evaluate(study, config)
     except RunningElsewhereError as failure:  # no result: the other run writes it
@@ -175,6 +185,17 @@ def _waiting(study: Study, out: Path, selection: Selection) -> bool:
     if arms:
         logs.write_line(f"the search of {', '.join(arms)} is not finished; run the same command again afterwards")
     return bool(arms)
+
+
+def _add_seconds(folder: Path, seconds: float) -> None:
+    """Keep the time of a cell that was asked to stop; that of a killed one is lost."""
+    if folder.exists():  # else it was stopped before it began
+        (folder / _SECONDS).write_text(f"{_earlier_seconds(folder) + seconds:.3f}\n", encoding="utf-8")
+
+
+def _earlier_seconds(folder: Path) -> float:
+    file = folder / _SECONDS
+    return float(file.read_text(encoding="utf-8")) if file.exists() else 0.0
 
 
 def _record(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transmamba_jax import config_io
 from transmamba_jax.config import Config, DataConfig
+from transmamba_jax.data import synthetic
 from transmamba_jax.evaluate.lengths import with_length
 from transmamba_jax.runtime import storage
 from transmamba_jax.runtime.checks import require, suggestion
@@ -151,6 +152,7 @@ class Study:
             config = config_io.from_tree(tree)
             scale = cell.learning_rate / config.optimizer.learning_rate
             optimizer = dataclasses.replace(config.optimizer, learning_rate_scale=scale)
+            _check_task(config)
             return dataclasses.replace(config, optimizer=optimizer)
         except ValueError as error:
             raise ValueError(f"cell {cell.name}: {error}") from None
@@ -159,12 +161,18 @@ class Study:
         """Return the config of an evaluation after training of the cell with `config`.
 
         Raises:
-            ValueError: it breaks a rule of configs; the message names the evaluation.
+            ValueError: it breaks a rule of configs, or asks a mixture for what is asked of one source; the message
+                names the evaluation.
         """
         entry = self.measure[name]
         try:
             sections: Tree = {key: entry[key] for key in ("data", "eval") if key in entry}
             changed = config_io.from_tree(merge(config_io.to_tree(config), sections))
+            _check_task(changed)
+            require(
+                not (changed.data.mixture and ("search" in entry or entry.get("classes"))),
+                f"classes and search read one source, found the mixture of {', '.join(changed.data.sources)}",
+            )
             scaled = "transpoints" in entry and entry["transpoints"] == "scaled"
             longer = with_length(config, changed.data.seq_len, scaled)
             return dataclasses.replace(changed, model=longer.model)
@@ -253,6 +261,16 @@ def _resolve_transpoints(tree: Tree) -> Tree:
     require("data" in tree and "seq_len" in tree["data"], "config.data.seq_len must be given: TransPoints depend on it")
     seq_len = tree["data"]["seq_len"]
     return merge(tree, {"model": {"transpoints": [resolve_point(point, seq_len) for point in points]}})
+
+
+def _check_task(config: Config) -> None:
+    """Check that the ids of a synthetic task are those of the model."""
+    for source in filter(synthetic.is_synthetic, config.data.sources):
+        needed = synthetic.parse(source).vocab_size
+        require(
+            needed <= config.model.vocab_size,
+            f"model.vocab_size={config.model.vocab_size} is too small for {source}, which has ids 0..{needed - 1}",
+        )
 
 
 def _check_keys(tree: Any) -> None:

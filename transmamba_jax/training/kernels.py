@@ -12,7 +12,7 @@ from typing import Any
 
 from pallas_kernels import target
 from transmamba_jax.config import KernelsConfig, ModelConfig
-from transmamba_jax.runtime import calibration, hosts
+from transmamba_jax.runtime import calibration, hosts, storage
 
 FILE = "kernels.json"
 CPU_LAYERS = 8
@@ -45,7 +45,7 @@ def for_training(model: ModelConfig, options: KernelsConfig) -> KernelsConfig:
 def save(kernels: KernelsConfig, workdir: Path) -> None:
     """Keep the choice for the next start of the run."""
     tree = {"device": calibration.device_name(), "kernels": calibration.to_tree(kernels)}
-    (workdir / FILE).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    storage.replace_text(workdir / FILE, json.dumps(tree, indent=1) + "\n", f"{FILE}.new")
 
 
 def _choose(model: ModelConfig, options: KernelsConfig, workdir: Path) -> dict[str, Any]:

@@ -17,16 +17,15 @@ from jax.sharding import Mesh
 
 from transmamba_jax import config_io, data, sharding
 from transmamba_jax.checkpoint import Checkpointer, SaveError
-from transmamba_jax.config import Config
+from transmamba_jax.config import Config, KernelsConfig
 from transmamba_jax.data import registry
-from transmamba_jax.data.synthetic import is_synthetic
 from transmamba_jax.evaluate import EvaluationStopped, Evaluator
 from transmamba_jax.model import TransMamba
-from transmamba_jax.report import read_metrics, write_report
 from transmamba_jax.runtime import hosts, storage
 from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.training import (
     bucket_lock,
+    completion,
     kernels,
     parameter_groups,
     resume,
@@ -37,7 +36,6 @@ from transmamba_jax.training import (
 from transmamba_jax.training.console import Console
 from transmamba_jax.training.metrics import MetricsWriter, Record
 from transmamba_jax.training.preemption import EXIT_PREEMPTED, Preemption
-from transmamba_jax.training.sample import sample_text
 from transmamba_jax.training.step import Step, TrainState, compile_train_step
 from transmamba_jax.training.step_log import StepLog
 from transmamba_jax.training.writers import check_installed, open_writers
@@ -69,6 +67,8 @@ def train(config: Config, model: nn.Module | None = None, documents: Sequence[An
     """
     config = dataclasses.replace(config, workdir=str(expand_path(config.workdir)))
     storage.require_checkpoints(expand_path(config.workdir), "workdir")
+    if model is not None:
+        _require_hashable(model)
     if documents is not None:
         config = dataclasses.replace(config, data=data.give_documents(config.data, config.workdir, documents))
     for source in config.data.sources:
@@ -87,7 +87,16 @@ def train(config: Config, model: nn.Module | None = None, documents: Sequence[An
         if run.any_process.now(preemption.requested):
             run.console.say(f"stopped at step {step}; the same command continues from there")
             return EXIT_PREEMPTED
-        run.finish(state, step, trained=step > start)
+        run.checkpointer.wait()
+        completion.complete(
+            config=run.config,
+            workdir=run.workdir,
+            model=run.model,
+            tokenizer=run.tokenizer,
+            state=state,
+            step=step,
+            console=run.console,
+        )
         return 0
 
 
@@ -119,6 +128,7 @@ def _open_run(
         tokenizer, batches = _open_data(config, mesh)
         cleanup.callback(batches.close)
         evaluator = Evaluator(model, config, tokenizer, mesh) if config.eval.every > 0 else None
+        others = _evaluators(config, model, evaluator)
 
     # 2. The state: the newest checkpoint's, or a new one. Then where numbers go: one process writes and prints.
     checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint)
@@ -127,14 +137,13 @@ def _open_run(
     writer = None
     with hosts.collective_errors(OSError):
         if hosts.is_first():
-            (workdir / "config.yaml").write_text(config_io.to_yaml(config), encoding="utf-8")
-            kernels.save(chosen, workdir)
             writer = cleanup.enter_context(MetricsWriter(workdir, start, open_writers(config, workdir, start)))
     run = _Run(
         config=config,
         workdir=workdir,
         lock=lock,
         model=model,
+        kernels=chosen,
         mesh=mesh,
         tokenizer=tokenizer,
         batches=batches,
@@ -144,7 +153,7 @@ def _open_run(
         writer=writer,
         console=cleanup.enter_context(Console(start, config.train.steps)),
         evaluator=evaluator,
-        others=_evaluators(config, model, evaluator),
+        others=others,
         row_share=hosts.row_share(mesh, config.data.batch_size),
     )
     return run, state, start
@@ -157,6 +166,19 @@ def _evaluators(config: Config, model: nn.Module, evaluator: Evaluator | None) -
     schedule_sampling.require_transmamba(model, "eval.schedules")
     points = schedule_sampling.resolve(config, config.eval.schedules, "eval.schedules")
     return {name: evaluator.under(choice) for name, choice in zip(config.eval.schedules, points, strict=True)}
+
+
+def _require_hashable(model: nn.Module) -> None:
+    """Refuse a module that no compiled program can be kept for."""
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        try:
+            hash(value)
+        except TypeError:
+            raise ValueError(
+                f"attribute {field.name} of the model, {type(model).__name__}, must be hashable, found {value!r}; "
+                "use a tuple for a list, and a frozen dataclass for a dictionary"
+            ) from None
 
 
 def _agreed_mesh(config: Config) -> Mesh:
@@ -186,6 +208,7 @@ class _Run:
     lock: run_lock.RunLock | bucket_lock.BucketLock | None
     """Of the first process."""
     model: nn.Module
+    kernels: KernelsConfig
     mesh: Mesh
     tokenizer: data.Tokenizer
     batches: data.BatchIterator
@@ -213,6 +236,7 @@ class _Run:
             self._evaluate(state, start)
         if start < steps and not self.any_process.now(self.preemption.requested):
             train_steps = self._compile(state, log)
+        self._keep_config()  # now: what a kernel refuses leaves the earlier run's config as it was
 
         step = start
         while step < steps and not self.any_process.lagged(self.preemption.requested):
@@ -248,49 +272,13 @@ class _Run:
             self._settle(step)
         return state, step
 
-    def finish(self, state: TrainState, step: int, trained: bool) -> None:
-        """Write the samples and the report where they are missing or old, and say where everything is."""
-        self.checkpointer.wait()
-        report = self.workdir / "report"
-        samples, index = report / "sample.txt", report / "index.html"
-        text = None
-        # A program's own model has no decoding cache, and tokens of a synthetic task are no text.
-        own = isinstance(self.model, TransMamba) and self.model.attention is None
-        decodes = own and self.model.config.ablation == "none" and not is_synthetic(self.config.data.source)
-        wanted = decodes and self.config.train.sample_tokens > 0
-        if wanted and hosts.broadcast_from_first(trained or not samples.exists()):
-            text = sample_text(self.config, self.model, self.tokenizer, state, step)
-        # The others wait: JAX takes a process that waits at the end of the program for one that was left alone.
+    def _keep_config(self) -> None:
+        """Write what the next start compares itself with: config.yaml and kernels.json."""
         with hosts.collective_errors(OSError):
-            try:
-                if hosts.is_first() and text is not None:
-                    report.mkdir(exist_ok=True)
-                    samples.write_text(text, encoding="utf-8")
-                if hosts.is_first() and (trained or not index.exists()):
-                    index = write_report(self.workdir)
-            except (OSError, ValueError) as error:
-                for file in (samples, index):  # half of one would pass for all of it at the next start
-                    with contextlib.suppress(OSError):
-                        file.unlink(missing_ok=True)
-                raise OSError(
-                    f"step {step} of {self.config.train.steps} is saved, but the report is not written: {error}; "
-                    "the same command writes it"
-                ) from error
-        self.console.say(f"complete: step {step} of {self.config.train.steps}")
-        if self.writer is not None:
-            self._say_result(step)
-        self.console.say(f"checkpoint  {self.workdir / 'checkpoints' / str(step)}")
-        if samples.exists():
-            self.console.say(f"samples     {samples}")
-        self.console.say(f"report      {index}")
-
-    def _say_result(self, step: int) -> None:
-        """Log the held-out loss of the last step beside its baselines."""
-        for record in read_metrics(self.workdir / "metrics.jsonl"):
-            bits = [record.get(f"{name}bits_per_byte") for name in ("eval/", "baseline/order2_", "baseline/gzip_")]
-            if record["step"] == step and None not in bits:
-                model, order2, gzip = (f"{value:.4f}" for value in bits)
-                self.console.say(f"held out    {model} bits per byte; byte model of order 2 {order2}, gzip -9 {gzip}")
+            if hosts.is_first():
+                text = config_io.to_yaml(self.config)
+                storage.replace_text(self.workdir / "config.yaml", text, "config.yaml.new")
+                kernels.save(self.kernels, self.workdir)
 
     def write(self, record: Record) -> None:
         """Append a line to metrics.jsonl, from the process that has it; a line that does not fit waits for the next."""

@@ -1,7 +1,9 @@
 """Metrics: where they are written, and the arithmetic behind throughput and utilisation."""
 
+import dataclasses
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +15,7 @@ from transmamba_jax.config import Config
 from transmamba_jax.report.costs import flops_per_token
 from transmamba_jax.runtime import hardware, host_memory, storage
 from transmamba_jax.runtime.logs import LOGGER
+from transmamba_jax.training import schedule_sampling
 from transmamba_jax.training.writers import Writers
 
 Record = dict[str, Any]
@@ -34,13 +37,32 @@ def peak_memory_bytes() -> int:
     return max(peaks) if peaks else host_memory.peak_bytes()
 
 
+def training_flops_per_token(config: Config) -> float | None:
+    """Return the FLOPs that a trained token needs in the mean over the run, see `report.costs.flops_per_token`.
+
+    Those of a pool are the mean over its schedules. None where a step computes more than one schedule (`rows`,
+    distillation) or a layer has more weights (the ablation `separate_weights`).
+    """
+    train = config.train
+    if train.schedule_sampling == "rows" or train.schedule_distillation or config.model.ablation == "separate_weights":
+        return None
+    at = lambda points: flops_per_token(
+        dataclasses.replace(config.model, transpoints=points), config.data.seq_len, config.kernels.chunk_size
+    )
+    own = at(config.model.transpoints)
+    if train.schedule_sampling == "none":
+        return own
+    share = min(train.schedule_sampling_steps or train.steps, train.steps) / train.steps
+    return share * statistics.fmean(map(at, schedule_sampling.pool(config))) + (1 - share) * own
+
+
 class Throughput:
     """Count steps and the seconds spent in them, without evaluations and saves."""
 
     def __init__(self, config: Config, devices: list[jax.Device]) -> None:
         """Make a clock that stands still until `resume`."""
         self._tokens = config.data.batch_size * config.data.seq_len
-        self._flops = flops_per_token(config.model, config.data.seq_len, config.kernels.chunk_size)
+        self._flops = training_flops_per_token(config)
         self._peak = hardware.peak_flops(devices)
         self._steps, self._seconds = 0, 0.0
         self._since: float | None = None
@@ -65,8 +87,12 @@ class Throughput:
         rate = self._steps * self._tokens / self._seconds
         self._steps, self._seconds = 0, 0.0
         self.resume()
-        rates = {"tokens_per_second": rate, "model_flops_per_second": rate * self._flops}
-        return rates if self._peak is None else {**rates, "utilisation": rate * self._flops / self._peak}
+        rates = {"tokens_per_second": rate}
+        if self._flops is not None:
+            rates["model_flops_per_second"] = rate * self._flops
+            if self._peak is not None:
+                rates["utilisation"] = rate * self._flops / self._peak
+        return rates
 
 
 class MetricsWriter:

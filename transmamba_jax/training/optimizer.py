@@ -107,6 +107,16 @@ def _scale_rates(config: Config) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
+def updates_made(opt_state: Any) -> jax.Array | None:
+    """Return the count that the learning rate follows, int32 []; None: no rule in the state has a schedule.
+
+    It is the number of steps less those that were skipped, or fewer where the state began later than the run.
+    """
+    of_schedule = lambda path, _: getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
+    found: list[tuple[Any, jax.Array]] = optax.tree_utils.tree_get_all_with_path(opt_state, "count", of_schedule)
+    return found[0][1] if found else None
+
+
 def decay_mask(params: Any) -> Any:
     """Return a tree of booleans: True for the leaves that weight decay applies to."""
     return jax.tree.map_with_path(lambda path, _: NO_DECAY.fullmatch(path_name(path)) is None, params)

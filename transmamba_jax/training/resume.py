@@ -18,7 +18,7 @@ from transmamba_jax.config import Config
 from transmamba_jax.runtime import hosts, tree_paths
 from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.training import starting_points
-from transmamba_jax.training.optimizer import learning_rate_schedule
+from transmamba_jax.training.optimizer import learning_rate_schedule, updates_made
 from transmamba_jax.training.step import TrainState, abstract_state, master_weights
 
 _PARTIAL = "--checkpoint.partial True"
@@ -160,15 +160,23 @@ def _proceed(restored: Restored, batches: data.BatchIterator, tokenizer: data.To
 
 def _say_new_rate(earlier: Config, config: Config, state: TrainState) -> None:
     """Log how the learning rate of the next step differs from the one that the earlier run would have had."""
-    count = int(state.step) - int(state.skipped_steps)
+    made = updates_made(state.opt_state)
+    due = int(state.step) - int(state.skipped_steps)
+    count = due if made is None else int(made)
     peaks = {"learning rate": [each.optimizer.learning_rate for each in (earlier, config)]}
     if config.optimizer.name == earlier.optimizer.name == "muon":
         peaks["muon learning rate"] = [each.optimizer.muon_learning_rate for each in (earlier, config)]
     for name, pair in peaks.items():
         before, after = (
-            float(learning_rate_schedule(each, peak)(count)) for each, peak in zip((earlier, config), pair, strict=True)
+            float(learning_rate_schedule(each, peak)(updates))
+            for each, peak, updates in zip((earlier, config), pair, (due, count), strict=True)
         )
-        if not math.isclose(before, after, rel_tol=1e-3):
+        if count != due:
+            hosts.log_first(
+                f"the {name} of step {int(state.step) + 1} changes from {before:.3g} to {after:.3g}: the optimizer "
+                f"state was not loaded, and begins its warm-up with update {count + 1}"
+            )
+        elif not math.isclose(before, after, rel_tol=1e-3):
             hosts.log_first(
                 f"the {name} of step {int(state.step) + 1} changes from {before:.3g} to {after:.3g}: train.steps or "
                 "optimizer.* differ from the earlier run. For a constant rate: --optimizer.schedule constant, with "

@@ -1,5 +1,6 @@
 """The samples at the end of a run: excerpts of a text, each continued by the model."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -46,9 +47,23 @@ def sample_text(
             raise
         hosts.log_first(f"no sample: not enough memory for it beside the training state: {hosts.one_line(error)}")
         return None
-    heading = f"step {step}, temperature {TEMPERATURE}: up to {PROMPT_TOKENS} tokens of prompt, then the model's own"
+    rest = f"temperature {TEMPERATURE}: up to {PROMPT_TOKENS} tokens of prompt, then the model's own"
     decoded = [(tokenizer.decode(prompt), tokenizer.decode(row)) for prompt, row in zip(prompts, rows, strict=True)]
-    return "\n".join([heading, *(f"--- prompt\n{prompt}\n--- model\n{own}" for prompt, own in decoded), ""])
+    return "\n".join(
+        [f"{_first_words(step)} {rest}", *(f"--- prompt\n{prompt}\n--- model\n{own}" for prompt, own in decoded), ""]
+    )
+
+
+def is_written(samples: Path, step: int) -> bool:
+    """Tell whether a file has the samples of `step`: not those of a run that was shorter, nor half of them."""
+    try:
+        return samples.read_text(encoding="utf-8").startswith(_first_words(step))
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _first_words(step: int) -> str:
+    return f"step {step},"
 
 
 def _pieces(text: bytes) -> list[str]:

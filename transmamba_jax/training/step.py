@@ -24,7 +24,7 @@ from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import compile_cache, tree_paths
 from transmamba_jax.shapes import Array, Float32, Int
 from transmamba_jax.training.loss import Batch, Metrics, make_objective, token_weights
-from transmamba_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from transmamba_jax.training.optimizer import learning_rate_schedule, make_optimizer, updates_made
 from transmamba_jax.training.parameter_groups import zero_frozen
 
 Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
@@ -264,6 +264,7 @@ def _step_function(config: Config, model: nn.Module, tx: optax.GradientTransform
         squares = jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradient)])
         grad_norm = jnp.sqrt(jnp.sum(squares))
         good = functools.reduce(jnp.logical_and, map(jnp.isfinite, (*losses.values(), grad_norm)))
+        count = updates_made(state.opt_state)  # skipped steps do not move the schedule
         updates, opt_state = tx.update(gradient, state.opt_state, state.params, learning_rate_scale=scale)
         params = _select(good, optax.apply_updates(state.params, updates), state.params)
         new_state = TrainState(
@@ -278,8 +279,7 @@ def _step_function(config: Config, model: nn.Module, tx: optax.GradientTransform
             **losses,
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),
-            # The rate of the update that was made: skipped steps do not move the schedule.
-            "learning_rate": jnp.asarray(rate(state.step - state.skipped_steps) * scale, jnp.float32),
+            "learning_rate": jnp.asarray(rate(state.step if count is None else count) * scale, jnp.float32),
             "skipped_steps": new_state.skipped_steps,
             "nonfinite_steps": new_state.nonfinite_steps,
             "nonfinite_leaf": _first_nonfinite_index(squares),

@@ -51,10 +51,13 @@ class TensorBoard:
         self._make_event, self._make_summary, self._checksum = event_pb2.Event, summary_pb2.Summary, masked_crc32c
         folder = workdir / "tensorboard"
         folder.mkdir(exist_ok=True)
+        continues = any(
+            folder.iterdir()
+        )  # from step 0 too, where the earlier run was killed before its first checkpoint
         # Not tensorboardX's writer: its thread dies of a full disk, and whoever fills its queue waits for ever.
         self._file = storage.append_to(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}")
         self._event(file_version="brain.Event:2")
-        if step:
+        if step or continues:
             self._event(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
