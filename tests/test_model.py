@@ -116,6 +116,13 @@ def test_parameter_tree_is_the_same_under_every_schedule() -> None:
     assert {leaf.shape[0] for leaf in layers} == {CONFIG.num_layers}
 
 
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_parameters_without_tokens_are_those_with_tokens(tie_embeddings: bool) -> None:
+    model = tm.TransMamba(dataclasses.replace(CONFIG, tie_embeddings=tie_embeddings))
+    alone = model.init(jax.random.key(3), method="initialize")
+    jax.tree.map(np.testing.assert_array_equal, alone, model.init(jax.random.key(3), jnp.zeros((1, 1), jnp.int32)))
+
+
 def test_layers_start_from_different_values() -> None:
     _, params = make()
     kernel = np.asarray(params["layers"]["mixer"]["q"]["kernel"])

@@ -181,6 +181,10 @@ class TransMamba(nn.Module):
         """
         return self.logits(self.hidden(tokens, transpoints, segment_ids))
 
+    def initialize(self) -> None:
+        """Create the parameters, for `model.init(key, method="initialize")`: no layer is traced, as for tokens."""
+        self.final_norm(jnp.zeros((1, self.config.d_model), self.config.dtype))
+
     def hidden(
         self,
         tokens: Tokens,

@@ -72,9 +72,9 @@ def compile_or_read(
             libraries, the settings of JAX, and `devices`. None: the program is not kept.
         devices: those that the program runs on, in order.
     """
-    if _folder is None or key is None or jax.process_count() > 1 or _sources_changed():
+    file = _file(key, devices)
+    if file is None:
         return lower().compile()
-    file = _folder / f"{_digest(key, devices)}{_SUFFIX}"
     program = _read(file, devices)
     if program is None:
         lowered, hits = lower(), _count_hits()
@@ -85,6 +85,18 @@ def compile_or_read(
         if hits["count"] == before and not _sources_changed():
             _write(file, program)
     return program
+
+
+def read(key: Sequence[object] | None, devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
+    """Return the program that an earlier start kept under a key, see `compile_or_read`; None: there is none."""
+    file = _file(key, devices)
+    return None if file is None else _read(file, devices)
+
+
+def _file(key: Sequence[object] | None, devices: Sequence[jax.Device]) -> Path | None:
+    if _folder is None or key is None or jax.process_count() > 1 or _sources_changed():
+        return None
+    return _folder / f"{_digest(key, devices)}{_SUFFIX}"
 
 
 @functools.cache

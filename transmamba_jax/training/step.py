@@ -93,22 +93,30 @@ def program_config(config: Config) -> Config:
 
 
 @functools.lru_cache(maxsize=2)
-def _initializer(config: Config, model: nn.Module, mesh: Mesh, _kind_of_keys: Any) -> jax.stages.Compiled:
+def _initializer(config: Config, model: nn.Module, mesh: Mesh, kind_of_keys: Any) -> jax.stages.Compiled:
+    kept = _kept_initializer(config, model, mesh, kind_of_keys)
+    if kept is not None:
+        return kept
+
     def lower() -> jax.stages.Lowered:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, mesh))
         initialize = jax.jit(partial(init_state, config, model), out_shardings=shardings)
         return initialize.lower(_abstract_key_data())
 
-    return _compile_or_read("init", lower, config, model, mesh)
+    return compile_cache.compile_or_read(lower, *_kept_as("init", config, model, mesh))
 
 
-def _compile_or_read(
-    name: str, lower: Callable[[], jax.stages.Lowered], config: Config, model: nn.Module, mesh: Mesh
-) -> jax.stages.Compiled:
-    """Compile a program or read it; nothing is kept of models and attention functions from outside this package."""
+@functools.lru_cache(maxsize=2)  # read once, for the shapes of the state and for the state
+def _kept_initializer(config: Config, model: nn.Module, mesh: Mesh, _kind_of_keys: Any) -> jax.stages.Compiled | None:
+    return compile_cache.read(*_kept_as("init", config, model, mesh))
+
+
+def _kept_as(
+    name: str, config: Config, model: nn.Module, mesh: Mesh
+) -> tuple[tuple[Any, ...] | None, list[jax.Device]]:
+    """Return the key and the devices of a program; nothing is kept of what is from outside this package."""
     own = type(model) is TransMamba and model.attention is None
-    key = (name, config, model, mesh.shape) if own else None
-    return compile_cache.compile_or_read(lower, key, mesh.devices.ravel().tolist())
+    return (name, config, model, mesh.shape) if own else None, mesh.devices.ravel().tolist()
 
 
 def init_state(config: Config, model: nn.Module, key_data: jax.Array) -> TrainState:
@@ -118,7 +126,11 @@ def init_state(config: Config, model: nn.Module, key_data: jax.Array) -> TrainSt
     whose neighbours are 4e-3 and 8e-3 away.
     """
     init_key, run_key = jax.random.split(jax.random.wrap_key_data(key_data))
-    params = jax.tree.map(master_weights, model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"])
+    if isinstance(model, TransMamba):
+        variables = model.init(init_key, method="initialize")
+    else:
+        variables = model.init(init_key, jnp.zeros((1, 1), jnp.int32))
+    params = jax.tree.map(master_weights, variables["params"])
     zero = lambda: jnp.zeros((), jnp.int32)  # one buffer each: donated buffers must not be shared
     opt_state = make_optimizer(config).init(params)
     return TrainState(params, opt_state, zero(), run_key, zero(), zero())
@@ -136,8 +148,10 @@ def abstract_state(config: Config, model: nn.Module, mesh: Mesh) -> TrainState:
 
 
 @functools.lru_cache(maxsize=2)  # tracing the initialisation takes seconds, and several callers ask
-def _abstract_state(config: Config, model: nn.Module, mesh: Mesh, _kind_of_keys: Any) -> TrainState:
-    shapes = jax.eval_shape(partial(init_state, config, model), _abstract_key_data())
+def _abstract_state(config: Config, model: nn.Module, mesh: Mesh, kind_of_keys: Any) -> TrainState:
+    kept = _kept_initializer(config, model, mesh, kind_of_keys)
+    trace = lambda: jax.eval_shape(partial(init_state, config, model), _abstract_key_data())
+    shapes = trace() if kept is None else kept.out_info
     everywhere = NamedSharding(mesh, P())
     shardings = dataclasses.replace(
         jax.tree.map(lambda _: everywhere, shapes),
@@ -233,7 +247,7 @@ def _compile(config: Config, model: nn.Module, mesh: Mesh) -> jax.stages.Compile
         scale = jax.ShapeDtypeStruct((), jnp.float32)
         return step.lower(abstract_state(config, model, mesh), abstract_batch(config, mesh), scale)
 
-    return _compile_or_read("step", lower, config, model, mesh)
+    return compile_cache.compile_or_read(lower, *_kept_as("step", config, model, mesh))
 
 
 def _jit(

@@ -44,7 +44,7 @@ class TensorBoard:
     """Event file of TensorBoard in WORKDIR/tensorboard; it hides what an earlier run wrote beyond `step`."""
 
     def __init__(self, workdir: Path, step: int) -> None:
-        # Half a second: it looks for clients of every cloud. Commands that read metrics need none of it.
+        # A third of a second: it looks for clients of every cloud.
         from tensorboardX.proto import event_pb2, summary_pb2
         from tensorboardX.record_writer import masked_crc32c
 
@@ -75,6 +75,24 @@ class TensorBoard:
         length = struct.pack("<Q", len(event))
         checksums = [struct.pack("<I", self._checksum(part)) for part in (length, event)]
         self._file.write(length + checksums[0] + event + checksums[1])
+
+
+class OnFirstWrite:
+    """A writer that is made with its first numbers, so that the first step does not wait for it."""
+
+    def __init__(self, make: Callable[[], Writer]) -> None:
+        self._make = make
+        self._writer: Writer | None = None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Make the writer where there is none, and hand it the numbers; see `Writer`."""
+        self._writer = self._make() if self._writer is None else self._writer
+        self._writer.write(step, values)
+
+    def close(self) -> None:
+        """Close the writer; see `Writer`."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 class Background:
@@ -168,7 +186,7 @@ def open_writers(config: Config, workdir: Path, step: int) -> Writers:
     """Open the writers that `train.tensorboard`, `train.wandb` and `train.mlflow` ask for, to continue after `step`."""
     makers: dict[str, Callable[[], Writer]] = {}
     if config.train.tensorboard:
-        makers["TensorBoard"] = lambda: TensorBoard(workdir, step)
+        makers["TensorBoard"] = lambda: OnFirstWrite(lambda: TensorBoard(workdir, step))
     if config.train.wandb is not None:
         makers["Weights & Biases"] = lambda: Background(lambda: trackers.WeightsAndBiases(config, workdir))
     if config.train.mlflow is not None:
