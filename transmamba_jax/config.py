@@ -100,8 +100,9 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()
     """Shell patterns over parameter paths, such as embedding and layers/mlp/*: these parameters do not move and have
     no optimizer state."""
-    loss_chunk: int = 8192
-    """Tokens of a device whose logits exist at one time in the loss."""
+    loss_chunk: int | None = None
+    """Tokens of a device whose logits exist at one time in the loss. None: 8192, or fewer on a CPU, whose caches then
+    hold them."""
     schedule_sampling: Literal["none", "pool", "rows"] = "none"
     """Train under random schedules. none: model.transpoints; pool: each step runs one of schedule_pool; rows: each row
     draws its TransPoints, at the cost of both branches everywhere."""
@@ -132,9 +133,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_types("train", self)
-        at_least("train", self, 1, "steps", "accumulation", "loss_chunk", "log_every", "max_nonfinite_steps")
+        at_least("train", self, 1, "steps", "accumulation", "log_every", "max_nonfinite_steps")
         at_most("train", self, 2**32 - 1, "seed")
         at_least("train", self, 0, "seed", "sample_tokens", "schedule_sampling_steps")
+        if self.loss_chunk is not None:
+            at_least("train", self, 1, "loss_chunk")
         require(
             0 <= self.schedule_distillation <= 1,
             f"train.schedule_distillation must be in [0, 1], found {self.schedule_distillation}",

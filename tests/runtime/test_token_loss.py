@@ -9,8 +9,14 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType
 
+from pallas_kernels import target
 from tests.training.support import relative
-from transmamba_jax.runtime.token_loss import chunked_cross_entropy, chunked_distillation, chunked_log_likelihoods
+from transmamba_jax.runtime.token_loss import (
+    chunked_cross_entropy,
+    chunked_distillation,
+    chunked_log_likelihoods,
+    tokens_at_a_time,
+)
 
 
 def _oracle(hidden, kernel, targets, weights):
@@ -114,6 +120,23 @@ def test_chunked_scores_equal_float64(chunk):
         )
         np.testing.assert_allclose(scores, expected, atol=3e-6)  # of logits up to 20, in float32
         np.testing.assert_array_equal(likeliest, z[..., :vocab_size].argmax(-1) == targets)
+
+
+@pytest.mark.parametrize(
+    ("given", "platform", "vocab_size", "tokens"),
+    [
+        (77, "cpu", 8192, 77),
+        (77, "tpu", 8192, 77),
+        (None, "tpu", 8192, 8192),
+        (None, "cpu", 8192, 256),
+        (None, "cpu", 2048, 1024),
+        (None, "cpu", 256, 8192),
+        (None, "cpu", 2**24, 1),
+    ],
+)
+def test_tokens_whose_logits_a_cpu_caches(monkeypatch, given, platform, vocab_size, tokens):
+    monkeypatch.setattr(target, "platform", lambda: platform)
+    assert tokens_at_a_time(given, vocab_size) == tokens
 
 
 def test_logits_of_scores_never_exist_at_once():

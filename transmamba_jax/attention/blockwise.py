@@ -1,9 +1,14 @@
-"""Causal attention in plain JAX for every device: online softmax over blocks, of whole rows or with a cache."""
+"""Causal attention in plain JAX for every device: online softmax over blocks, of whole rows or with a cache.
+
+Names that end in `_t` are transposed blocks [.., N, tokens]. Every matmul here sums over the last dimension of its left
+operand and the last but one of its right operand. XLA's CPU copies an operand that is not so before it multiplies:
+scores take 1.5 times as long, and gradients of keys and values, whose copies have the size of the scores, 2.1 times.
+"""
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +69,16 @@ def _join(x: Array) -> Array:
     return x.transpose(1, 0, 3, 2, 4).reshape(batch, count * block, groups, width)
 
 
+def _split_t(x: Array, block: int) -> Array:
+    """[B, T, G, N] -> [blocks, B, G, N, block]."""
+    return _split(x, block).swapaxes(3, 4)
+
+
+def _join_t(x: Array) -> Array:
+    """[blocks, B, G, N, block] -> [B, T, G, N]."""
+    return _join(x.swapaxes(3, 4))
+
+
 def _dot(equation: str, a: Array, b: Array, operand: jnp.dtype) -> Array:
     wide = jnp.promote_types(operand, jnp.float32)
     return jnp.einsum(equation, a.astype(operand), b.astype(operand), preferred_element_type=wide)
@@ -106,8 +121,8 @@ def _at(blocks: Array | None, index: Array | int) -> Array | None:
     return None if blocks is None else blocks[index]
 
 
-def _scores(query: Array, key: Array, mask: Array | None, scale: float, operand: jnp.dtype) -> Array:
-    score = _dot("bgqn,bgkn->bgqk", query, key, operand) * scale
+def _scores(query: Array, key_t: Array, mask: Array | None, scale: float, operand: jnp.dtype) -> Array:
+    score = _dot("bgqn,bgnk->bgqk", query, key_t, operand) * scale
     return score if mask is None else jnp.where(mask, score, -jnp.inf)
 
 
@@ -132,8 +147,8 @@ def _online_softmax(
 
     Args:
         query: [B, G, q, N].
-        load: number of a block -> keys [B, G, k, N], values [B, G, k, P], and the mask of the pairs that see each
-            other, [B or 1, 1, q, k] or None (all).
+        load: number of a block -> transposed keys [B, G, N, k], values [B, G, k, P], and the mask of the pairs that see
+            each other, [B or 1, 1, q, k] or None (all).
         state: `_statistics` of keys of which every query sees one, so that the maximum is finite from the start on.
         others: numbers of the first block that follows and of the one after the last.
         scale: factor on the scores.
@@ -145,8 +160,8 @@ def _online_softmax(
 
     def key_block(column: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = state
-        key, value, mask = load(column)
-        score = _scores(query, key, mask, scale, operand)
+        key_t, value, mask = load(column)
+        score = _scores(query, key_t, mask, scale, operand)
         higher = jnp.maximum(top, score.max(-1))
         weight, keep = jnp.exp(score - higher[..., None]), jnp.exp(top - higher)
         out = out * keep[..., None] + _dot("bgqk,bgkp->bgqp", weight, value, operand)
@@ -166,7 +181,7 @@ def _attend(q: Array, k: Array, v: Array, ids: Array | None, scale: float, block
 def _attend_forward(
     q: Array, k: Array, v: Array, ids: Array | None, scale: float, block: int, operand: jnp.dtype
 ) -> tuple[Array, Any]:
-    qs, ks, vs = (_split(x, block) for x in (q, k, v))
+    qs, ks_t, vs = _split(q, block), _split_t(k, block), _split(v, block)
     count = qs.shape[0]
     ids_b, first = _split_ids(ids, count, block)
 
@@ -174,10 +189,10 @@ def _attend_forward(
         index, start, query, ids_q = xs
 
         def load(column: Array) -> tuple[Array, Array, Array | None]:
-            return ks[column], vs[column], _same_document(ids_q, _at(ids_b, column))
+            return ks_t[column], vs[column], _same_document(ids_q, _at(ids_b, column))
 
         def part(queries: slice, keys: slice, mask: Array) -> tuple[Array, Array, Array]:
-            score = _scores(query[:, :, queries], ks[index][:, :, keys], mask, scale, operand)
+            score = _scores(query[:, :, queries], ks_t[index][..., keys], mask, scale, operand)
             return _statistics(score, vs[index][:, :, keys], operand)
 
         # The diagonal block comes first: every query sees itself.
@@ -191,41 +206,70 @@ def _attend_forward(
     return out, (q, k, v, ids, out, log_total)
 
 
+class _Queries(NamedTuple):
+    """A block of queries, and what the backward pass knows of them."""
+
+    query: Array
+    query_t: Array
+    grad: Array
+    grad_t: Array
+    log_total: Array
+    center: Array
+    """Σ_p g_p · y_p, [B, G, q]."""
+
+    def part(self, queries: slice) -> "_Queries":
+        rows = (each[:, :, queries] for each in (self.query, self.grad, self.log_total, self.center))
+        query, grad, log_total, center = rows
+        return _Queries(query, self.query_t[..., queries], grad, self.grad_t[..., queries], log_total, center)
+
+
+class _Keys(NamedTuple):
+    """A block of keys and their values."""
+
+    key: Array
+    key_t: Array
+    value_t: Array
+
+    def part(self, keys: slice) -> "_Keys":
+        return _Keys(self.key[:, :, keys], self.key_t[..., keys], self.value_t[..., keys])
+
+
 def _attend_backward(scale: float, block: int, operand: jnp.dtype, saved: Any, grad: Array) -> tuple:
     """Recompute each block's weights w from the saved log-sum-exp, then
 
     dv_s = Σ_t w_ts g_t,  ds_ts = w_ts (g_t · v_s - g_t · y_t),  dq_t = scale Σ_s ds_ts k_s,  dk_s = scale Σ_t ds_ts q_t
     """
     q, k, v, ids, out, log_total = saved
-    qs, ks, vs, outs, grads = (_split(x, block) for x in (q, k, v, out, grad))
-    ids_b, first = _split_ids(ids, len(qs), block)
     wide = log_total.dtype
-    mean = jnp.einsum("ibgqp,ibgqp->ibgq", grads.astype(wide), outs.astype(wide))
+    outs, grads = _split(out, block), _split(grad, block)
+    center = jnp.einsum("ibgqp,ibgqp->ibgq", grads.astype(wide), outs.astype(wide))
+    queries = _Queries(_split(q, block), _split_t(q, block), grads, _split_t(grad, block), log_total, center)
+    keys = _Keys(_split(k, block), _split_t(k, block), _split_t(v, block))
+    ids_b, first = _split_ids(ids, len(outs), block)
 
-    def pull_back(row: Sequence, key: Array, value: Array, mask: Array | None) -> tuple[Array, Array, Array]:
-        query, gradient, log_sum, center = row
-        weight = jnp.exp(_scores(query, key, mask, scale, operand) - log_sum[..., None])
-        slope = weight * (_dot("bgqp,bgkp->bgqk", gradient, value, operand) - center[..., None])
+    def pull_back(row: _Queries, column: _Keys, mask: Array | None) -> tuple[Array, Array, Array]:
+        """Return the gradients of queries [B, G, q, N], and of keys and values, transposed."""
+        weight = jnp.exp(_scores(row.query, column.key_t, mask, scale, operand) - row.log_total[..., None])
+        slope = weight * (_dot("bgqp,bgpk->bgqk", row.grad, column.value_t, operand) - row.center[..., None])
         return (
-            _dot("bgqk,bgkn->bgqn", slope, key, operand),
-            _dot("bgqk,bgqn->bgkn", slope, query, operand),
-            _dot("bgqk,bgqp->bgkp", weight, gradient, operand),
+            _dot("bgqk,bgkn->bgqn", slope, column.key, operand),
+            _dot("bgnq,bgqk->bgnk", row.query_t, slope, operand),
+            _dot("bgpq,bgqk->bgpk", row.grad_t, weight, operand),
         )
 
     def query_block(sums: tuple, xs: tuple) -> tuple[tuple, Array]:
-        index, start, *row, ids_q = xs
-        key, value, to_queries = ks[index], vs[index], []
-        dk, dv = jnp.zeros_like(key, wide), jnp.zeros_like(value, wide)
-        for queries, keys, mask in _diagonal(block, ids_q):
-            some = [array[:, :, queries] for array in row]
-            to_q, to_k, to_v = pull_back(some, key[:, :, keys], value[:, :, keys], mask)
+        index, start, row, ids_q = xs
+        own, to_queries = jax.tree.map(lambda blocks: blocks[index], keys), []
+        dk, dv = jnp.zeros_like(own.key_t, wide), jnp.zeros_like(own.value_t, wide)
+        for some, seen, mask in _diagonal(block, ids_q):
+            to_q, to_k, to_v = pull_back(row.part(some), own.part(seen), mask)
             to_queries.append(to_q)
-            dk, dv = dk.at[:, :, keys].add(to_k), dv.at[:, :, keys].add(to_v)
+            dk, dv = dk.at[..., seen].add(to_k), dv.at[..., seen].add(to_v)
 
         def key_block(column: Array, carry: tuple) -> tuple:
             dq, dk, dv = carry
             mask = _same_document(ids_q, _at(ids_b, column))
-            to_q, to_k, to_v = pull_back(row, ks[column], vs[column], mask)
+            to_q, to_k, to_v = pull_back(row, jax.tree.map(lambda blocks: blocks[column], keys), mask)
             return dq + to_q, dk.at[column].add(to_k), dv.at[column].add(to_v)
 
         dks, dvs = sums
@@ -234,10 +278,9 @@ def _attend_backward(scale: float, block: int, operand: jnp.dtype, saved: Any, g
         return (dk, dv), dq
 
     # zeros_like, here and above: inside shard_map a carry has to vary over the mesh as what is added to it does.
-    zeros = jnp.zeros_like(ks, wide), jnp.zeros_like(vs, wide)
-    xs = (jnp.arange(len(qs), dtype=jnp.int32), first, qs, grads, log_total, mean, ids_b)
-    (dk, dv), dq = lax.scan(query_block, zeros, xs)
-    return _join(dq * scale).astype(q.dtype), _join(dk * scale).astype(k.dtype), _join(dv).astype(v.dtype), None
+    zeros = jnp.zeros_like(keys.key_t, wide), jnp.zeros_like(keys.value_t, wide)
+    (dk, dv), dq = lax.scan(query_block, zeros, (jnp.arange(len(outs), dtype=jnp.int32), first, queries, ids_b))
+    return _join(dq * scale).astype(q.dtype), _join_t(dk * scale).astype(k.dtype), _join_t(dv).astype(v.dtype), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -271,12 +314,12 @@ def cached_attention(q: QueryKey, keys: Keys, values: Values, start: Int[Array, 
             value = lax.dynamic_slice_in_dim(values, begin, block, axis=3).swapaxes(2, 3)
             slots = begin + jnp.arange(block, dtype=jnp.int32)[None]
             seen = (slots >= column * block) & (slots <= positions[:, None])
-            return key, value.reshape(batch, groups, block, -1), seen[None, None]
+            return key.swapaxes(2, 3), value.reshape(batch, groups, block, -1), seen[None, None]
 
         # Block 0 holds slot 0, which every query sees.
         scale, operand = 1 / math.sqrt(width), matmul_dtype(q.dtype)
-        key, value, mask = load(0)
-        state = _statistics(_scores(query, key, mask, scale, operand), value, operand)
+        key_t, value, mask = load(0)
+        state = _statistics(_scores(query, key_t, mask, scale, operand), value, operand)
         stop = 1 if block == capacity else jnp.minimum(positions[-1], capacity - 1) // block + 1
         return _online_softmax(query, load, state, (1, stop), scale, operand)[0]
 

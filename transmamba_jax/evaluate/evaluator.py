@@ -26,6 +26,7 @@ from transmamba_jax import data, schedule, sharding
 from transmamba_jax.config import Config
 from transmamba_jax.evaluate.answers import AnswerCounter, AnswerResult
 from transmamba_jax.evaluate.scoring import token_scores
+from transmamba_jax.runtime.token_loss import tokens_at_a_time
 from transmamba_jax.shapes import Array, Float32, Int
 
 _Batch = dict[str, np.ndarray]
@@ -127,7 +128,8 @@ class Evaluator:
         Raises:
             ValueError: the held-out split cannot be read or is too short for one window.
         """
-        self._seq_len, self._chunk = config.data.seq_len, config.train.loss_chunk
+        self._seq_len = config.data.seq_len
+        self._chunk = tokens_at_a_time(config.train.loss_chunk, config.model.vocab_size)
         self._model, self._mesh = model, mesh
         sets = data.eval_sets(config.data, tokenizer, config.eval.windows, config.eval.batch_size)
         missing = -config.eval.batch_size % (1 if mesh is None else sharding.row_shards(mesh))

@@ -27,7 +27,7 @@ from transmamba_jax.generate.sampling import Sampling, fold_rows
 from transmamba_jax.generate.text import stream_text
 from transmamba_jax.model import TransMamba
 from transmamba_jax.runtime import calibration, serving_mesh
-from transmamba_jax.runtime.token_loss import chunked_log_likelihoods
+from transmamba_jax.runtime.token_loss import chunked_log_likelihoods, tokens_at_a_time
 from transmamba_jax.shapes import Array, Float32, Int
 
 BLOCK_STEPS = 16
@@ -112,7 +112,7 @@ class Scorer:
         tokenizer: data.Tokenizer,
         max_length: int,
         batch_size: int = 8,
-        loss_chunk: int = 8192,
+        loss_chunk: int | None = None,
         seed: int = 0,
     ) -> None:
         """Take a model.
@@ -123,7 +123,7 @@ class Scorer:
             tokenizer: its tokenizer, whose end of a document goes before a text without a context.
             max_length: tokens that the model may read in a row; longer contexts lose their beginning.
             batch_size: requests that are answered together.
-            loss_chunk: tokens whose logits exist at a time.
+            loss_chunk: tokens whose logits exist at a time; None: as `train.loss_chunk`.
             seed: of the random keys where continuations are sampled: one a request, by its place.
 
         Raises:
@@ -134,10 +134,12 @@ class Scorer:
         self.tokenizer = tokenizer
         self.max_length = whole_number("max_length", max_length, 1)
         self.batch_size = whole_number("batch_size", batch_size, 1)
-        loss_chunk = whole_number("loss_chunk", loss_chunk, 1)
+        if loss_chunk is not None:
+            loss_chunk = whole_number("loss_chunk", loss_chunk, 1)
+        chunk = tokens_at_a_time(loss_chunk, model.config.vocab_size)
         self._model, self._key = model, jax.random.key(seed)
         self._params, self._mesh = serving_mesh.place(params)
-        self._scores = jax.jit(functools.partial(token_scores, model, loss_chunk, vocab_size=tokenizer.vocab_size))
+        self._scores = jax.jit(functools.partial(token_scores, model, chunk, vocab_size=tokenizer.vocab_size))
 
     @functools.cached_property
     def decoder(self) -> Decoder:

@@ -19,7 +19,7 @@ from transmamba_jax.config import Config
 from transmamba_jax.evaluate.evaluator import target_weights
 from transmamba_jax.model import TransMamba
 from transmamba_jax.report.costs import flops_per_token
-from transmamba_jax.runtime.token_loss import chunked_log_likelihoods
+from transmamba_jax.runtime.token_loss import chunked_log_likelihoods, tokens_at_a_time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,8 @@ def search(
     def nll(params: Any, points: Any, inputs: dict[str, Any], targets: Any, weights: Any) -> Any:
         hidden = model.apply({"params": params}, **inputs, transpoints=points, method="hidden")
         logits = lambda part: model.apply({"params": params}, part, method="logits")
-        scores, _ = chunked_log_likelihoods(logits, hidden, targets, config.train.loss_chunk)
+        chunk = tokens_at_a_time(config.train.loss_chunk, config.model.vocab_size)
+        scores, _ = chunked_log_likelihoods(logits, hidden, targets, chunk)
         return -jnp.sum(scores * weights)
 
     @functools.cache

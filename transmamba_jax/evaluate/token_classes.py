@@ -20,6 +20,7 @@ from transmamba_jax.config import Config
 from transmamba_jax.evaluate.evaluator import target_weights
 from transmamba_jax.evaluate.scoring import token_scores
 from transmamba_jax.model import TransMamba
+from transmamba_jax.runtime.token_loss import tokens_at_a_time
 
 NGRAM = 5
 SPAN = 32
@@ -70,7 +71,8 @@ def class_losses(model: TransMamba, config: Config, tokenizer: data.Tokenizer, p
 
     Classes without a token are left out.
     """
-    score = jax.jit(functools.partial(token_scores, model, config.train.loss_chunk))
+    chunk = tokens_at_a_time(config.train.loss_chunk, config.model.vocab_size)
+    score = jax.jit(functools.partial(token_scores, model, chunk))
     losses = lambda *arrays: -np.asarray(score(params, *arrays)[0], np.float64)
     batches = data.eval_batches(config.data, tokenizer, config.eval.windows, config.eval.batch_size)
     nll = np.concatenate([losses(batch["tokens"], batch.get("segment_ids")) for batch in batches])

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from transmamba_jax import sharding
 from transmamba_jax.config import Config
 from transmamba_jax.data.synthetic import is_synthetic, parse
-from transmamba_jax.runtime.token_loss import chunked_cross_entropy, chunked_distillation
+from transmamba_jax.runtime.token_loss import chunked_cross_entropy, chunked_distillation, tokens_at_a_time
 from transmamba_jax.shapes import Array, Float32, Hidden, Int
 from transmamba_jax.training import schedule_sampling
 
@@ -41,7 +41,8 @@ Objective = Callable[[Any, Batch], tuple[Metrics, Any]]
 
 def make_objective(config: Config, model: nn.Module) -> Objective:
     """Return the losses and the gradient that a step of `config` takes, where `model` runs the step's schedule."""
-    count, chunk, share = config.train.accumulation, config.train.loss_chunk, config.train.schedule_distillation
+    count, share = config.train.accumulation, config.train.schedule_distillation
+    chunk = tokens_at_a_time(config.train.loss_chunk, config.model.vocab_size)
     most = most_weighted(config)
     if not share:
 
