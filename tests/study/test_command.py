@@ -80,6 +80,13 @@ def test_jobs_run_the_stages_that_are_asked_for_until_one_is_stopped(tmp_path, m
     assert len(set(hours)) == len(stages)
 
 
+@pytest.mark.parametrize("hours", ["nan", "inf", "-1", "two"])
+def test_hours_that_are_none_are_refused(tmp_path, capsys, hours):
+    with pytest.raises(SystemExit):
+        study_command.main([str(study_file(tmp_path)), "--budget-hours", hours])
+    assert "argument --budget-hours: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_stop_ends_the_jobs_too(number):
     children = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]

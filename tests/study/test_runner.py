@@ -99,6 +99,14 @@ def test_the_seconds_of_a_cell_that_was_stopped_are_kept(tmp_path, trainer, monk
     assert record["seconds"] == 30
 
 
+def test_an_unreadable_time_fails_no_cell(tmp_path, trainer):
+    study, folder = write_study(tmp_path), tmp_path / "out" / "cells" / FIRST
+    folder.mkdir(parents=True)
+    (folder / "seconds.txt").touch()
+    assert run_study(study, tmp_path / "out", Selection(only=FIRST), train_cell=trainer) == COMPLETE
+    assert results.read_results(study, tmp_path / "out")[0]["error"] is None
+
+
 def test_no_cell_begins_when_the_given_hours_are_spent(tmp_path, trainer, capsys):
     assert run_study(write_study(tmp_path), tmp_path / "out", hours=0.0, train_cell=trainer) == UNFINISHED
     assert trainer.trained == []
@@ -204,6 +212,17 @@ def test_a_result_of_another_config_is_refused(tmp_path, trainer):
     )
     with pytest.raises(ValueError, match=r"another config: model.d_model: 8 -> 16; choose another --out"):
         run_study(changed, tmp_path / "out", Selection(only=FIRST), train_cell=trainer)
+
+
+def test_a_result_of_another_rounding_is_kept(tmp_path, trainer):
+    study = write_study(tmp_path)
+    run_study(study, tmp_path / "out", Selection(only=FIRST), train_cell=trainer)
+    file = tmp_path / "out" / "cells" / FIRST / results.RESULT
+    record = json.loads(file.read_text(encoding="utf-8"))
+    record["config"]["train"]["loss_chunk"] = 8192
+    file.write_text(json.dumps(record), encoding="utf-8")
+    assert run_study(study, tmp_path / "out", Selection(only=FIRST), train_cell=Trainer()) == COMPLETE
+    assert json.loads(file.read_text(encoding="utf-8")) == record
 
 
 def test_a_result_of_another_config_leaves_the_file_beside_it(tmp_path, trainer, capsys):

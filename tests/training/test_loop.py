@@ -224,6 +224,8 @@ def test_an_optimizer_that_begins_in_the_middle_of_a_run_logs_the_rate_that_it_u
     said = "of step 7 changes from 0.01 to 0.0025: the optimizer state was not loaded, and begins its warm-up"
     assert f"the learning rate {said}" in capsys.readouterr().out
     assert _rates(make()) == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01, 0.0025, 0.005])
+    assert run(10, name="muon") == 0  # its state is loaded now
+    assert "rate of step 9" not in capsys.readouterr().out
 
 
 @pytest.mark.draws
@@ -240,6 +242,14 @@ def test_a_report_that_a_killed_run_left_old_is_written_again(make):
     index.write_text(old, encoding="utf-8")  # killed between the last checkpoint and the report
     assert train(longer) == 0
     assert "step 6 of 6" in index.read_text(encoding="utf-8")
+    # The same number of steps again, from the beginning; then one more evaluation of the last step.
+    shutil.rmtree(Path(settings.workdir) / "checkpoints")
+    index.write_text(new.replace("</main>", "old</main>"), encoding="utf-8")
+    assert train(longer) == 0
+    assert "old</main>" not in index.read_text(encoding="utf-8")
+    assert "held-out bits per byte" not in index.read_text(encoding="utf-8")
+    assert train(make(train={"steps": 6}, eval={"every": 6}, checkpoint={"every": 0})) == 0
+    assert "held-out bits per byte" in index.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -432,6 +442,21 @@ def test_a_run_that_lost_its_lock_saves_nothing_more(make, monkeypatch):
         train(settings)
     assert _steps(settings) == [2]
     assert '"thief"' in lock.read_text()
+
+
+def test_a_run_that_lost_its_lock_while_compiling_leaves_the_config_to_the_other(make, monkeypatch):
+    settings, original = make(eval={"every": 0}), loop.compile_train_step
+    lock, config = (Path(settings.workdir) / name for name in (run_lock.FILE, "config.yaml"))
+
+    def steal(*arguments):
+        lock.write_text(json.dumps({**json.loads(lock.read_text()), "host": "thief"}), encoding="utf-8")
+        config.write_text("the other's", encoding="utf-8")
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "compile_train_step", steal)
+    with pytest.raises(ValueError, match="was taken over by another run"):
+        train(settings)
+    assert config.read_text(encoding="utf-8") == "the other's"
 
 
 def test_a_diverged_run_stops_and_keeps_the_good_checkpoint(make, monkeypatch, capsys, tmp_path):

@@ -6,6 +6,7 @@ import re
 import typing
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,3 +212,20 @@ def test_metrics_of_a_step(initial, step):
     assert float(metrics["bits_per_byte"]) == pytest.approx(float(loss) * weights.sum() / math.log(2) / read, rel=1e-5)
     assert float(metrics["grad_norm"]) == pytest.approx(math.sqrt(squares(gradient)), rel=1e-5)
     assert float(metrics["param_norm"]) == pytest.approx(math.sqrt(squares(new_state.params)), rel=1e-5)
+
+
+class Adapted(tm.TransMamba):
+    """A subclass with a parameter that is created where the layers' output is used."""
+
+    def setup(self):
+        super().setup()
+        self.adapter = nn.Dense(self.config.d_model)
+
+    def hidden(self, tokens, transpoints=None, segment_ids=None):
+        return self.adapter(super().hidden(tokens, transpoints, segment_ids))
+
+
+def test_a_subclass_has_the_parameters_that_its_layers_create():
+    init = partial(train_step.init_state, CONFIG, Adapted(CONFIG.model))
+    state = jax.eval_shape(lambda: init(jax.random.key_data(jax.random.key(0))))
+    assert "adapter" in state.params

@@ -11,8 +11,9 @@ from tensorboardX.record_writer import RecordWriter
 
 from tests.training.runs import metrics_of, train
 from tests.training.support import Filling
+from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.training import writers
-from transmamba_jax.training.writers import Background, TensorBoard, Writers
+from transmamba_jax.training.writers import Background, OnFirstWrite, TensorBoard, Writers
 
 
 def _events(workdir):
@@ -50,6 +51,28 @@ def test_tensorboard_hides_what_a_run_wrote_that_was_killed_before_its_first_che
     first.unlink()
     (_, start) = _events(tmp_path)
     assert (start.step, start.session_log.status) == (1, 1)
+
+
+def test_tensorboard_in_a_bucket_continues_too(bucket):
+    workdir = expand_path("gs://bucket/events")
+    for step in (0, 3):
+        board = TensorBoard(workdir, step)
+        board.write(step + 1, {"train/loss": 0.5})
+        board.close()
+    assert bucket.url
+    assert len(list((workdir / "tensorboard").iterdir())) == 2
+
+
+def test_what_cannot_be_opened_is_one_warning(caplog):
+    def broken():
+        raise TypeError("Descriptors cannot be created directly")
+
+    several = Writers({"TensorBoard": lambda: OnFirstWrite(broken)})
+    several.write(1, {"a": 1})
+    several.write(2, {"a": 2})
+    several.close()
+    (record,) = caplog.records
+    assert "TensorBoard: TypeError: Descriptors cannot be created directly. The run continues" in record.getMessage()
 
 
 def test_events_that_a_full_disk_refuses_are_written_before_the_next_one(tmp_path, caplog):

@@ -101,7 +101,7 @@ def document(title: str, body: str) -> str:
 
 
 def progress(step: int) -> str:
-    """Return the words of the first paragraph that name the last step, by which a page is known to be of that step."""
+    """Return the words that name the last step in the first paragraph, behind "tokens: ": a page is known by them."""
     return f"step {step:,} of"
 
 

@@ -76,7 +76,9 @@ def write_report(workdir: Path) -> Path:
 def is_written(workdir: Path, step: int) -> bool:
     """Tell whether the report in a work directory is that of `step`, and not of a run that was shorter."""
     try:
-        return report_page.progress(step) in (workdir / "report" / "index.html").read_text(encoding="utf-8")
+        return f"tokens: {report_page.progress(step)} " in (workdir / "report" / "index.html").read_text(
+            encoding="utf-8"
+        )
     except (OSError, UnicodeDecodeError):
         return False
 

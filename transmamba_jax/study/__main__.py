@@ -6,6 +6,7 @@ python -m transmamba_jax.study report DIR     write the report of the study in D
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -112,7 +113,7 @@ def _run_jobs(study: Study, out: Path, options: argparse.Namespace, hours: float
     end = time.perf_counter() + 3600 * hours
     for stage in ("search", "report") if options.stage is None else (options.stage,):
         command = [sys.executable, "-m", "transmamba_jax.study", str(options.file), "--out", str(out), "--stage", stage]
-        command += ["--budget-hours", f"{(end - time.perf_counter()) / 3600:.9f}"]
+        command += ["--budget-hours", f"{max(end - time.perf_counter(), 0) / 3600:.9f}"]
         command += ["--only", options.only, *["--quick"] * study.quick, *["--retry-failed"] * options.retry_failed]
         shards = [[*command, "--shard", f"{number}/{options.jobs}"] for number in range(options.jobs)]
         children = [subprocess.Popen(shard) for shard in shards]
@@ -183,6 +184,13 @@ def _shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def _hours(text: str) -> float:
+    hours = float(text)
+    if not (math.isfinite(hours) and hours >= 0):
+        raise argparse.ArgumentTypeError(f"must be hours, 0 or more, found {text!r}")
+    return hours
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="transmamba study", usage="%(prog)s [report] FILE [options]", description=_DESCRIPTION
@@ -210,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--stage", choices=("search", "report"), help="run the search or the reported cells alone")
     parser.add_argument(
-        "--budget-hours", type=float, metavar="H", help="begin no further cell after H hours (default: the study's)"
+        "--budget-hours", type=_hours, metavar="H", help="begin no further cell after H hours (default: the study's)"
     )
     parser.add_argument("--retry-failed", action="store_true", help="run cells that failed again")
     return parser

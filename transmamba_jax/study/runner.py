@@ -5,6 +5,7 @@ reported cells follow when its learning rate is chosen. A finished cell is never
 continues from its checkpoint.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import itertools
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from transmamba_jax import config_io
 from transmamba_jax.config import Config
 from transmamba_jax.report import read_metrics
-from transmamba_jax.runtime import logs
+from transmamba_jax.runtime import logs, storage
 from transmamba_jax.study import after, measure, results
 from transmamba_jax.study.results import Record
 from transmamba_jax.study.spec import Cell, Stage, Study
@@ -36,7 +37,7 @@ COMPLETE, UNFINISHED = 0, 75
 """Exit codes: every cell that was asked for has a result; the same command continues (EX_TEMPFAIL)."""
 
 _SECONDS = "seconds.txt"
-"""File of a cell that was stopped: the time of its training so far."""
+"""File of a cell: the time of its training so far."""
 
 Train = Callable[[Config], int]
 
@@ -116,16 +117,18 @@ def run_cell(study: Study, out: Path, cell: Cell, retry: bool, train_cell: Train
     if retry and (folder / results.RESULT).exists():
         shutil.rmtree(folder)
     config = study.cell_config(cell, folder)
-    begin = time.perf_counter()
-    error, seconds, extra = None, 0.0, {}
+    begin, seconds = time.perf_counter(), _earlier_seconds(folder)
+    error, extra = None, {}
     try:
-        code = train_cell(config)
+        try:
+            code = train_cell(config)
+        finally:
+            seconds += time.perf_counter() - begin  # without the evaluations after training
+            _keep_seconds(folder, seconds)
         if code == EXIT_PREEMPTED:
-            _add_seconds(folder, time.perf_counter() - begin)
             return False
         if code == EXIT_NOT_SAVED:
             error = "the last state could not be saved"
-        seconds = _earlier_seconds(folder) + time.perf_counter() - begin  # without the evaluations after training
         if error is None and cell.stage == "report":
             extra = after.evaluate(study, config)
     except RunningElsewhereError as failure:  # no result: the other run writes it
@@ -133,7 +136,7 @@ def run_cell(study: Study, out: Path, cell: Cell, retry: bool, train_cell: Train
         return False
     except (ValueError, OSError, NonFiniteError, jax.errors.JaxRuntimeError) as failure:
         error = f"{type(failure).__name__}: {failure}"
-    record = _record(study, cell, config, error, seconds or time.perf_counter() - begin, extra)
+    record = _record(study, cell, config, error, seconds, extra)
     results.write_result(out, cell, record)
     logs.write_line(_line(study, cell, record))
     return True
@@ -162,12 +165,15 @@ def estimate(study: Study, out: Path, cells: Sequence[Cell]) -> list[float]:
 
 
 def _is_due(study: Study, out: Path, cell: Cell, retry: bool) -> bool:
-    """Tell whether a cell has to run; refuse a result of another config than the study's."""
+    """Tell whether a cell has to run; refuse a result of another config than the study's.
+
+    `train.loss_chunk` decides how sums are rounded and nothing else.
+    """
     record = results.read_result(out, cell)
     if record is None:
         return True
     was, now = config_io.from_tree(record["config"]), study.cell_config(cell, Path(record["config"]["workdir"]))
-    changes = config_io.differences(was, now)
+    changes = [line for line in config_io.differences(was, now) if not line.startswith("train.loss_chunk:")]
     if changes:
         raise ValueError(
             f"cell {cell.name} has a result of another config: {'; '.join(changes)}; choose another --out, or delete "
@@ -187,15 +193,18 @@ def _waiting(study: Study, out: Path, selection: Selection) -> bool:
     return bool(arms)
 
 
-def _add_seconds(folder: Path, seconds: float) -> None:
-    """Keep the time of a cell that was asked to stop; that of a killed one is lost."""
+def _keep_seconds(folder: Path, seconds: float) -> None:
+    """Keep the time of a cell's training so far, for a start that continues it; that of a killed start is lost."""
     if folder.exists():  # else it was stopped before it began
-        (folder / _SECONDS).write_text(f"{_earlier_seconds(folder) + seconds:.3f}\n", encoding="utf-8")
+        with contextlib.suppress(OSError):
+            storage.replace_text(folder / _SECONDS, f"{seconds:.3f}\n", f"{_SECONDS}.new")
 
 
 def _earlier_seconds(folder: Path) -> float:
-    file = folder / _SECONDS
-    return float(file.read_text(encoding="utf-8")) if file.exists() else 0.0
+    try:
+        return float((folder / _SECONDS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _record(

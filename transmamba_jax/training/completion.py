@@ -25,8 +25,21 @@ def complete(
     state: TrainState,
     step: int,
     console: Console,
+    trained: bool,
+    logged: bool,
 ) -> None:
     """Write what a reader looks at, and say where everything is; every process calls it.
+
+    Args:
+        config: the run's.
+        workdir: its folder.
+        model: its model.
+        tokenizer: its tokenizer.
+        state: that of the last step.
+        step: the last step.
+        console: where lines go.
+        trained: this start made steps. If not, samples and report stay where they are of this step.
+        logged: this start wrote a line of metrics: the report is old. Of the first process.
 
     Raises:
         OSError: the report could not be written; what is half written is deleted, and the next start writes it.
@@ -34,7 +47,7 @@ def complete(
     report = workdir / "report"
     samples, index = report / "sample.txt", report / "index.html"
     text = None
-    if _decodes(config, model) and hosts.broadcast_from_first(not sample.is_written(samples, step)):
+    if _decodes(config, model) and hosts.broadcast_from_first(trained or not sample.is_written(samples, step)):
         text = sample.sample_text(config, model, tokenizer, state, step)
     # The others wait: JAX takes a process that waits at the end of the program for one that was left alone.
     with hosts.collective_errors(OSError):
@@ -42,10 +55,10 @@ def complete(
             if hosts.is_first() and text is not None:
                 report.mkdir(exist_ok=True)
                 storage.replace_text(samples, text, "sample.txt.new")
-            if hosts.is_first() and (text is not None or not is_written(workdir, step)):
+            if hosts.is_first() and (trained or logged or text is not None or not is_written(workdir, step)):
                 index = write_report(workdir)
         except (OSError, ValueError) as error:
-            for file in (samples, index):  # half of one would pass for all of it at the next start
+            for file in (samples, index):  # an old one, or half of one, would pass for the new one at the next start
                 with contextlib.suppress(OSError):
                     file.unlink(missing_ok=True)
             raise OSError(

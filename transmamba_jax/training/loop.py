@@ -96,6 +96,8 @@ def train(config: Config, model: nn.Module | None = None, documents: Sequence[An
             state=state,
             step=step,
             console=run.console,
+            trained=step > start,
+            logged=run.writer is not None and run.writer.written,
         )
         return 0
 
@@ -236,7 +238,9 @@ class _Run:
             self._evaluate(state, start)
         if start < steps and not self.any_process.now(self.preemption.requested):
             train_steps = self._compile(state, log)
-        self._keep_config()  # now: what a kernel refuses leaves the earlier run's config as it was
+            self._keep_config()  # now: what a kernel refuses leaves the earlier run's config as it was
+        elif start >= steps or not (self.workdir / "config.yaml").exists():
+            self._keep_config()
 
         step = start
         while step < steps and not self.any_process.lagged(self.preemption.requested):
@@ -274,6 +278,9 @@ class _Run:
 
     def _keep_config(self) -> None:
         """Write what the next start compares itself with: config.yaml and kernels.json."""
+        with hosts.collective_errors():
+            if self.lock is not None:
+                self.lock.check()
         with hosts.collective_errors(OSError):
             if hosts.is_first():
                 text = config_io.to_yaml(self.config)

@@ -60,7 +60,7 @@ class Throughput:
     """Count steps and the seconds spent in them, without evaluations and saves."""
 
     def __init__(self, config: Config, devices: list[jax.Device]) -> None:
-        """Make a clock that stands still until `resume`."""
+        """Make a clock that stands still until `resume`; FLOPs are those of the mean step of the run."""
         self._tokens = config.data.batch_size * config.data.seq_len
         self._flops = training_flops_per_token(config)
         self._peak = hardware.peak_flops(devices)
@@ -105,6 +105,8 @@ class MetricsWriter:
         storage.replace_text(path, "".join(line + "\n" for line, _ in self.kept), "metrics.jsonl.new")
         self._file = storage.append_to(path)
         self._writers = Writers({}) if writers is None else writers
+        self.written = False
+        """A line was written since the start."""
 
     def has_evaluation(self, step: int) -> bool:
         """Return whether the evaluation of `step` was written before this process started."""
@@ -116,6 +118,7 @@ class MetricsWriter:
         Raises:
             OSError: it could not be written, and goes before the next one.
         """
+        self.written = True
         clean = {name: _clean(value) for name, value in record.items()}
         line = (json.dumps(clean, allow_nan=False) + "\n").encode()
         numbers = {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}

@@ -71,6 +71,10 @@ def _of_optimizer(path: str) -> bool:
     return path.startswith("state/opt_state/")
 
 
+def _begins_late(difference: str) -> bool:
+    return "missing: state/opt_state/" in difference
+
+
 def _stored_leaves(directory: Path) -> dict[str, str]:
     """Return path -> dtype and shape of the newest step whose manifest can be read; nothing where there is none."""
     for step in reversed(complete_steps(directory)):
@@ -128,7 +132,7 @@ def newest_state(
         except ValueError as error:  # of a version with other options
             hosts.log_first(f"the learning rates before and after step {restored.step} cannot be compared: {error}")
         else:
-            _say_new_rate(earlier, config, state)
+            _say_new_rate(earlier, config, state, any(map(_begins_late, restored.differences)))
     return state, restored.step
 
 
@@ -158,11 +162,14 @@ def _proceed(restored: Restored, batches: data.BatchIterator, tokenizer: data.To
     hosts.log_first(f"continuing from step {restored.step}{beyond}")
 
 
-def _say_new_rate(earlier: Config, config: Config, state: TrainState) -> None:
-    """Log how the learning rate of the next step differs from the one that the earlier run would have had."""
+def _say_new_rate(earlier: Config, config: Config, state: TrainState, begins: bool) -> None:
+    """Log how the learning rate of the next step differs from the one that the earlier run would have had.
+
+    `begins`: the optimizer's state was not loaded.
+    """
     made = updates_made(state.opt_state)
-    due = int(state.step) - int(state.skipped_steps)
-    count = due if made is None else int(made)
+    count = int(state.step) if made is None else int(made)
+    due = int(state.step) - int(state.skipped_steps) if begins else count
     peaks = {"learning rate": [each.optimizer.learning_rate for each in (earlier, config)]}
     if config.optimizer.name == earlier.optimizer.name == "muon":
         peaks["muon learning rate"] = [each.optimizer.muon_learning_rate for each in (earlier, config)]
@@ -171,7 +178,7 @@ def _say_new_rate(earlier: Config, config: Config, state: TrainState) -> None:
             float(learning_rate_schedule(each, peak)(updates))
             for each, peak, updates in zip((earlier, config), pair, (due, count), strict=True)
         )
-        if count != due:
+        if begins:
             hosts.log_first(
                 f"the {name} of step {int(state.step) + 1} changes from {before:.3g} to {after:.3g}: the optimizer "
                 f"state was not loaded, and begins its warm-up with update {count + 1}"

@@ -55,7 +55,7 @@ def sample_text(
 
 
 def is_written(samples: Path, step: int) -> bool:
-    """Tell whether a file has the samples of `step`: not those of a run that was shorter, nor half of them."""
+    """Tell whether a file has samples of `step`, and not those of a run that was shorter."""
     try:
         return samples.read_text(encoding="utf-8").startswith(_first_words(step))
     except (OSError, UnicodeDecodeError):

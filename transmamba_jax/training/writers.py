@@ -3,6 +3,7 @@
 A writer that fails is one warning: the run continues, and metrics.jsonl has every line.
 """
 
+import contextlib
 import importlib.util
 import queue
 import socket
@@ -50,15 +51,15 @@ class TensorBoard:
 
         self._make_event, self._make_summary, self._checksum = event_pb2.Event, summary_pb2.Summary, masked_crc32c
         folder = workdir / "tensorboard"
+        # From step 0 too: where the earlier run was killed before its first checkpoint, its numbers are here.
+        continues = step > 0 or (folder.is_dir() and any(folder.iterdir()))
         folder.mkdir(exist_ok=True)
-        continues = any(
-            folder.iterdir()
-        )  # from step 0 too, where the earlier run was killed before its first checkpoint
         # Not tensorboardX's writer: its thread dies of a full disk, and whoever fills its queue waits for ever.
         self._file = storage.append_to(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}")
-        self._event(file_version="brain.Event:2")
-        if step or continues:
-            self._event(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=step + 1)
+        with contextlib.suppress(OSError):  # what does not fit is written before the numbers
+            self._event(file_version="brain.Event:2")
+            if continues:
+                self._event(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append an event; see `Writer`."""
@@ -86,7 +87,13 @@ class OnFirstWrite:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Make the writer where there is none, and hand it the numbers; see `Writer`."""
-        self._writer = self._make() if self._writer is None else self._writer
+        if self._writer is None:
+            try:
+                self._writer = self._make()
+            except OSError:
+                raise
+            except Exception as error:  # whatever another package raises: the run continues
+                raise OSError(f"{type(error).__name__}: {error}") from error
         self._writer.write(step, values)
 
     def close(self) -> None:
