@@ -103,6 +103,9 @@ class TrainConfig:
     loss_chunk: int | None = None
     """Tokens of a device whose logits exist at one time in the loss. None: 8192, or fewer on a CPU, whose caches then
     hold them."""
+    given_model: str | None = None
+    """Set by tm.train where a program gives a TransMamba with an attention function or a class of its own: a checkpoint
+    does not hold these, and commands do not read it as if it were plain."""
     schedule_sampling: Literal["none", "pool", "rows"] = "none"
     """Train under random schedules. none: model.transpoints; pool: each step runs one of schedule_pool; rows: each row
     draws its TransPoints, at the cost of both branches everywhere."""

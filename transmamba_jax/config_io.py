@@ -174,7 +174,7 @@ def _scaled(config: Config, name: str) -> Config:
 def _override(experiment: Experiment, arguments: list[str]) -> Config:
     if not arguments:
         return experiment.config
-    config = experiment.config
+    config, given = experiment.config, arguments
     arguments, name = _take_schedule(arguments, experiment.schedule)
     output = io.StringIO()
     try:
@@ -183,8 +183,10 @@ def _override(experiment: Experiment, arguments: list[str]) -> Config:
             parsed = tyro.cli(Config, default=config, args=arguments, prog="overrides", config=options)
             return parsed if name is None else _scaled(parsed, name)
     except SystemExit:
-        message = re.sub(r"[╭╮╰╯│─]+|-{3,}", " ", output.getvalue())
-        raise ValueError(f"bad overrides {arguments}: {' '.join(message.split())}") from None
+        lines = [re.sub(r"[╭╮╰╯│─]+|-{3,}", " ", line).strip() for line in output.getvalue().splitlines()]
+        message = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
+        message = " ".join(message.split()).removeprefix("Unrecognized options ")
+        raise ValueError(f"bad overrides {given}: {message}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -20,6 +20,7 @@ import transmamba_jax as tm
 from tests.training.runs import train
 from tests.training.support import Little
 from transmamba_jax import checkpoint, config_io, data, export, sharding
+from transmamba_jax.checkpoint import command_options
 from transmamba_jax.compile_only import compiler
 from transmamba_jax.config import Config, KernelsConfig
 from transmamba_jax.convert.mamba2 import start_run
@@ -149,6 +150,12 @@ def test_an_attention_of_ones_own_trains_to_the_report_without_samples(make):
     report = Path(settings.workdir) / "report"
     assert (report / "index.html").exists()
     assert not (report / "sample.txt").exists()
+    # Read as a plain model its parameters would compute something else.
+    with pytest.raises(ValueError, match=r"a model of a program's own, TransMamba\(attention=test_an_att.*tm.restore"):
+        tm.load(settings.workdir)
+    with pytest.raises(ValueError, match="a model of a program's own"):
+        command_options.restore(settings.workdir, None)
+    assert tm.restore(f"{settings.workdir}/checkpoints").params.keys() >= {"embedding", "layers"}
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_kept(make, monkeypatch):

@@ -72,7 +72,8 @@ def _show(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="transmamba calibrate show", description="Print records of measurements.")
     parser.add_argument("files", nargs="*", type=option_path, metavar="FILE", help="record; without any: all there are")
     files = parser.parse_args(arguments).files or sorted(calibration.folder().glob("*.json"))
-    print("\n".join(show.show(files)) if files else f"there are no records in {calibration.folder()}")
+    none = f"there are no records in {calibration.folder()}; python -m transmamba_jax.calibrate --config FILE makes one"
+    print("\n".join(show.show(files)) if files else none)
     return 0
 
 

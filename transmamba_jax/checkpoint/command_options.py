@@ -54,7 +54,23 @@ def restore(path: str | Path, step: int | None) -> "Checkpoint":
             f"{directory} holds weights ({tensor_files.FILE}) and no checkpoints; python -m transmamba_jax.{first}"
             f"convert start-run {folder} WORKDIR makes WORKDIR/checkpoints of it, which is what --checkpoint takes"
         )
-    return checkpoint.restore(directory, step, params_only=True)
+    saved = checkpoint.restore(directory, step, params_only=True)
+    require_plain(saved.config, directory)
+    return saved
+
+
+def require_plain(config: Config, where: str | Path) -> None:
+    """Refuse parameters of a model that a program gave: as a plain `TransMamba` they would compute something else.
+
+    Raises:
+        ValueError: they are.
+    """
+    given = config.train.given_model
+    if given is not None:
+        raise ValueError(
+            f"{where} was trained with a model of a program's own, {given}, which a checkpoint does not hold; make "
+            "that model in Python, and take its parameters from tm.restore(...).params"
+        )
 
 
 def apply(config: Config, options: argparse.Namespace) -> ModelConfig:

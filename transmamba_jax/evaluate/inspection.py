@@ -52,7 +52,7 @@ class Inspection:
 def inspect(
     model: TransMamba,
     params: Any,
-    tokens: Tokens,
+    tokens: Tokens | Sequence[int],
     layers: Sequence[int] | None = None,
     attention: bool = False,
     transpoints: Sequence[int] | Int[Array, "L"] | Int[Array, "L B"] | None = None,
@@ -66,7 +66,7 @@ def inspect(
     Args:
         model: the model.
         params: its parameters, `{"embedding": ..., "layers": ...}`.
-        tokens: int32 ids.
+        tokens: int32 ids [B, T], or the ids of one row. `LanguageModel.inspect` takes a text.
         layers: numbers of the layers to return; negative ones count from the end; None: all.
         attention: return the attention maps too: L·B·G·T² numbers.
         transpoints: as for the model; None: the config's.
@@ -77,6 +77,9 @@ def inspect(
             own, a model with an ablation, or as for the model.
     """
     config = model.config
+    if isinstance(tokens, str):
+        raise ValueError(f"tokens must be ids, found the text {tokens[:40]!r}; tm.load(...).inspect takes a text")
+    tokens = jnp.atleast_2d(jnp.asarray(tokens))
     check_tokens(tokens, segment_ids)
     if config.ablation != "none":
         raise ValueError(f"inspect needs a model with model.ablation='none', found {config.ablation!r}")

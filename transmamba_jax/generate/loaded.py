@@ -248,6 +248,7 @@ def _load_exported(folder: Path, step: int | None) -> LanguageModel:
 
 def _load_checkpoint(folder: Path, step: int | None) -> LanguageModel:
     from transmamba_jax import checkpoint
+    from transmamba_jax.checkpoint import command_options
 
     directory = folder
     if (folder / "checkpoints").is_dir():
@@ -262,6 +263,7 @@ def _load_checkpoint(folder: Path, step: int | None) -> LanguageModel:
             f"in it; {_nearest(directory)}"
         )
     saved = checkpoint.restore(directory, step, params_only=True)
+    command_options.require_plain(saved.config, directory)
     tokenizer = data.tokenizer_from_json(saved.tokenizer_json)
     model = _model(saved.config.model)
     return LanguageModel(model, saved.params, tokenizer, saved.config, f"{directory}, step {saved.step}")

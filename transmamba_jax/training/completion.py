@@ -48,6 +48,7 @@ def complete(
     samples, index = report / "sample.txt", report / "index.html"
     text = None
     if _decodes(config, model) and hosts.broadcast_from_first(trained or not sample.is_written(samples, step)):
+        console.say(f"writing samples of {config.train.sample_tokens} tokens")
         text = sample.sample_text(config, model, tokenizer, state, step)
     # The others wait: JAX takes a process that waits at the end of the program for one that was left alone.
     with hosts.collective_errors(OSError):

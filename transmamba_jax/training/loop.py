@@ -69,6 +69,7 @@ def train(config: Config, model: nn.Module | None = None, documents: Sequence[An
     storage.require_checkpoints(expand_path(config.workdir), "workdir")
     if model is not None:
         _require_hashable(model)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, given_model=_own_name(model)))
     if documents is not None:
         config = dataclasses.replace(config, data=data.give_documents(config.data, config.workdir, documents))
     for source in config.data.sources:
@@ -168,6 +169,15 @@ def _evaluators(config: Config, model: nn.Module, evaluator: Evaluator | None) -
     schedule_sampling.require_transmamba(model, "eval.schedules")
     points = schedule_sampling.resolve(config, config.eval.schedules, "eval.schedules")
     return {name: evaluator.under(choice) for name, choice in zip(config.eval.schedules, points, strict=True)}
+
+
+def _own_name(model: nn.Module) -> str | None:
+    """Name a `TransMamba` that a checkpoint does not hold; None: it is plain, or its parameters fit no plain one."""
+    if not isinstance(model, TransMamba) or (type(model) is TransMamba and model.attention is None):
+        return None
+    attention = model.attention
+    function = "" if attention is None else f"attention={getattr(attention, '__qualname__', repr(attention))}"
+    return f"{type(model).__name__}({function})"
 
 
 def _require_hashable(model: nn.Module) -> None:

@@ -66,6 +66,7 @@ _OUTSIDE_PROGRAMS = (
     "seed",
     "init_from",
     "init_partial",
+    "given_model",
     "log_every",
     "max_nonfinite_steps",
     "tensorboard",
