@@ -24,7 +24,7 @@ from transmamba_jax.training import starting_points
 from transmamba_jax.training.__main__ import main as train
 
 
-@pytest.fixture(name="folder", scope="module")
+@pytest.fixture(name="folder", scope="session")  # of the bucket: tests of other modules may run between those here
 def _folder(bucket, tmp_path_factory):
     """Write a run at step 0, an exported folder and a text into a bucket; return the exported folder here."""
     here = tmp_path_factory.mktemp("exported")
