@@ -24,7 +24,7 @@ from transmamba_jax.config import Config
 from transmamba_jax.convert.mamba2 import start_run
 from transmamba_jax.runtime import logs
 from transmamba_jax.runtime.tree_paths import flatten
-from transmamba_jax.training import loop, starting_points
+from transmamba_jax.training import starting_points
 from transmamba_jax.training.loss import loss_and_gradient
 from transmamba_jax.training.step import TrainState, abstract_state
 
@@ -110,7 +110,7 @@ from transmamba_jax import sharding
 from transmamba_jax.config import MeshConfig
 from transmamba_jax.data import load_tokenizer
 from transmamba_jax.runtime.tree_paths import flatten, nest
-from transmamba_jax.training import loop, starting_points
+from transmamba_jax.training import starting_points
 from transmamba_jax.training.step import TrainState
 from tests.training.support import little_config
 
@@ -194,7 +194,7 @@ def test_the_source_is_named_in_the_config_and_not_read_again(make, old, capsys,
 def test_a_fork_that_was_killed_before_its_first_checkpoint_starts_from_the_same_step(make, old, monkeypatch):
     fork = make("fork", train={"steps": 2, "init_from": old.workdir})
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "train", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        patch.setattr(data.BatchIterator, "__next__", lambda _: (_ for _ in ()).throw(OSError("killed")))
         with pytest.raises(OSError, match="killed"):
             train(fork)
     train(make("old", train={"steps": 12}))  # the old run has gone on
