@@ -81,6 +81,15 @@ def test_states_and_maps_equal_the_oracle(params: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_ids_of_one_row_are_a_batch_of_one_and_a_text_is_refused(params: Any) -> None:
+    row = [3, 1, 2]
+    one, batch = (tm.inspect(MODEL, params, tokens) for tokens in (row, np.array([row], np.int32)))
+    np.testing.assert_array_equal(one.outputs, batch.outputs)
+    with pytest.raises(ValueError, match=r"tokens must be ids, found the text 'def'; .*inspect takes a text"):
+        tm.inspect(MODEL, params, "def")
+
+
 def test_layers_are_chosen(params: Any) -> None:
     every = tm.inspect(MODEL, params, TOKENS, attention=True)
     some = tm.inspect(MODEL, params, TOKENS, layers=(-1, 0), attention=True)

@@ -56,3 +56,14 @@ def assert_same_end(workdir: Path, straight: Path, step: int) -> None:
     arrays = lambda saved: jax.device_get((saved.params, saved.state))
     jax.tree.map(np.testing.assert_array_equal, arrays(found), arrays(expected))
     assert metrics_of(workdir) == metrics_of(straight)
+
+
+def lines_of(settings: Config) -> list[dict[str, Any]]:
+    """Read the lines of a run's metrics."""
+    text = (Path(settings.workdir) / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def steps_of(settings: Config) -> list[int]:
+    """Return the steps of a run's complete checkpoints."""
+    return checkpoint.complete_steps(Path(settings.workdir) / "checkpoints")

@@ -67,6 +67,8 @@ def train(config: Config, model: nn.Module | None = None, documents: Sequence[An
     """
     config = dataclasses.replace(config, workdir=str(expand_path(config.workdir)))
     storage.require_checkpoints(expand_path(config.workdir), "workdir")
+    if model is None and config.train.given_model is not None:
+        raise ValueError(f"the run trains {config.train.given_model}: give that model to tm.train(config, model=...)")
     if model is not None:
         _require_hashable(model)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, given_model=_own_name(model)))

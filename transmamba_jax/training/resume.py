@@ -165,7 +165,7 @@ def _proceed(restored: Restored, batches: data.BatchIterator, tokenizer: data.To
 def _say_new_rate(earlier: Config, config: Config, state: TrainState, begins: bool) -> None:
     """Log how the learning rate of the next step differs from the one that the earlier run would have had.
 
-    `begins`: the optimizer's state was not loaded.
+    `begins`: a part of the optimizer's state was not loaded; its count of updates may be in it.
     """
     made = updates_made(state.opt_state)
     count = int(state.step) if made is None else int(made)
@@ -178,7 +178,7 @@ def _say_new_rate(earlier: Config, config: Config, state: TrainState, begins: bo
             float(learning_rate_schedule(each, peak)(updates))
             for each, peak, updates in zip((earlier, config), pair, (due, count), strict=True)
         )
-        if begins:
+        if count != due:
             hosts.log_first(
                 f"the {name} of step {int(state.step) + 1} changes from {before:.3g} to {after:.3g}: the optimizer "
                 f"state was not loaded, and begins its warm-up with update {count + 1}"
