@@ -196,7 +196,7 @@ def test_a_name_that_is_not_utf8_is_escaped(tmp_path: Path):
 
 
 def test_missing_file_is_named(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"data\.tokenizer must be 'bytes' or the path.*nowhere\.json"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer must be 'bytes' or.*train-tokenizer.*nowhere\.json"):
         load_tokenizer(str(tmp_path / "nowhere.json"))
 
 

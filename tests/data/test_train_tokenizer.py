@@ -56,11 +56,19 @@ def test_a_vocabulary_without_room_for_bytes_is_refused(tmp_path, write_corpus, 
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):
-    arguments = ["--config", str(tmp_path / "none.yaml"), "--output"]
-    with pytest.raises(SystemExit, match=r"--output .*x\.json: there is no folder .*nodir; make it first"):
-        main([*arguments, str(tmp_path / "nodir" / "x.json")])
     with pytest.raises(SystemExit, match=r"--output .* is a folder; name a file in it"):
-        main([*arguments, str(tmp_path)])
+        main(["--config", str(tmp_path / "none.yaml"), "--output", str(tmp_path)])
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    with pytest.raises(SystemExit, match=f"Not a directory: .*{file.name}|File exists: .*{file.name}"):
+        main(["--config", str(write_config(tmp_path)), "--output", str(file / "x.json")])
+
+
+def test_the_folder_of_the_output_is_made(tmp_path, write_corpus):
+    write_corpus(3)
+    output = tmp_path / "runs" / "tokenizers" / "t.json"
+    assert main(["--config", str(write_config(tmp_path)), "--vocab-size", "300", "--output", str(output)]) == 0
+    assert load_tokenizer(str(output)).vocab_size <= 300
 
 
 def test_options_are_not_abbreviated(tmp_path, write_corpus):

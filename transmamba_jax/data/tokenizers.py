@@ -372,7 +372,8 @@ def load_tokenizer(spec: str, end_of_document: str | None = None) -> Tokenizer:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else error
         raise ValueError(
-            f"data.tokenizer must be 'bytes' or the path of a tokenizer.json; cannot read '{show_path(spec)}': {reason}"
+            "data.tokenizer must be 'bytes' or a tokenizer.json, which `transmamba train-tokenizer` writes; "
+            f"cannot read '{show_path(spec)}': {reason}"
         ) from None
     return JsonTokenizer(text, show_path(spec), end_of_document)
 

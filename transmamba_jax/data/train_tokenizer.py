@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transmamba_jax.config_io import load_config
 from transmamba_jax.data.held_out import training_documents
 from transmamba_jax.data.tokenizers import END_OF_DOCUMENT, JsonTokenizer
-from transmamba_jax.runtime import logs, storage
+from transmamba_jax.runtime import logs
 from transmamba_jax.runtime.checks import require
 from transmamba_jax.runtime.paths import option_path
 
@@ -61,10 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(arguments)
     output = options.output
     try:
-        there = storage.is_remote(output) or output.parent.is_dir()  # a folder of a bucket is there with its first file
-        require(there, f"--output {output}: there is no folder {output.parent}; make it first")
         require(not output.is_dir(), f"--output {output} is a folder; name a file in it")
         config = load_config(options.config, overrides)
+        output.parent.mkdir(parents=True, exist_ok=True)
         documents = training_documents(config.data, options.max_bytes)
         text = train(documents, options.vocab_size)
         output.write_text(text, encoding="utf-8")

@@ -205,8 +205,14 @@ def make_train_step(
         ValueError: the batch does not divide over the devices.
     """
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
-    step, scale = _step_function(config, model, tx), config.optimizer.learning_rate_scale
-    return _jit(lambda state, batch: step(state, batch, scale), config, model, mesh)
+    step = _step_function(config, model, tx)
+
+    def scaled(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # XLA folds a constant into the sums and rounds otherwise than `compile_train_step`, where this is an argument.
+        scale = jax.lax.optimization_barrier(jnp.float32(config.optimizer.learning_rate_scale))
+        return step(state, batch, scale)
+
+    return _jit(scaled, config, model, mesh)
 
 
 _shared: contextvars.ContextVar[dict[Any, jax.stages.Compiled] | None] = contextvars.ContextVar("_shared", default=None)
