@@ -51,13 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="transmamba train-tokenizer",
         description="Train a byte-level BPE tokenizer on the training split of a config's data source. Further "
         "arguments override the config, as for train.py: --data.source 'text:books/*.txt'.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,  # the config's options begin like these
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML experiment; its data section is read")
-    parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="largest number of ids")
-    parser.add_argument("--output", type=option_path, default="tokenizer.json", metavar="FILE", help="file to write")
-    parser.add_argument("--max-bytes", type=int, default=10**9, metavar="N", help="bytes of text to read")
+    parser.add_argument(
+        "--vocab-size", type=int, default=4096, metavar="N", help="largest number of ids (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        type=option_path,
+        default="tokenizer.json",
+        metavar="FILE",
+        help="file to write (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, default=10**9, metavar="N", help="bytes of text to read (default: %(default)s)"
+    )
     options, overrides = parser.parse_known_args(arguments)
     output = options.output
     try:

@@ -59,7 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="transmamba write-records",
         description="Write the documents of a config's data source into array_record files. Further arguments override "
         "the config, as for train.py: --data.source 'parquet:books/*.parquet'.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,  # the config's options begin like these
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML experiment; its data section is read")
@@ -68,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--split",
         default="all",
         metavar="NAME",
-        help="split to write; a source with its own splits needs one",
+        help="split to write; a source with its own splits needs one (default: %(default)s)",
     )
-    parser.add_argument("--shards", type=int, default=1, metavar="N", help="files to write")
+    parser.add_argument("--shards", type=int, default=1, metavar="N", help="files to write (default: %(default)s)")
     options, overrides = parser.parse_known_args(arguments)
     try:
         require(options.shards >= 1, f"--shards must be >= 1, found {options.shards}")

@@ -18,7 +18,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="transmamba export",
         description="Write a checkpoint as a folder of safetensors, config, tokenizer and programs (StableHLO).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -35,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         default=list(stablehlo.PLATFORMS),
         metavar="NAME",
-        help="platforms that the programs are compiled for; none: no programs",
+        help=f"platforms to compile the programs for (default: {' '.join(stablehlo.PLATFORMS)}); none: no programs",
     )
     return parser
 

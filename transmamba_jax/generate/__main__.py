@@ -28,14 +28,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="transmamba generate",
         description="Continue a text with a checkpoint, as it comes. Without --prompt, in a terminal: a session.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     command_options.add_arguments(parser)
     add("--prompt", default=None, metavar="TEXT", help="text to continue; -: read standard input")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to add")
-    add("--temperature", type=float, default=0.8, help="divides the logits; 0: always the most likely token")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to add (default: %(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="divides the logits; 0: always the most likely token (default: %(default)s)",
+    )
     add("--top-k", type=int, default=None, metavar="K", help="sample among the K most likely tokens")
     add("--top-p", type=float, default=None, metavar="P", help="among the fewest whose probabilities reach P")
     add(
@@ -48,14 +52,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="above 1: make tokens less likely that are there already",
     )
-    add("--seed", type=int, default=0, help="random seed of the sampling")
+    add("--seed", type=int, default=0, help="random seed of the sampling (default: %(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add(
         "--prefill-chunk-size",
         type=int,
         default=PREFILL_CHUNK_SIZE,
         metavar="N",
-        help="prompt tokens read at a time, which bounds the memory of a long prompt",
+        help="prompt tokens read at a time, which bounds the memory of a long prompt (default: %(default)s)",
     )
     return parser
 
