@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -120,11 +121,41 @@ def test_differences_by_seed_leave_out_what_seeds_do_to_all_arms(study, out, cap
     by_arm = dict(line.split(maxsplit=1) for line in lines[1:])
     # The stand-in's accuracy has the same share of the seed in every arm.
     assert by_arm.keys() == {"attention/n2", "attention/n4", "ssm/n4"}
-    assert all(value.endswith("± 0.0000") for value in by_arm.values())
+    assert all(value.endswith("± 0.0000 (5 seeds)") for value in by_arm.values())
     assert main(["report", str(out), "--against", "ssm/n2"]) == 0
     assert capsys.readouterr().out.splitlines() == lines
     assert main(["report", str(out), "--against", "ssm"]) == 2
     assert "--against must be one of attention/n2, " in capsys.readouterr().err
+
+
+def test_two_seeds_have_dots_and_three_an_interval(study, out):
+    records = results.reported(study, results.read_results(study, out))["attention/n2"]
+    for count in (2, 3):
+        axes = Figure().add_subplot()
+        assert figures.DRAWINGS["curves"](axes, study, records[:count], {})
+        ((_, caps, _),) = axes.containers
+        reach = [abs(float(high) - float(low)) for low, high in zip(*(cap.get_ydata() for cap in caps), strict=True)]
+        assert any(reach) == (count == 3)
+        dots = [line for line in axes.lines if line.get_marker() == "o" and line.get_linestyle() == "None"]
+        assert len(dots) == (count == 2)
+
+
+def test_a_seed_that_diverged_leaves_a_gap_in_the_curve(study, out):
+    records = json.loads(json.dumps(results.reported(study, results.read_results(study, out))["attention/n2"]))
+    records[0]["curve"][-1][1] = None
+    axes = Figure().add_subplot()
+    assert figures.DRAWINGS["curves"](axes, study, records, {})
+    ((line, *_),) = axes.containers
+    finite = np.isfinite(np.asarray(line.get_ydata(), float))
+    assert finite.tolist() == [True] * (len(finite) - 1) + [False]
+
+
+def test_only_shares_have_bars_from_zero(study, out):
+    records = results.read_results(study, out)
+    for better, bars in (("higher", True), ("lower", False)):
+        axes = Figure().add_subplot()
+        assert figures.DRAWINGS["bars"](axes, dataclasses.replace(study, better=better), records, {})
+        assert bool(axes.patches) == bars
 
 
 def test_a_study_without_results_is_refused(study, tmp_path):

@@ -58,7 +58,7 @@ def test_rates_of_an_earlier_study_are_reported_without_a_search(tmp_path, train
     assert {name.split("/report-")[0] for name in trainer.trained} == set(CHOSEN)
     assert all("/report-rate0.03-" in name for name in trainer.trained if name.startswith("ssm/n4"))
     text = (report.write_report(study, tmp_path / "out").parent / "table.md").read_text(encoding="utf-8")
-    assert "chosen for each arm by the search of an earlier study; reported on 5 other seeds" in text
+    assert "given in the study's file, whose header says why; reported on 5 seeds" in text
     assert "![rates]" not in text
 
 

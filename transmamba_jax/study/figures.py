@@ -24,6 +24,9 @@ _COLOURS = (
     "#8a6d3b",
     "#22272e",
 )
+_FEWEST = 3
+"""Seeds from which on an interval is drawn: that of two says next to nothing."""
+
 _SALT = "transmamba"  # makes the ids of an SVG, and so the file, the same every time
 
 Drawing = Callable[[Any, Study, Sequence[Record], dict[str, Choice]], bool]
@@ -55,13 +58,13 @@ def draw(study: Study, records: Sequence[Record], choices: dict[str, Choice], ou
 
 def _bars(axes: Any, study: Study, records: Sequence[Record], _: dict[str, Choice]) -> bool:
     """Draw each arm's mean and interval, and a dot for each seed."""
-    arms = results.reported(study, records)
+    arms, shares = results.reported(study, records), _are_shares(study, records)
     for place, found in enumerate(arms.values()):
         value = results.interval([results.metric_of(study, record) for record in found])
         colour = _COLOURS[place % len(_COLOURS)]
-        half = None if math.isnan(value.half_width) else value.half_width
-        axes.bar(place, _shown(value.mean), 0.65, color=colour, alpha=0.35)
-        axes.errorbar(place, _shown(value.mean), half, color=colour, capsize=5, linewidth=1.6)
+        if shares:  # of other metrics zero is no value, and bars from there would hide the differences
+            axes.bar(place, _shown(value.mean), 0.65, color=colour, alpha=0.35)
+        axes.errorbar(place, _shown(value.mean), _half(value), color=colour, marker="_", capsize=5, linewidth=1.6)
         spread = np.linspace(-0.18, 0.18, len(found)) if len(found) > 1 else [0.0]
         axes.plot(place + np.asarray(spread), list(map(_shown, value.values)), "o", color=colour, markersize=3.5)
     axes.set_xticks(range(len(arms)), [arm.replace("/", "\n") for arm in arms], rotation=20, ha="right")
@@ -76,8 +79,7 @@ def _curves(axes: Any, study: Study, records: Sequence[Record], _: dict[str, Cho
         points: dict[float, list[float]] = {}
         for record in found:
             for examples, value in record["curve"]:
-                if value is not None:
-                    points.setdefault(examples, []).append(value)
+                points.setdefault(examples, []).append(math.inf if value is None else value)
         _line(axes, sorted(points.items()), arm, place)
     if study.target is not None:
         axes.axhline(study.target, color="#8a929a", linewidth=0.9, linestyle=(0, (4, 3)))
@@ -95,10 +97,9 @@ def _time(axes: Any, study: Study, records: Sequence[Record], _: dict[str, Choic
             if record["tokens_per_second"]:
                 seconds_per_row = record["config"]["data"]["seq_len"] / record["tokens_per_second"]
                 for examples, value in record["curve"]:
-                    if value is not None:
-                        seconds, values = points.setdefault(examples, ([], []))
-                        seconds.append(examples * seconds_per_row)
-                        values.append(value)
+                    seconds, values = points.setdefault(examples, ([], []))
+                    seconds.append(examples * seconds_per_row)
+                    values.append(math.inf if value is None else value)
         line = [(sum(seconds) / len(seconds), values) for _, (seconds, values) in sorted(points.items())]
         _line(axes, line, arm, place)
     axes.set(xlabel="seconds of training steps", ylabel=study.metric, title=f"{study.name}: equal time")
@@ -115,7 +116,7 @@ def _rates(axes: Any, study: Study, records: Sequence[Record], choices: dict[str
         for record in search:
             if record["arm"] == arm:
                 points.setdefault(record["learning_rate"], []).append(results.metric_of(study, record))
-        _line(axes, sorted(points.items()), arm, place)
+        _line(axes, sorted(points.items()), arm, place, fewest=math.inf)  # intervals of three seeds hide one another
         if arm in choices:
             chosen = _shown(dict(choices[arm].means)[choices[arm].rate])
             colour = _COLOURS[place % len(_COLOURS)]
@@ -189,11 +190,15 @@ def _measures(axes: Any, study: Study, records: Sequence[Record], _: dict[str, C
     return bool(arms and fields)
 
 
-def _limit(axes: Any, study: Study, records: Sequence[Record]) -> None:
-    """Show shares from 0 to 1; an interval over two or three seeds reaches far beyond."""
+def _are_shares(study: Study, records: Sequence[Record]) -> bool:
     values = [results.metric_of(study, record) for record in records if record["error"] is None]
-    if study.better == "higher" and all(0 <= value <= 1 for value in values if math.isfinite(value)):
-        axes.set_ylim(0, 1.03)
+    return study.better == "higher" and all(0 <= value <= 1 for value in values if math.isfinite(value))
+
+
+def _limit(axes: Any, study: Study, records: Sequence[Record]) -> None:
+    """Show shares from 0 to 1, and what of an interval lies a little beyond."""
+    if _are_shares(study, records):
+        axes.set_ylim(0, min(max(1.03, axes.get_ylim()[1]), 1.2))
 
 
 def _shown(value: float) -> float:
@@ -201,16 +206,35 @@ def _shown(value: float) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def _line(axes: Any, points: Sequence[tuple[float, list[float]]], label: str, place: int, linestyle: str = "-") -> None:
-    """Draw a line through the means, with the intervals of places that have several values."""
+def _half(value: results.Interval, fewest: float = _FEWEST) -> float:
+    """Return what is drawn of an interval to each side of its mean."""
+    return 0.0 if len(value.values) < fewest or math.isnan(value.half_width) else value.half_width
+
+
+def _line(
+    axes: Any,
+    points: Sequence[tuple[float, list[float]]],
+    label: str,
+    place: int,
+    linestyle: str = "-",
+    fewest: float = _FEWEST,
+) -> None:
+    """Draw a line through the means; at each place an interval, or a dot for each of fewer values than `fewest`.
+
+    A mean that is not finite is left out.
+    """
     if not points:
         return
     values = [results.interval(found) for _, found in points]
-    halves = [0.0 if math.isnan(value.half_width) else value.half_width for value in values]
+    halves = [_half(value, fewest) for value in values]
     places = [at for at, _ in points]
-    options: dict[str, Any] = {"color": _COLOURS[place % len(_COLOURS)], "marker": "o", "markersize": 4}
+    colour = _COLOURS[place % len(_COLOURS)]
+    options: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 4}
     options |= {"label": label, "capsize": 3, "linewidth": 1.5, "linestyle": linestyle}
     axes.errorbar(places, [_shown(value.mean) for value in values], halves, **options)
+    dots = [(at, _shown(each)) for at, found in points if 1 < len(found) < fewest for each in found]
+    if dots:
+        axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=3, alpha=0.45)
 
 
 def _legend(axes: Any) -> None:

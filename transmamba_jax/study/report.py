@@ -141,7 +141,8 @@ def differences(study: Study, folder: Path, against: str) -> list[str]:
     lines = [f"{study.metric} less that of {against}, by seed"]
     for arm, values in by_seed.items():
         shared = [value - base[seed] for seed, value in values.items() if seed in base]
-        lines.append(f"{arm:<32}{format_interval(results.interval(shared)) if shared else 'no seed in common'}")
+        found = f"{format_interval(results.interval(shared))} ({len(shared)} seeds)" if shared else "no seed in common"
+        lines.append(f"{arm:<32}{found}")
     return lines
 
 
@@ -195,10 +196,11 @@ def _notes(study: Study, records: Sequence[Record], choices: dict[str, Choice]) 
 
 
 def _facts(study: Study, records_path: str) -> list[tuple[str, str]]:
-    reported = f"reported on {len(study.seeds)} other seeds and the {study.report_split} split"
+    seeds = f"{len(study.seeds)} {'' if study.chosen_rates else 'other '}seeds"
+    reported = f"reported on {seeds} and the {study.report_split} split"
     grid = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     searched = f"of {grid}, chosen for each arm over {len(study.search_seeds)} seeds on the {study.search_split} split"
-    rates = "chosen for each arm by the search of an earlier study" if study.chosen_rates else searched
+    rates = "given in the study's file, whose header says why" if study.chosen_rates else searched
     return [
         ("Question", study.question),
         ("Claim", f"{study.claim} ({study.source})"),
