@@ -168,8 +168,8 @@ class TransMamba(nn.Module):
         """Return the logits of the token after each position.
 
         Args:
-            tokens: int32 ids in 0..V-1. Others are not refused inside a compiled program: they read the nearest row of
-                the embedding.
+            tokens: int32 ids in 0..V-1. Others are not refused inside a compiled program: from V on they read the last
+                row of the embedding, and negative ones count from its end, as an index does.
             transpoints: None: the config's schedule; a tuple of ints: that schedule, repeated over the layers
                 (compiled for it); an int array [L] or [L, B]: one TransPoint per layer, or per layer and row, that may
                 be traced and changes without compiling again.

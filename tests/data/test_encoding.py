@@ -128,6 +128,17 @@ def test_a_tokenizer_that_cannot_be_cut_is_refused_with_how_to_split(tmp_path: P
         list(itertools.islice(train_batches(config, counting()), 500))
 
 
+def test_a_document_may_end_within_the_token_at_the_end_of_a_part(tmp_path: Path):
+    tokenizer = unigram()
+    text = (prose(PART) + "x" * PART)[: PART - 2] + "tre"  # no token begins in the last byte
+    (tmp_path / "a.txt").write_text(text)
+    documents = open_documents(config_for(tmp_path), "all")
+    parts = encoding.EncodeInParts(documents, tokenizer).flat_map(0)
+    assert len(parts) == 2
+    joined = np.concatenate([part["tokens"] for part in parts]).view(encoding.TOKEN)
+    np.testing.assert_array_equal(joined, encoding.encode_document(tokenizer, text.encode()))
+
+
 def test_bytes_that_are_not_utf8_are_named_by_their_place_in_the_file(tmp_path: Path):
     data = bytearray(write_long(tmp_path)[-1])
     place = data.index(b"x1", 3 * PART + 100)

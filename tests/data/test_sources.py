@@ -167,6 +167,19 @@ def test_take_stops_behind_the_document_that_reaches_the_limit(tmp_path):
     assert len(list(take(documents, 100, stride=2))) == 3
 
 
+def test_no_more_than_some_record_files_are_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "OPEN_FILES", 2)
+    for number in range(5):
+        write_records(tmp_path / f"{number}.array_record", [b"%d" % number] * 2)
+    documents = open_documents(DataConfig(source=f"array_record:{tmp_path}/*"), "all")
+    for index in [*range(10), 0, 9]:
+        assert documents[index] == b"%d" % (index // 2)
+        assert len(documents.reader()) <= 2
+    (tmp_path / "3.array_record").unlink()
+    with pytest.raises(ValueError, match=r"record 0 of .*3\.array_record cannot be read: .*No such file"):
+        documents[6]
+
+
 def test_a_record_is_read_by_its_range(tmp_path, monkeypatch):
     """A list of one number takes time in proportion to the records of the whole file: 1,186 against 6 microseconds."""
     write_records(tmp_path / "a.array_record", [b"one", b"two", b"three"])

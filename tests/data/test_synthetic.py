@@ -153,6 +153,8 @@ def test_a_row_of_mqar_written_out():
         ("synthetic:recall?new=2", "Recall: new must be from 0 to 1, found 2"),
         ("synthetic:mqar?vocab=8&pairs=9", "pairs must be at most vocab / 2 - 1 = 3, found 9"),
         ("synthetic:phonebook?entries=30&letters=1", "1 letters make fewer names than entries=30"),
+        ("synthetic:phonebook?letters=14", "letters must be at most 13, found 14"),
+        ("synthetic:needle?depth=nan", "depth must be a number, found 'nan'"),
     ],
 )
 def test_a_bad_source_is_refused(source, message):

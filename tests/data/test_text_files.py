@@ -49,6 +49,14 @@ def test_plain_text_of_any_name_is_read(tmp_path: Path, name: str):
     assert open_documents(DataConfig(source=f"text:{tmp_path}/*"), "all")[0] == b"text"
 
 
+def test_a_byte_order_mark_is_none_of_the_text(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes("\ufeffé".encode())
+    documents = open_documents(DataConfig(source=f"text:{tmp_path}/*"), "all")
+    assert documents[0] == "é".encode()
+    assert documents.read_range(0, 0, 5) == "é".encode()
+    assert documents.read_range(0, 3, 5) == "é".encode()
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -5,6 +5,7 @@ row group at a time, as lines of JSON into the cache. A Hugging Face data set th
 rows are read in place, through a memory map.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -49,23 +50,35 @@ def _scan_parquet(writer: RowWriter, path: str, progress: tqdm) -> None:
         ValueError: it is no Parquet file or damaged, has not these fields, or a row is broken and not to be skipped.
     """
     names, size, done = writer.fields.names, os.path.getsize(path), 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file, open(writer.begin(path, copied=True), "wb") as copy:
-            _require_fields(writer.fields, path, file.schema_arrow)
-            offset = 0
-            for number, row in enumerate(_rows(file.iter_batches(_BATCH_ROWS, columns=names), names)):
-                line = b"\n"  # of a broken row: the number of a line is that of its row
-                if _checked(writer, path, number, row) is not None:
-                    line = json.dumps(row, ensure_ascii=False).encode() + line
-                    writer.add(offset, len(line), len(line))
-                copy.write(line)
-                offset += len(line)
-                if number % _BATCH_ROWS == 0:
-                    progress.update(size * number // file.metadata.num_rows - done)
-                    done = size * number // file.metadata.num_rows
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{show_path(path)} cannot be read as Parquet: {error}") from None
+    with _damage_is_reported(path):
+        file = pyarrow.parquet.ParquetFile(path)
+    with file, open(writer.begin(path, copied=True), "wb") as copy:
+        _require_fields(writer.fields, path, file.schema_arrow)
+        offset = 0
+        for number, row in enumerate(_parquet_rows(path, file, names)):
+            line = b"\n"  # of a broken row: the number of a line is that of its row
+            if _checked(writer, path, number, row) is not None:
+                line = json.dumps(writer.fields.kept(row), ensure_ascii=False).encode() + line
+                writer.add(offset, len(line), len(line))
+            copy.write(line)
+            offset += len(line)
+            if number % _BATCH_ROWS == 0:
+                progress.update(size * number // file.metadata.num_rows - done)
+                done = size * number // file.metadata.num_rows
     progress.update(size - done)
+
+
+def _parquet_rows(path: str, file: pyarrow.parquet.ParquetFile, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    with _damage_is_reported(path):
+        yield from _rows(file.iter_batches(_BATCH_ROWS, columns=names), names)
+
+
+@contextlib.contextmanager
+def _damage_is_reported(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:  # pyarrow raises the latter for pages that do not unpack
+        raise ValueError(f"{show_path(path)} cannot be read as Parquet: {error}") from None
 
 
 def open_hf(config: DataConfig, folder: str, split: str) -> Documents:
@@ -174,7 +187,10 @@ def _scan_arrow(writer: RowWriter, path: str, progress: tqdm) -> None:
     """
     names, size = writer.fields.names, os.path.getsize(path)
     writer.begin(path, copied=False)
-    file = ArrowFile.open(path)
+    try:
+        file = ArrowFile.open(path)
+    except OSError as error:
+        raise ValueError(str(error)) from None
     if file.batches:
         _require_fields(writer.fields, path, file.batches[0].schema)
     for number, (batch, start) in enumerate(zip(file.batches, file.starts, strict=False)):

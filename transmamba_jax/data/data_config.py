@@ -105,7 +105,8 @@ class DataConfig:
             )
         require(
             not self.mixture or self.source == DataConfig.source,
-            f"give data.source or data.mixture, found {self.source!r} and {', '.join(names)}",
+            f"give data.source or data.mixture, found {self.source!r} and {', '.join(names)}; --data.mixture without "
+            f"values takes the mixture of a config away, --data.source {DataConfig.source} its source",
         )
 
     @property

@@ -12,6 +12,12 @@ from transmamba_jax.data.tokenizers import Tokenizer, load_tokenizer
 PART_BYTES = 2**22
 """Bytes of a document beyond which it is read and encoded in parts, where its source can read parts."""
 
+OPEN_FILES = 128
+"""Files that a source keeps open: a process may often have 1,024, and a data set more."""
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""What programs for Windows put before UTF-8 text; it is none of it."""
+
 _SIGNATURES = {
     b"\x1f\x8b": "gzip: unpack it with gunzip",
     b"\x28\xb5\x2f\xfd": "Zstandard: unpack it with zstd -d",
@@ -22,6 +28,11 @@ _SIGNATURES = {
     b"\xfe\xff": "UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
     b"%PDF": "PDF: convert it with pdftotext",
 }
+
+
+def looks_like(data: bytes) -> str:
+    """Say what to do with the beginning of a file that is no text, for the end of a message; "" where it is unknown."""
+    return next((f"; it looks like {name}" for sign, name in _SIGNATURES.items() if data.startswith(sign)), "")
 
 
 class Documents:
@@ -62,8 +73,7 @@ class Documents:
             data.decode("utf-8")
         except UnicodeDecodeError as error:
             message = f"{error.reason} at byte offset {offset + error.start} (byte 0x{data[error.start]:02x})"
-            formats = [name for signature, name in _SIGNATURES.items() if offset == 0 and data.startswith(signature)]
-            hint = f"; it looks like {formats[0]}" if formats else ""
+            hint = looks_like(data) if offset == 0 else ""
             raise ValueError(f"{self.where(index)} is not UTF-8: {message}{hint}") from None
 
     def record(self, index: int) -> bytes:
@@ -196,6 +206,11 @@ class GivenDocuments(Documents):
                 f"{name} must be a sequence of documents, with len(documents) and documents[i], found "
                 f"{type(documents).__name__}; list(...) makes one of an iterator"
             )
+        if hasattr(documents, "iloc"):  # pandas: documents[i] is the row with the label i
+            raise ValueError(
+                f"{name} must be a sequence of documents, found a pandas {type(documents).__name__}; give the column "
+                "of texts as a list: frame['text'].tolist()"
+            )
         self._documents, self._name, self._config = documents, name, config
 
     def __len__(self) -> int:
@@ -206,13 +221,18 @@ class GivenDocuments(Documents):
         return f"document {index} of {self._name}"
 
     def _read(self, index: int) -> bytes:
-        document = self._documents[index]
+        try:
+            document = self._documents[index]
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"{self.where(index)} cannot be read: {type(error).__name__}: {error}") from error
         if isinstance(document, str):
             try:
                 return document.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise ValueError(f"{self.where(index)} is no Unicode text: {error.reason} at {error.start}") from None
-        return document if isinstance(document, bytes) else self._read_ids(index, document)
+        if isinstance(document, bytes):
+            return document
+        return bytes(document) if isinstance(document, bytearray | memoryview) else self._read_ids(index, document)
 
     def _read_ids(self, index: int, document: Any) -> TokenDocument:
         ids = np.asarray(document)

@@ -18,6 +18,9 @@ The bytes n of a token that is not trained on are written as ~n = -1 - n.
 _LEFT_BYTES = 2**12
 """Text before a cut within which the tokenizer has to agree that it is one."""
 
+_LAST_BYTES = 2**6
+"""Text after the end of the last but one part that may be a single token, and then belongs to that part."""
+
 _RIGHT_BYTES = 2**14
 """Text after the end of a part in which a cut is looked for."""
 
@@ -35,8 +38,10 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[bytes]) -> list[n
         if isinstance(document, CompletionDocument):
             encoded.append(_join_segments(document, found, end))
         else:
-            found = [_given_ids(document, *found[0])] if isinstance(document, TokenDocument) else found
-            encoded.append(_join(*found[0], document, end))
+            if isinstance(document, TokenDocument):
+                encoded.append(_join(*_given_ids(tokenizer, document, *found[0]), end))
+            else:
+                encoded.append(_join(*found[0], len(document), end))
     return encoded
 
 
@@ -49,7 +54,7 @@ def _join_segments(
 ) -> np.ndarray:
     """Return the tokens of parts that were encoded one by one; the end is trained on where the last part is."""
     ids, lengths = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    tokens = _join(ids, lengths, document, end).view(TOKEN)
+    tokens = _join(ids, lengths, len(document), end).view(TOKEN)
     learned = np.repeat([learned for _, learned in document.segments], [len(each) for each, _ in found])
     learned = np.append(learned, document.segments[-1][1])
     tokens["bytes"] = np.where(learned, tokens["bytes"], ~tokens["bytes"])
@@ -61,22 +66,33 @@ def encode_document(tokenizer: Tokenizer, document: bytes) -> np.ndarray:
     return encode_documents(tokenizer, [document])[0].view(TOKEN)
 
 
-def _join(ids: np.ndarray, lengths: np.ndarray, text: bytes, end: int | None) -> np.ndarray:
+def _join(ids: np.ndarray, lengths: np.ndarray, size: int, end: int | None) -> np.ndarray:
+    """Return tokens of a text of `size` bytes, and the end of its document."""
     tokens = np.empty(len(ids) + (end is not None), TOKEN)
     tokens["id"][: len(ids)] = ids
     tokens["bytes"][: len(ids)] = lengths
     if end is not None:
         # Text of which the tokenizer keeps nothing is part of the document too.
-        tokens[-1] = end, 1 + len(text) - int(lengths.sum())
+        tokens[-1] = end, 1 + size - int(lengths.sum())
     return tokens.view(np.int64)
 
 
-def _given_ids(document: TokenDocument, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids that were given, and their bytes: spread evenly where the tokenizer writes the text in other `ids`."""
+def _given_ids(
+    tokenizer: Tokenizer, document: TokenDocument, ids: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return ids that were given, their bytes, and the bytes of the document.
+
+    Where the tokenizer writes the text in other `ids`, each counts the bytes that it always has: ids that are no whole
+    characters are fewer bytes than their text. Where a tokenizer has no such bytes, the text's are spread evenly.
+    """
+    size = len(document)
     if not np.array_equal(ids, document.ids):
-        ends = np.arange(len(document.ids) + 1) * len(document) // max(1, len(document.ids))
-        lengths = np.diff(ends).astype(np.int32)
-    return document.ids, lengths
+        own = tokenizer.byte_lengths(document.ids)
+        if own is None:
+            ends = np.arange(len(document.ids) + 1) * size // max(1, len(document.ids))
+            own = np.diff(ends).astype(np.int32)
+        lengths, size = own, int(own.sum())
+    return document.ids, lengths, size
 
 
 class EncodeInParts(FlatMapTransform):
@@ -117,7 +133,7 @@ class _Parts(Sequence[dict[str, np.ndarray]]):
         self._documents.check_utf8(self._index, text, self._cut(part))
         ((ids, lengths),) = self._tokenizer.encode_counted([text])
         end = self._tokenizer.end_of_document if part == len(self) - 1 else None
-        return {"tokens": _join(ids, lengths, text, end)}
+        return {"tokens": _join(ids, lengths, len(text), end)}
 
     def _cut(self, part: int) -> int:
         """Return the byte offset at which a part begins: the first one near its place that changes no token."""
@@ -131,6 +147,8 @@ class _Parts(Sequence[dict[str, np.ndarray]]):
             left = region[first : _character_start(region, place - begin)].decode("utf-8")
             text = region[first:last].decode("utf-8")
             found = self._tokenizer.find_cut(text, len(left))
+            if found is None and self._size - place <= _LAST_BYTES:
+                found = len(text)  # the end of the document: the last part is empty
             if found is None:
                 raise ValueError(self._no_cut(place))
             self._cuts[part] = begin + first + len(text[:found].encode("utf-8"))

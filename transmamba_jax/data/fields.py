@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transmamba_jax.config import DataConfig
-from transmamba_jax.data.documents import CompletionDocument
+from transmamba_jax.data.documents import CompletionDocument, looks_like
 
 _SHOWN = 40
 """Characters of a wrong value that a message shows."""
@@ -88,6 +88,13 @@ class Fields:
         where = " and ".join(self.names)
         return CompletionDocument.of([(_encode(where, text), learned) for text, learned in segments])
 
+    def kept(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the document of a valid row is made of: of a message its role and its content."""
+        found = {name: row[name] for name in self.names}
+        if self.messages is not None:
+            found[self.messages] = [{key: each[key] for key in ("role", "content")} for each in row[self.messages]]
+        return found
+
     def _text(self, row: Mapping[str, Any], name: str) -> str:
         text = row.get(name)
         if isinstance(text, str):
@@ -105,7 +112,8 @@ def parse_json(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise RowError(f"is not JSON: {error}; each line must be an object of its own") from None
+        hint = looks_like(line) or "; each line must be an object of its own"
+        raise RowError(f"is not JSON: {error}{hint}") from None
 
 
 def _chat(name: str, messages: Any, template: str) -> list[Segment]:

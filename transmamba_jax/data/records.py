@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from array_record.python import array_record_module
 
 from transmamba_jax.config import DataConfig
-from transmamba_jax.data.documents import Documents, LazyDocuments
+from transmamba_jax.data.documents import OPEN_FILES, Documents, LazyDocuments
 from transmamba_jax.data.fields import Fields, RowError, parse_json
 from transmamba_jax.data.file_patterns import find_files
 from transmamba_jax.data.splits import SPLITS, RecordNumbers, records_of_split, require_name, too_few
@@ -55,6 +55,8 @@ class Records(LazyDocuments):
         position, record = self._locate(index)
         path, readers = self._ranges[position].path, self.reader()
         if path not in readers:
+            if len(readers) >= OPEN_FILES:
+                readers.pop(next(iter(readers))).close()
             readers[path] = _open_reader(path)
         # A range, not a list: read([i]) takes time in proportion to the records of the whole file.
         (data,) = readers[path].read(record, record + 1)
@@ -108,6 +110,8 @@ def _count_records(path: str) -> int:
 
 
 def _open_reader(path: str) -> array_record_module.ArrayRecordReader:
+    with open(path, "rb"):  # a file that is missing, forbidden or one too many says so here, and nothing below
+        pass
     reader = array_record_module.ArrayRecordReader(os.fsencode(path))  # bytes: the name need not be UTF-8
     if not reader.ok():  # it says no more, and has 0 records
         raise OSError("it is no array_record file, or cut off")

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from transmamba_jax.data.cache_folder import locked
-from transmamba_jax.data.documents import PART_BYTES, LazyDocuments
+from transmamba_jax.data.documents import OPEN_FILES, PART_BYTES, LazyDocuments
 from transmamba_jax.data.fields import Fields, RowError
 from transmamba_jax.data.splits import RecordNumbers
 from transmamba_jax.runtime.paths import show_path
@@ -32,7 +32,6 @@ VERSION = 1
 """Part of the name of an index: raised where what it holds changes."""
 
 _FLUSH_NUMBERS = 2**20
-_OPEN_FILES = 128
 _LOG = logging.getLogger(__name__)
 
 File = TypeVar("File")
@@ -241,7 +240,7 @@ class IndexedRows(LazyDocuments, Generic[File]):
     def _file(self, position: int) -> File:
         files: dict[int, File] = self.reader().files
         if position not in files:
-            if len(files) >= _OPEN_FILES:
+            if len(files) >= OPEN_FILES:
                 files.pop(next(iter(files)))  # closed with its last reference
             files[position] = self._open_file(self._index.files[position])
         return files[position]
@@ -263,8 +262,8 @@ class IndexedRows(LazyDocuments, Generic[File]):
         if not self._fields.completions_only:
             return document
         position, place = self._locate(index)
-        row = self._row(self._file(position), place)
-        return json.dumps({name: row[name] for name in self._fields.names}, ensure_ascii=False).encode()
+        row = self._fields.kept(self._row(self._file(position), place))
+        return json.dumps(row, ensure_ascii=False).encode()
 
     @property
     def has_long(self) -> bool:

@@ -12,6 +12,7 @@ that determines it (-1: none). Random access lets rows be shuffled, resumed and 
 
 import dataclasses
 import difflib
+import math
 import zlib
 from urllib.parse import parse_qsl
 
@@ -50,6 +51,8 @@ def parse(source: str) -> Task:
             raise ValueError(f"data.source {source!r}: {name} has no option {key!r}{_nearest(key, list(fields))}")
         try:
             options[key] = int(text) if fields[key] is int else float(text)
+            if not math.isfinite(options[key]):
+                raise ValueError
         except ValueError:
             kind = "an integer" if fields[key] is int else "a number"
             raise ValueError(f"data.source {source!r}: {key} must be {kind}, found {text!r}") from None

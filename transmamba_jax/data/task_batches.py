@@ -5,7 +5,8 @@ import numpy as np
 
 from transmamba_jax.config import DataConfig
 from transmamba_jax.data import synthetic, task_rows, tasks
-from transmamba_jax.data.tokenizers import ByteTokenizer, SymbolTokenizer, Tokenizer, load_tokenizer
+from transmamba_jax.data.symbol_tokenizer import SymbolTokenizer
+from transmamba_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
 

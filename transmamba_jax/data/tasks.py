@@ -15,6 +15,7 @@ import numpy as np
 from transmamba_jax.data.task_rows import Row, Task, Writer
 
 _LETTERS = 26
+_MOST_LETTERS = 13  # of a name: as a number it is an int64
 _DIGITS = 10
 
 
@@ -164,6 +165,8 @@ class Phonebook:
         _at_least(self, entries=1, letters=1, digits=1, queries=1)
         if self.entries > _LETTERS**self.letters:
             raise ValueError(f"phonebook: {self.letters} letters make fewer names than entries={self.entries}")
+        if self.letters > _MOST_LETTERS:
+            raise ValueError(f"phonebook: letters must be at most {_MOST_LETTERS}, found {self.letters}")
         if self.queries > self.entries:
             raise ValueError(f"phonebook: queries={self.queries} must not exceed entries={self.entries}")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transmamba_jax.config import DataConfig
-from transmamba_jax.data.documents import PART_BYTES, Documents
+from transmamba_jax.data.documents import BYTE_ORDER_MARK, PART_BYTES, Documents
 from transmamba_jax.data.file_patterns import find_files
 from transmamba_jax.data.registry import is_registered
 from transmamba_jax.data.splits import SPLITS, require_name, split_of, too_few
@@ -47,7 +47,7 @@ class TextFiles(Documents):
 
     def _read(self, index: int) -> bytes:
         try:
-            return Path(self._paths[index]).read_bytes()
+            return Path(self._paths[index]).read_bytes().removeprefix(BYTE_ORDER_MARK)
         except OSError as error:
             raise OSError(error.strerror) from error  # without the name, whose bytes may not be printable
 
@@ -74,7 +74,7 @@ class TextFiles(Documents):
             raise ValueError(f"{self.where(index)} cannot be read: {error.strerror}") from error
         if len(data) < min(stop, self._sizes[index]) - start:
             raise ValueError(f"{self.where(index)} became shorter than its {self._sizes[index]:,} bytes at the start")
-        return data
+        return data if start else data.removeprefix(BYTE_ORDER_MARK)
 
 
 def open_text(config: DataConfig, pattern: str, split: str) -> Documents:

@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import processors
 
+from transmamba_jax.data.symbol_tokenizer import SymbolTokenizer
 from transmamba_jax.runtime.paths import expand_path, show_path
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -47,6 +48,9 @@ class Tokenizer(Protocol):
 
         The bytes add up to `len(text)` whatever the tokenizer adds or drops; only a text without ids has none.
         """
+
+    def byte_lengths(self, ids: np.ndarray) -> np.ndarray | None:
+        """Return the bytes that each id stands for in any text, int32 [T]; None: they depend on the text."""
 
     def find_cut(self, text: str, start: int) -> int | None:
         """Return a position from `start` on where cutting `text` leaves its ids as they are; None: there is none."""
@@ -85,6 +89,10 @@ class ByteTokenizer:
             for text in texts
         ]
 
+    def byte_lengths(self, ids: np.ndarray) -> np.ndarray:
+        """Return ones, int32 [T]."""
+        return np.ones(len(ids), np.int32)
+
     def find_cut(self, text: str, start: int) -> int | None:
         """Return `start`: bytes do not depend on one another."""
         return min(start, len(text))
@@ -102,62 +110,11 @@ class ByteTokenizer:
         return json.dumps({"tokenizer": "bytes"})
 
 
-class SymbolTokenizer:
-    """The ids of a synthetic task, written as numbers with spaces between them."""
-
-    end_of_document = 0
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def encode(self, text: str) -> list[int]:
-        """Read numbers with spaces between them.
-
-        Raises:
-            ValueError: something else is in the text, or a number is not an id.
-        """
-        words = text.split()
-        bad = [word for word in words if not word.isdecimal() or int(word) >= self.vocab_size]
-        if bad:
-            raise ValueError(f"text of a synthetic task must be ids 0..{self.vocab_size - 1}, found {bad[0]!r}")
-        return [int(word) for word in words]
-
-    def encode_document(self, document: bytes) -> np.ndarray:
-        """Return the ids of a document and the end-of-document id, int32 [T]."""
-        return np.array([*self.encode(document.decode()), self.end_of_document], np.int32)
-
-    def encode_counted(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the ids of each text and the bytes of each number with the spaces before it, int32 [T] both."""
-        return [self._counted(text) for text in texts]
-
-    def _counted(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.array(self.encode(text.decode()), np.int32)
-        ends = np.array([match.end() for match in re.finditer(rb"\d+", text)], np.int32)
-        ends[-1:] = len(text)
-        return ids, np.diff(ends, prepend=np.int32(0))
-
-    def find_cut(self, text: str, start: int) -> int | None:
-        """Return the place of the first space from `start` on."""
-        place = text.find(" ", start)
-        return None if place < 0 else place
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Write ids as numbers; those from `vocab_size` on, which a padded vocabulary has, are left out."""
-        return " ".join(str(int(token)) for token in ids if 0 <= token < self.vocab_size)
-
-    def decode_stable(self, ids: Sequence[int]) -> str:
-        """Write ids as numbers: what stands there stays."""
-        return self.decode(ids)
-
-    def to_json(self) -> str:
-        """Return a text that `tokenizer_from_json` reads back."""
-        return json.dumps({"tokenizer": "symbols", "vocab_size": self.vocab_size})
-
-
 class JsonTokenizer:
     """A `tokenizer.json` of the tokenizers library.
 
-    Text that spells a special token stays text.
+    Text that spells a special token stays text, but where the tokenizer's own model has the spelling as a piece, as
+    those of T5 (Unigram) have `</s>`.
 
     A document ends with the added token that `end_of_document` names; else with the one that the post-processor puts
     behind a text and nothing else; else with the first that is there of a few known names. A named one is given to the
@@ -225,9 +182,9 @@ class JsonTokenizer:
         Ids of a byte-level vocabulary have lengths of their own. Others may add a space, change characters or drop
         some, so bytes are counted from the end of the token before to the end of the token.
         """
-        if self._byte_lengths is None:
+        if self._id_bytes is None:
             return [self._count(text) for text in texts]
-        found = [(ids, self._byte_lengths[ids]) for ids in self._encode_fast(texts)]
+        found = [(ids, self._id_bytes[ids]) for ids in self._encode_fast(texts)]
         return [
             (ids, lengths) if int(lengths.sum()) == len(text) else self._count(text)
             for text, (ids, lengths) in zip(texts, found, strict=True)
@@ -243,8 +200,12 @@ class JsonTokenizer:
         ends[-1:] = len(text)
         return ids, np.diff(np.maximum.accumulate(ends), prepend=0).astype(np.int32)
 
+    def byte_lengths(self, ids: np.ndarray) -> np.ndarray | None:
+        """Return the bytes of ids of a byte-level vocabulary, int32 [T]; None for others."""
+        return None if self._id_bytes is None else self._id_bytes[ids]
+
     @functools.cached_property
-    def _byte_lengths(self) -> np.ndarray | None:
+    def _id_bytes(self) -> np.ndarray | None:
         """Bytes per id of a byte-level vocabulary, int32 [V]; None where it adds a space to a text, and for others."""
         if "ByteLevel" not in _decoder_kinds(json.loads(self.to_json())["decoder"]):
             return None
