@@ -32,7 +32,7 @@ def test_copies_are_found_as_by_comparing_every_pair_of_ngrams():
                 and (row[end - ngram + 1 : end + 1] == row[target - ngram + 1 : target + 1]).all()
             ]
             expected.append(target - max(ends) if ends else 0)
-        assert copy_distances(row, ngram).tolist() == expected
+        assert copy_distances(row, ngram=ngram).tolist() == expected
         assert max(expected) > 0
 
 
@@ -49,6 +49,14 @@ def test_classes_partition_the_targets():
         "copy_513_2048": [7, 8],
         "copy_2049_on": [9],
     }
+
+
+def test_a_copy_is_of_the_same_document():
+    row = np.array([1, 2, 1, 2, 3, 1, 2, 1, 2, 1, 2], np.int32)
+    segments = np.array([1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3], np.int32)
+    assert copy_distances(row, ngram=2).tolist() == [0, 0, 2, 0, 0, 3, 5, 2, 2, 2]
+    assert copy_distances(row, segments, ngram=2).tolist() == [0, 0, 2, 0, 0, 0, 0, 2, 0, 0]
+    assert copy_distances(row, np.ones_like(segments), ngram=2).tolist() == copy_distances(row, ngram=2).tolist()
 
 
 def test_planted_targets_repeat_the_span_at_their_distance():

@@ -47,10 +47,11 @@ def test_a_run_leaves_its_files_and_a_second_start_only_reports_them(make, capsy
     } <= training[-1].keys()
     held_out = [line for line in lines_of(settings) if "eval/loss" in line]
     assert [line["step"] for line in held_out] == [5, 10]
-    assert {"baseline/order2_bits_per_byte", "baseline/gzip_bits_per_byte"} <= held_out[-1].keys()
+    last = lines_of(settings)[-1]
+    assert {"baseline/order2_bits_per_byte", "baseline/gzip_bits_per_byte"} <= last.keys()
     assert (folder / "report" / "loss.png").exists()
     before = capsys.readouterr().out
-    order2, gzip = (held_out[-1][f"baseline/{name}_bits_per_byte"] for name in ("order2", "gzip"))
+    order2, gzip = (last[f"baseline/{name}_bits_per_byte"] for name in ("order2", "gzip"))
     bits = f"{held_out[-1]['eval/bits_per_byte']:.4f} bits per byte"
     result = f"held out    {bits}; byte model of order 2 {order2:.4f}, gzip -9 {gzip:.4f}\n"
     assert result in before

@@ -55,8 +55,8 @@ def test_a_resumed_run_takes_back_what_lies_beyond_its_step(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
     with MetricsWriter(tmp_path, 2) as writer:
-        assert writer.has_evaluation(2)
-        assert not writer.has_evaluation(1)
+        assert writer.has(2, "eval/loss")
+        assert not writer.has(1, "eval/loss")
         writer.write({"step": 3, "loss": 9.0})
     expected = [
         {"step": 1, "loss": 0.5},

@@ -46,3 +46,10 @@ def test_a_padded_vocabulary_is_sampled_as_text(monkeypatch):
     sampled = sample.sample_text(config, model, data.load_tokenizer("bytes"), state, step=3)
     assert sampled.count("--- model\n") == sample.PROMPTS
     assert all(len(part.split("\n--- prompt")[0].strip()) > 0 for part in sampled.split("--- model\n")[1:])
+
+
+def test_a_prompt_is_of_one_document():
+    text = b"\0".join(b"story %d of a fox\nand more" % index for index in range(300))
+    pieces = sample._pieces(text)
+    assert not any("\0" in piece for piece in pieces)
+    assert all(piece for piece in pieces)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -259,6 +260,22 @@ def test_another_tokenizer_is_refused_unless_in_part(make, old, capsys, monkeypa
         train(make("new", train=begin))
     assert train(make("new", train={**begin, "init_partial": True})) == 0
     assert "data.tokenizer differs from the tokenizer of the source" in capsys.readouterr().out
+
+
+def test_the_parameters_of_a_programs_own_model_are_not_taken_for_plain_ones(make, old, monkeypatch, capsys):
+    read = starting_points.checkpoint.restore
+
+    def own(*arguments, **options):
+        saved = read(*arguments, **options)
+        given = dataclasses.replace(saved.config.train, given_model="TransMamba(attention=linear)")
+        return dataclasses.replace(saved, config=dataclasses.replace(saved.config, train=given))
+
+    monkeypatch.setattr(starting_points.checkpoint, "restore", own)
+    words = r"are those of TransMamba\(attention=linear\), and the model here is a plain one"
+    with pytest.raises(ValueError, match=words + ". --train.init-partial True starts nevertheless"):
+        train(make("new", train={"init_from": old.workdir}))
+    assert train(make("new", train={"init_from": old.workdir, "init_partial": True, "steps": 1})) == 0
+    assert re.search(words, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -171,10 +171,14 @@ class Checkpointer:
             raise self._failure(step, error) from error
         self.newest = step
 
-    def close(self) -> None:
-        """Wait for the save under way, raise its error, and stop the background thread."""
+    def close(self, failing: bool = False) -> None:
+        """Wait for the save under way; raise its error, or log it where the run is `failing` by another one."""
         try:
             self.wait()
+        except SaveError as error:
+            if not failing:
+                raise
+            hosts.log_first(str(error), level=logging.ERROR)
         finally:
             self._thread.shutdown()
 
@@ -363,8 +367,12 @@ def _load_verified(folder: Path, manifest: Manifest, targets: dict[str, jax.Shap
         for item in trees.ITEMS:
             of_item = {path: target for path, target in targets.items() if path.startswith(f"{item}/")}
             if of_item:
+                args = {
+                    path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+                    for path, leaf in of_item.items()
+                }
                 try:
-                    arrays |= trees.flat(_load(folder / item, _restore_args(of_item)), item)
+                    arrays |= trees.flat(_load(folder / item, args), item)
                 except DamagedError:
                     manifests.raise_if(_bad_leaves(folder, manifest, of_item))
                     raise
@@ -372,13 +380,6 @@ def _load_verified(folder: Path, manifest: Manifest, targets: dict[str, jax.Shap
     different = [path for path in arrays if found[path] != manifest.leaves[path].checksum]
     manifests.raise_if([f"{path} has other values than were saved" for path in different])
     return arrays
-
-
-def _restore_args(targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    return {
-        path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
-        for path, leaf in targets.items()
-    }
 
 
 def _load(folder: Path, restore_args: dict[str, Any]) -> Any:

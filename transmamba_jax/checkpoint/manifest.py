@@ -222,12 +222,21 @@ def write(folder: Path, step: int, eval_loss: float | None, leaves: dict[str, Le
     """
     names = [name for name in storage.files_below(folder) if name != FILE]
     described = storage.map_files(_describe, [folder / name for name in names])
-    content = {
-        "step": step,
-        "eval_loss": eval_loss,
-        "leaves": {path: dataclasses.asdict(leaf) for path, leaf in leaves.items()},
-        "files": dict(zip(names, described, strict=True)),
-    }
+    _put(folder, Manifest(step, eval_loss, leaves, dict(zip(names, described, strict=True))))
+
+
+def set_loss(folder: Path, loss: float) -> None:
+    """Change the held-out loss in the manifest of a step, atomically.
+
+    Raises:
+        DamagedError: there is no manifest, or it is not what was written.
+        OSError: it cannot be written.
+    """
+    _put(folder, dataclasses.replace(read(folder), eval_loss=loss))
+
+
+def _put(folder: Path, manifest: Manifest) -> None:
+    content = dataclasses.asdict(manifest)
     text = json.dumps({**content, "checksum": _checksum_content(content)}, indent=1)
     storage.replace_text(folder / FILE, text, f"{FILE}.partial", durable=True)
 

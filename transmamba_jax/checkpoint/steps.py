@@ -124,6 +124,16 @@ def ensure_space(directory: Path, step: int, nbytes: int, rejected: set[int]) ->
     saving_marker(directory, step).touch()
 
 
+def set_loss(directory: Path, step: int, loss: float) -> None:
+    """Note the held-out loss of a complete step that was measured after its save.
+
+    Raises:
+        DamagedError: its manifest is not what was written.
+        OSError: it cannot be written.
+    """
+    manifests.set_loss(directory / str(step), loss)
+
+
 def tidy_up(directory: Path, step: int, config: CheckpointConfig) -> None:
     """Remove the marker of a step that has its manifest, and older steps. The step is saved, whatever fails here."""
     try:
@@ -167,9 +177,10 @@ def delete_leftovers(directory: Path) -> None:
 
 
 def delete_unfinished(directory: Path) -> None:
-    """Delete the steps of a bucket whose save was killed; those of a folder never got their names."""
-    if storage.is_remote(directory):
-        for marker in directory.glob("saving-*"):
-            step = directory / marker.name.removeprefix("saving-")
-            if is_step(step.name) and not (step / manifests.FILE).exists():
+    """Delete the steps whose save was killed or failed before their manifest, and then the markers of saves."""
+    for marker in directory.glob("saving-*"):
+        step = directory / marker.name.removeprefix("saving-")
+        if is_step(step.name) and marker.is_file():
+            if step.is_dir() and not (step / manifests.FILE).exists():
                 storage.delete(step)
+            storage.delete(marker)

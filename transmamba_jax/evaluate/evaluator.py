@@ -61,7 +61,10 @@ class EvalResult:
     answers: AnswerResult | None = None
     """Accuracy on the answers of a synthetic task."""
     by_source: tuple[tuple[str, "EvalResult"], ...] = ()
-    """Results of each source of a mixture; the figures in all are means of theirs, by the shares of the mixture."""
+    """Results of each source of a mixture; loss and accuracy in all are means of theirs, by its shares.
+
+    Bits per byte in all are the mean loss over the mean bytes of a token, both by the shares.
+    """
 
     def metrics(self) -> dict[str, Any]:
         """Return the values of an evaluation line of metrics.jsonl; positions as [start, stop, loss]."""

@@ -45,11 +45,19 @@ class ClassLoss:
     high: float
 
 
-def copy_distances(row: Int[np.ndarray, "T1"], ngram: int = NGRAM) -> Int[np.ndarray, "T1-1"]:
-    """Return for each target of a row the tokens back to the latest end of the n-gram that it ends; 0: no copy."""
+def copy_distances(
+    row: Int[np.ndarray, "T1"], segment_ids: Int[np.ndarray, "T1"] | None = None, ngram: int = NGRAM
+) -> Int[np.ndarray, "T1-1"]:
+    """Return for each target of a row the tokens back to the latest end of the n-gram that it ends; 0: no copy.
+
+    With `segment_ids` an n-gram is within one document, and so is its copy: a model sees no other.
+    """
     found = np.zeros(len(row) - 1, np.int64)
     latest: dict[bytes, int] = {}
     for end in range(ngram, len(row) + 1):
+        if segment_ids is not None and segment_ids[end - ngram] != segment_ids[end - 1]:
+            latest.clear()
+            continue
         key = row[end - ngram : end].tobytes()
         if key in latest:
             found[end - 2] = end - latest[key]
@@ -77,7 +85,9 @@ def class_losses(model: TransMamba, config: Config, tokenizer: data.Tokenizer, p
     batches = data.eval_batches(config.data, tokenizer, config.eval.windows, config.eval.batch_size)
     nll = np.concatenate([losses(batch["tokens"], batch.get("segment_ids")) for batch in batches])
     weights = np.concatenate([target_weights(batch) for batch in batches])
-    distances = np.stack([copy_distances(row) for batch in batches for row in batch["tokens"]])
+    ids = lambda batch: batch.get("segment_ids", [None] * len(batch["tokens"]))
+    pairs = [pair for batch in batches for pair in zip(batch["tokens"], ids(batch), strict=True)]
+    distances = np.stack([copy_distances(row, segments) for row, segments in pairs])
     found = [_mean(name, nll, weights * mask) for name, mask in classes(distances).items()]
     length = config.data.seq_len
     for distance in (SPAN * 2**power for power in range(length.bit_length())):

@@ -114,7 +114,8 @@ class LanguageModel:
 
         Args:
             text: a text, or a list of texts. More tokens than data.seq_len are scored in windows of that length.
-            context: a text before it; empty: `text` begins a document.
+            context: a text before it; empty: `text` begins a document. White space at its end is scored with `text`,
+                because a token may hold both.
 
         Returns:
             A number for a text, a list for a list. -inf for a text that no token spells.

@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 
@@ -13,6 +14,7 @@ from transmamba_jax.report import is_written, read_metrics, write_report
 from transmamba_jax.runtime import hosts, storage
 from transmamba_jax.training import sample
 from transmamba_jax.training.console import Console
+from transmamba_jax.training.metrics import MetricsWriter
 from transmamba_jax.training.step import TrainState
 
 
@@ -26,7 +28,7 @@ def complete(
     step: int,
     console: Console,
     trained: bool,
-    logged: bool,
+    writer: MetricsWriter | None,
 ) -> None:
     """Write what a reader looks at, and say where everything is; every process calls it.
 
@@ -39,7 +41,7 @@ def complete(
         step: the last step.
         console: where lines go.
         trained: this start made steps. If not, samples and report stay where they are of this step.
-        logged: this start wrote a line of metrics: the report is old. Of the first process.
+        writer: of the lines of metrics; the report is old where this start wrote one. Of the first process.
 
     Raises:
         OSError: the report could not be written; what is half written is deleted, and the next start writes it.
@@ -49,14 +51,20 @@ def complete(
     text = None
     if _decodes(config, model) and hosts.broadcast_from_first(trained or not sample.is_written(samples, step)):
         console.say(f"writing samples of {config.train.sample_tokens} tokens")
-        text = sample.sample_text(config, model, tokenizer, state, step)
+        try:
+            text = sample.sample_text(config, model, tokenizer, state, step)
+        except (OSError, ValueError) as error:  # of the text that is continued, or logits that are not finite
+            console.alarm(f"no sample: {error}")
+    if writer is not None and config.eval.every > 0 and data.has_baselines(config.data):
+        _write_baselines(config, writer, step, console)
+    logged = writer is not None and writer.written
     # The others wait: JAX takes a process that waits at the end of the program for one that was left alone.
     with hosts.collective_errors(OSError):
         try:
             if hosts.is_first() and text is not None:
                 report.mkdir(exist_ok=True)
                 storage.replace_text(samples, text, "sample.txt.new")
-            if hosts.is_first() and (trained or logged or text is not None or not is_written(workdir, step)):
+            if hosts.is_first() and (trained or text is not None or logged or not is_written(workdir, step)):
                 index = write_report(workdir)
         except (OSError, ValueError) as error:
             for file in (samples, index):  # an old one, or half of one, would pass for the new one at the next start
@@ -84,10 +92,27 @@ def _decodes(config: Config, model: nn.Module) -> bool:
     return own and not is_synthetic(config.data.source) and config.train.sample_tokens > 0
 
 
+def _write_baselines(config: Config, writer: MetricsWriter, step: int, console: Console) -> None:
+    """Log the bits per byte of models that need no training, where the run has none of this step yet.
+
+    They read text that no step may have read, so they come after the last checkpoint.
+    """
+    if writer.has(step, "baseline/gzip_bits_per_byte"):
+        return
+    try:
+        found = data.baselines(data.training_text(config.data), data.held_out_text(config.data))
+        writer.write({"step": step, **{f"baseline/{name}": value for name, value in found.items()}})
+        writer.flush()
+    except (OSError, ValueError) as error:
+        console.alarm(f"no baselines: {error}")
+
+
 def _say_result(workdir: Path, step: int, console: Console) -> None:
     """Log the held-out loss of the last step beside its baselines."""
+    last: dict[str, Any] = {}
     for record in read_metrics(workdir / "metrics.jsonl"):
-        bits = [record.get(f"{name}bits_per_byte") for name in ("eval/", "baseline/order2_", "baseline/gzip_")]
-        if record["step"] == step and None not in bits:
-            model, order2, gzip = (f"{value:.4f}" for value in bits)
-            console.say(f"held out    {model} bits per byte; byte model of order 2 {order2}, gzip -9 {gzip}")
+        last |= record if record["step"] == step else {}
+    bits = [last.get(f"{name}bits_per_byte") for name in ("eval/", "baseline/order2_", "baseline/gzip_")]
+    if None not in bits:
+        model, order2, gzip = (f"{value:.4f}" for value in bits)
+        console.say(f"held out    {model} bits per byte; byte model of order 2 {order2}, gzip -9 {gzip}")

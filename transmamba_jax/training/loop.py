@@ -7,7 +7,7 @@ lines beyond the restored step are taken back, and an evaluation that was due bu
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from transmamba_jax import config_io, data, sharding
 from transmamba_jax.checkpoint import Checkpointer, SaveError
+from transmamba_jax.checkpoint.steps import set_loss
 from transmamba_jax.config import Config, KernelsConfig
 from transmamba_jax.data import registry
 from transmamba_jax.evaluate import EvaluationStopped, Evaluator
@@ -26,6 +27,7 @@ from transmamba_jax.runtime.paths import expand_path
 from transmamba_jax.training import (
     bucket_lock,
     completion,
+    given_model,
     kernels,
     parameter_groups,
     resume,
@@ -70,8 +72,9 @@ def train(config: Config, model: nn.Module | None = None, documents: Sequence[An
     if model is None and config.train.given_model is not None:
         raise ValueError(f"the run trains {config.train.given_model}: give that model to tm.train(config, model=...)")
     if model is not None:
-        _require_hashable(model)
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, given_model=_own_name(model)))
+        given_model.require_hashable(model)
+        named = dataclasses.replace(config.train, given_model=given_model.own_name(model))
+        config = dataclasses.replace(config, train=named)
     if documents is not None:
         config = dataclasses.replace(config, data=data.give_documents(config.data, config.workdir, documents))
     for source in config.data.sources:
@@ -100,7 +103,7 @@ def train(config: Config, model: nn.Module | None = None, documents: Sequence[An
             step=step,
             console=run.console,
             trained=step > start,
-            logged=run.writer is not None and run.writer.written,
+            writer=run.writer,
         )
         return 0
 
@@ -137,7 +140,7 @@ def _open_run(
 
     # 2. The state: the newest checkpoint's, or a new one. Then where numbers go: one process writes and prints.
     checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint)
-    cleanup.callback(checkpointer.close)
+    cleanup.push(lambda kind, *_: checkpointer.close(failing=kind is not None))
     state, start = resume.newest_state(checkpointer, batches, config, model, mesh, tokenizer)
     writer = None
     with hosts.collective_errors(OSError):
@@ -171,28 +174,6 @@ def _evaluators(config: Config, model: nn.Module, evaluator: Evaluator | None) -
     schedule_sampling.require_transmamba(model, "eval.schedules")
     points = schedule_sampling.resolve(config, config.eval.schedules, "eval.schedules")
     return {name: evaluator.under(choice) for name, choice in zip(config.eval.schedules, points, strict=True)}
-
-
-def _own_name(model: nn.Module) -> str | None:
-    """Name a `TransMamba` that a checkpoint does not hold; None: it is plain, or its parameters fit no plain one."""
-    if not isinstance(model, TransMamba) or (type(model) is TransMamba and model.attention is None):
-        return None
-    attention = model.attention
-    function = "" if attention is None else f"attention={getattr(attention, '__qualname__', repr(attention))}"
-    return f"{type(model).__name__}({function})"
-
-
-def _require_hashable(model: nn.Module) -> None:
-    """Refuse a module that no compiled program can be kept for."""
-    for field in dataclasses.fields(model):
-        value = getattr(model, field.name)
-        try:
-            hash(value)
-        except TypeError:
-            raise ValueError(
-                f"attribute {field.name} of the model, {type(model).__name__}, must be hashable, found {value!r}; "
-                "use a tuple for a list, and a frozen dataclass for a dictionary"
-            ) from None
 
 
 def _agreed_mesh(config: Config) -> Mesh:
@@ -245,19 +226,23 @@ class _Run:
         log = StepLog(self.config, self.console, self.write)
 
         # A stop during the evaluation of the restored step left it undone.
-        missing = hosts.broadcast_from_first(self.writer is not None and not self.writer.has_evaluation(start))
+        missing = hosts.broadcast_from_first(self.writer is not None and not self.writer.has(start, "eval/loss"))
+        loss = None
         if start > 0 and self._evaluation_due(start) and missing:
-            self._evaluate(state, start)
+            loss = self._evaluate(state, start)
+            self._note_loss(start, loss)
         if start < steps and not self.any_process.now(self.preemption.requested):
             train_steps = self._compile(state, log)
             self._keep_config()  # now: what a kernel refuses leaves the earlier run's config as it was
         elif start >= steps or not (self.workdir / "config.yaml").exists():
             self._keep_config()
 
-        step = start
+        step, measured = start, (start, loss)
         while step < steps and not self.any_process.lagged(self.preemption.requested):
             # a. The batch is read and the step is queued; the device works while the host continues.
-            rows = schedule_sampling.with_transpoints(self.config, next(self.batches), step, *self.row_share)
+            with self._saved_first(state, step, log):
+                read = next(self.batches)
+            rows = schedule_sampling.with_transpoints(self.config, read, step, *self.row_share)
             facts = self.batches.facts()
             batch = sharding.place_batch(rows, self.mesh)
             train_step = train_steps[schedule_sampling.of_step(self.config, step)]
@@ -274,7 +259,9 @@ class _Run:
             if self._evaluation_due(step) or self._checkpoint_due(step):
                 nonfinite_steps = log.flush(state)
                 log.clock.pause()
-                loss = self._evaluate(state, step) if self._evaluation_due(step) else None
+                with self._saved_first(state, step, log):
+                    loss = self._evaluate(state, step) if self._evaluation_due(step) else None
+                measured = step, loss
                 # A periodic checkpoint in the middle of bad steps would push out one from before them.
                 if step == steps or (self._checkpoint_due(step) and nonfinite_steps == 0):
                     self._save(state, step, loss)
@@ -284,9 +271,31 @@ class _Run:
         self._settle(step)
         if self.checkpointer.newest != step:
             log.flush(state)
-            self._save(state, step, None)
+            self._save(state, step, measured[1] if measured[0] == step else None)
             self._settle(step)
         return state, step
+
+    @contextlib.contextmanager
+    def _saved_first(self, state: TrainState, step: int, log: StepLog) -> Iterator[None]:
+        """Save the steps so far where data cannot be read or evaluated, which is no fault of theirs.
+
+        Of several processes the others do not know of it: there the last checkpoint is what remains.
+        """
+        try:
+            yield
+        except (ValueError, OSError):
+            if step > 0 and jax.process_count() == 1 and self.checkpointer.newest != step and log.flush(state) == 0:
+                self._save(state, step, None)
+                self._settle(step)
+            raise
+
+    def _note_loss(self, step: int, loss: float | None) -> None:
+        """Give a checkpoint the held-out loss that was measured after its save: the best ones are kept."""
+        if loss is not None and hosts.is_first():
+            try:
+                set_loss(self.workdir / "checkpoints", step, loss)
+            except (OSError, ValueError) as error:
+                self.console.alarm(f"checkpoint {step} does not know its held-out loss: {error}")
 
     def _keep_config(self) -> None:
         """Write what the next start compares itself with: config.yaml and kernels.json."""
@@ -341,21 +350,19 @@ class _Run:
         return compiled
 
     def _evaluate(self, state: TrainState, step: int) -> float | None:
-        """Measure and log the held-out loss; None when a signal stopped it, or nothing is evaluated."""
+        """Measure, log and return the held-out loss; None when a signal stopped it before, or nothing is evaluated."""
         if self.evaluator is None:
             return None
         should_stop = lambda: self.any_process.lagged(self.preemption.requested)
+        result = None
         try:
             result = self.evaluator(state.params, should_stop)
             others = {name: evaluator(state.params, should_stop) for name, evaluator in self.others.items()}
-        except EvaluationStopped:
-            return None
+        except EvaluationStopped:  # nothing is written, and the next start measures all of it again
+            return None if result is None else result.loss
         record = {"step": step, **result.metrics()}
         for name, other in others.items():
             record |= {key.replace("eval/", f"eval/{name}/", 1): value for key, value in other.metrics().items()}
-        if step == self.config.train.steps and hosts.is_first() and data.has_baselines(self.config.data):
-            texts = data.training_text(self.config.data), data.held_out_text(self.config.data)
-            record |= {f"baseline/{name}": value for name, value in data.baselines(*texts).items()}
         self.write(record)
         self.console.say(f"step {step}  held-out loss {result.loss:.4f}  bits per byte {result.bits_per_byte:.4f}")
         for name, other in others.items():

@@ -108,9 +108,9 @@ class MetricsWriter:
         self.written = False
         """A line was written since the start."""
 
-    def has_evaluation(self, step: int) -> bool:
-        """Return whether the evaluation of `step` was written before this process started."""
-        return any(record["step"] == step and "eval/loss" in record for _, record in self.kept)
+    def has(self, step: int, name: str) -> bool:
+        """Return whether the field `name` of `step` was written before this process started."""
+        return any(record["step"] == step and name in record for _, record in self.kept)
 
     def write(self, record: Record) -> None:
         """Append one line, see `storage.AppendedFile`; a value that is not finite is written as null.

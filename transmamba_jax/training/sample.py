@@ -70,4 +70,5 @@ def _pieces(text: bytes) -> list[str]:
     """Return excerpts of a text from `PROMPTS` positions, each from the beginning of a line that is near."""
     places = [index * len(text) // PROMPTS for index in range(PROMPTS)]
     starts = [text.rfind(b"\n", max(place - 2**10, 0), place) + 1 or place for place in places]
-    return [text[start : start + 2**12].decode("utf-8", errors="ignore") for start in starts]
+    pieces = [text[start : start + 2**12].lstrip(b"\0").partition(b"\0")[0] for start in starts]  # of one document
+    return [piece.decode("utf-8", errors="ignore") or "\n" for piece in pieces]

@@ -35,6 +35,8 @@ class _Source:
     model: ModelConfig
     tokenizer_json: str | None
     """None: the source names no tokenizer, or one of another format."""
+    given_model: str | None = None
+    """The model that a program had given to the run; None: the plain one of its config."""
 
 
 def with_origin(config: Config, workdir: Path) -> Config:
@@ -86,12 +88,17 @@ def read(config: Config, targets: Any, tokenizer: data.Tokenizer) -> dict[str, A
     tokens = "data.tokenizer differs from the tokenizer of the source: its ids mean other text"
     if retold and not config.train.init_partial:
         raise ValueError(f"train.init_from={name}: {tokens}. Use the earlier one; or {_PARTIAL} starts nevertheless")
+    own = config.train.given_model
+    others = f"its parameters are those of {source.given_model or 'a plain TransMamba'}, and the model here is "
+    others += own or "a plain one"
+    if source.given_model != own and not config.train.init_partial:
+        raise ValueError(f"train.init_from={name}: {others}. {_PARTIAL} starts nevertheless")
     if table and not (config.train.init_partial and fitting):
         partly = f"; or take what fits, and the vocabulary rows that both have, with {_PARTIAL}" if fitting else ""
         lines = [*table, *changes, f"Use the model of the source{partly}"]
         raise ValueError("\n  ".join([f"train.init_from={name}: its parameters do not fit this model:", *lines]))
     hosts.log_first(f"starting from {name}: {len(fitting)} of {len(asked)} parameters", *changes)
-    hosts.log_first(*table, *([tokens] if retold else []))
+    hosts.log_first(*table, *([tokens] if retold else []), *([others] if source.given_model != own else []))
     return fitting
 
 
@@ -166,7 +173,8 @@ def _read(name: str, targets: Mapping[str, jax.ShapeDtypeStruct]) -> _Source:
     folder, step = _split(name)
     if step is not None:
         saved = checkpoint.restore(folder, step, params_only=True, like=targets)
-        return _Source(tree_paths.flatten(saved.params), saved.config.model, saved.tokenizer_json)
+        given = saved.config.train.given_model
+        return _Source(tree_paths.flatten(saved.params), saved.config.model, saved.tokenizer_json, given)
     with hosts.collective_errors():
         if (folder / export.CONFIG).exists():
             loaded = export.load(folder)
