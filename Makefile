@@ -1,5 +1,5 @@
 # make train: environment, then the tiny experiment to the end.
-# make small: a tokenizer and the experiment of 8M parameters, about two and a half hours; again: it resumes.
+# make small: a tokenizer and the experiment of 8M parameters, about an hour and a half; again: it resumes.
 # make test:  environment with test tools, then the suite without the markers below.
 # make slow:  the tests above 2.5 CPU seconds: whole programs, kills, several processes, buckets, README's commands, notebooks.
 # make faults: the accidents that take minutes (50 kills at random moments, a full disk) besides those of the suite.
