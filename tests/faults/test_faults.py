@@ -125,8 +125,8 @@ def test_a_run_whose_steps_are_all_damaged_is_refused(server, straight):
     ("point", "count", "left", "line"),
     [
         ("data", 8, [4], "continuing from step 4"),
-        ("manifest", 2, [4], "checkpoint 8 skipped: it has no manifest.json: its save did not finish"),
-        ("manifest-rename", 2, [], "checkpoint 4 skipped: it has no manifest.json: its save did not finish"),
+        ("manifest", 2, [4], "checkpoint 8: its save did not finish; what it left is deleted"),
+        ("manifest-rename", 2, [], "checkpoint 4: its save did not finish; what it left is deleted"),
         ("deletion", 4, [8, 12], "continuing from step 12"),
     ],
 )

@@ -183,4 +183,5 @@ def delete_unfinished(directory: Path) -> None:
         if is_step(step.name) and marker.is_file():
             if step.is_dir() and not (step / manifests.FILE).exists():
                 storage.delete(step)
+                hosts.log_first(f"checkpoint {step.name}: its save did not finish; what it left is deleted")
             storage.delete(marker)
