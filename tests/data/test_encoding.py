@@ -129,9 +129,11 @@ def test_a_tokenizer_that_cannot_be_cut_is_refused_with_how_to_split(tmp_path: P
 
 
 def test_a_document_may_end_within_the_token_at_the_end_of_a_part(tmp_path: Path):
-    tokenizer = unigram()
-    text = (prose(PART) + "x" * PART)[: PART - 2] + "tre"  # no token begins in the last byte
+    tokenizer = byte_level()
+    word = next(word for word in prose(200).split() if len(word) > 3 and len(tokenizer.encode(f" {word}")) == 1)
+    text = "\n" * (PART - 2) + f" {word}"
     (tmp_path / "a.txt").write_text(text)
+    assert tokenizer.find_cut(text, PART) is None  # the last token begins before the end of the first part
     documents = open_documents(config_for(tmp_path), "all")
     parts = encoding.EncodeInParts(documents, tokenizer).flat_map(0)
     assert len(parts) == 2

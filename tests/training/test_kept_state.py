@@ -1,16 +1,16 @@
 """What a run keeps where something other than its steps fails: text that cannot be read, a stop, a save."""
 
+import dataclasses
 import itertools
 import json
 import os
 import signal
 from pathlib import Path
 
-import jax
 import pytest
 
 import transmamba_jax as tm
-from tests.training.runs import before_call, lines_of, metrics_of, steps_of, train
+from tests.training.runs import assert_same_end, before_call, lines_of, steps_of, train
 from tests.training.support import Little
 from transmamba_jax import checkpoint, data
 from transmamba_jax.checkpoint import checkpointer, manifest
@@ -63,9 +63,7 @@ def test_a_document_that_cannot_be_read_costs_no_step(make, tmp_path, monkeypatc
             run(settings)
     assert steps_of(settings) == [3]
     assert run(settings) == 0
-    found, expected = (checkpoint.restore(Path(each.workdir) / "checkpoints") for each in (settings, straight))
-    jax.tree.map(lambda a, b: (a == b).all() or pytest.fail("another parameter"), found.params, expected.params)
-    assert metrics_of(Path(settings.workdir)) == metrics_of(Path(straight.workdir))
+    assert_same_end(Path(settings.workdir), Path(straight.workdir), 6)
 
 
 def test_an_evaluation_that_fails_costs_no_step(make, monkeypatch):
@@ -79,18 +77,16 @@ def test_an_evaluation_that_fails_costs_no_step(make, monkeypatch):
     assert steps_of(settings) == [3]
 
 
-def test_a_run_that_diverged_is_not_saved_for_the_sake_of_its_data(make, monkeypatch):
+def test_a_run_that_diverged_is_not_saved_before_an_error_of_the_data(make, monkeypatch):
+    def broken():
+        raise ValueError("document 9 is no text")
+
     settings = make(checkpoint={"every": 0}, eval={"every": 0}, optimizer={"learning_rate": 1e30, "warmup_steps": 0})
-    before_call(monkeypatch_owner(monkeypatch), "__next__", 4, lambda: (_ for _ in ()).throw(ValueError("no text")))
-    with pytest.raises((ValueError, NonFiniteError)):
+    monkeypatch.setattr(data.BatchIterator, "__next__", data.BatchIterator.__next__)  # put back after the test
+    before_call(data.BatchIterator, "__next__", 4, broken)
+    with pytest.raises(ValueError, match="document 9 is no text"):
         train(settings)
     assert steps_of(settings) == []
-
-
-def monkeypatch_owner(monkeypatch):
-    """Let `before_call` change a class that gets its method back after the test."""
-    monkeypatch.setattr(data.BatchIterator, "__next__", data.BatchIterator.__next__)
-    return data.BatchIterator
 
 
 def test_a_stop_in_an_evaluation_does_not_cost_the_best_checkpoint(make, monkeypatch):
@@ -103,14 +99,27 @@ def test_a_stop_in_an_evaluation_does_not_cost_the_best_checkpoint(make, monkeyp
     original = Evaluator.__call__
 
     def rising(*arguments):
-        import dataclasses
-
         return dataclasses.replace(original(*arguments), loss=next(best))
 
     monkeypatch.setattr(Evaluator, "__call__", rising)
     assert train(settings) == 0
     assert losses_of_checkpoints(settings) == {2: 0.5, 6: 9.0}
     assert checkpoint.restore(Path(settings.workdir) / "checkpoints", 2).step == 2
+
+
+def test_a_stop_between_two_schedules_keeps_the_loss_of_the_first(make, monkeypatch):
+    """The checkpoint has the loss. No line is written: the next start measures all schedules again."""
+    settings = make(checkpoint={"every": 2}, eval={"every": 2}, train={"steps": 4})
+    monkeypatch.setattr(loop, "_evaluators", lambda *arguments: {"other": arguments[-1]})
+    monkeypatch.setattr(Evaluator, "__call__", Evaluator.__call__)  # put back after the test
+    before_call(Evaluator, "__call__", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(settings) != 0
+    (loss,) = losses_of_checkpoints(settings).values()
+    assert not [line for line in lines_of(settings) if "eval/loss" in line]
+    assert train(settings) == 0
+    first, last = [line for line in lines_of(settings) if "eval/loss" in line]
+    assert (first["step"], first["eval/loss"], first["eval/other/loss"]) == (2, loss, loss)
+    assert losses_of_checkpoints(settings) == {2: loss, 4: last["eval/loss"]}
 
 
 def test_a_save_that_is_tried_again_knows_its_loss(make, monkeypatch):

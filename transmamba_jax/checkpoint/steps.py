@@ -124,16 +124,6 @@ def ensure_space(directory: Path, step: int, nbytes: int, rejected: set[int]) ->
     saving_marker(directory, step).touch()
 
 
-def set_loss(directory: Path, step: int, loss: float) -> None:
-    """Note the held-out loss of a complete step that was measured after its save.
-
-    Raises:
-        DamagedError: its manifest is not what was written.
-        OSError: it cannot be written.
-    """
-    manifests.set_loss(directory / str(step), loss)
-
-
 def tidy_up(directory: Path, step: int, config: CheckpointConfig) -> None:
     """Remove the marker of a step that has its manifest, and older steps. The step is saved, whatever fails here."""
     try:

@@ -106,7 +106,7 @@ class DataConfig:
         require(
             not self.mixture or self.source == DataConfig.source,
             f"give data.source or data.mixture, found {self.source!r} and {', '.join(names)}; --data.mixture without "
-            f"values takes the mixture of a config away, --data.source {DataConfig.source} its source",
+            f"values removes the mixture of a config, --data.source {DataConfig.source} its source",
         )
 
     @property

@@ -16,7 +16,7 @@ OPEN_FILES = 128
 """Files that a source keeps open: a process may often have 1,024, and a data set more."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""What programs for Windows put before UTF-8 text; it is none of it."""
+"""The mark that programs for Windows put before UTF-8 text. It is no part of the text."""
 
 _SIGNATURES = {
     b"\x1f\x8b": "gzip: unpack it with gunzip",

@@ -37,11 +37,10 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[bytes]) -> list[n
         found = [next(counted) for _ in _texts(document)]
         if isinstance(document, CompletionDocument):
             encoded.append(_join_segments(document, found, end))
+        elif isinstance(document, TokenDocument):
+            encoded.append(_join(*_given_ids(tokenizer, document, *found[0]), end))
         else:
-            if isinstance(document, TokenDocument):
-                encoded.append(_join(*_given_ids(tokenizer, document, *found[0]), end))
-            else:
-                encoded.append(_join(*found[0], len(document), end))
+            encoded.append(_join(*found[0], len(document), end))
     return encoded
 
 
@@ -80,10 +79,11 @@ def _join(ids: np.ndarray, lengths: np.ndarray, size: int, end: int | None) -> n
 def _given_ids(
     tokenizer: Tokenizer, document: TokenDocument, ids: np.ndarray, lengths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return ids that were given, their bytes, and the bytes of the document.
+    """Return ids that were given, the bytes of each, and the bytes of the document.
 
-    Where the tokenizer writes the text in other `ids`, each counts the bytes that it always has: ids that are no whole
-    characters are fewer bytes than their text. Where a tokenizer has no such bytes, the text's are spread evenly.
+    The tokenizer may encode the decoded text with other `ids`, such as where an id is a part of a character: it decodes
+    to U+FFFD, which has three bytes. Then each id has the bytes of its own token. Where tokens have no fixed bytes, the
+    bytes of the text are shared out evenly.
     """
     size = len(document)
     if not np.array_equal(ids, document.ids):

@@ -61,9 +61,10 @@ class EvalResult:
     answers: AnswerResult | None = None
     """Accuracy on the answers of a synthetic task."""
     by_source: tuple[tuple[str, "EvalResult"], ...] = ()
-    """Results of each source of a mixture; loss and accuracy in all are means of theirs, by its shares.
+    """Results of each source of a mixture.
 
-    Bits per byte in all are the mean loss over the mean bytes of a token, both by the shares.
+    The mixture's loss and accuracy are the means of theirs, weighted by the shares. Its bits per byte are the mean loss
+    divided by the mean bytes of a token, both weighted by the shares.
     """
 
     def metrics(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def copy_distances(
 ) -> Int[np.ndarray, "T1-1"]:
     """Return for each target of a row the tokens back to the latest end of the n-gram that it ends; 0: no copy.
 
-    With `segment_ids` an n-gram is within one document, and so is its copy: a model sees no other.
+    With `segment_ids`, an n-gram and its copy are in the same document: the model sees no other.
     """
     found = np.zeros(len(row) - 1, np.int64)
     latest: dict[bytes, int] = {}

@@ -25,7 +25,7 @@ _COLOURS = (
     "#22272e",
 )
 _FEWEST = 3
-"""Seeds from which on an interval is drawn: that of two says next to nothing."""
+"""Least number of seeds for which an interval is drawn. With two, Student's t makes it useless."""
 
 _SALT = "transmamba"  # makes the ids of an SVG, and so the file, the same every time
 
@@ -62,7 +62,7 @@ def _bars(axes: Any, study: Study, records: Sequence[Record], _: dict[str, Choic
     for place, found in enumerate(arms.values()):
         value = results.interval([results.metric_of(study, record) for record in found])
         colour = _COLOURS[place % len(_COLOURS)]
-        if shares:  # of other metrics zero is no value, and bars from there would hide the differences
+        if shares:  # other metrics are never near zero: bars from there would hide the differences
             axes.bar(place, _shown(value.mean), 0.65, color=colour, alpha=0.35)
         axes.errorbar(place, _shown(value.mean), _half(value), color=colour, marker="_", capsize=5, linewidth=1.6)
         spread = np.linspace(-0.18, 0.18, len(found)) if len(found) > 1 else [0.0]
@@ -207,7 +207,7 @@ def _shown(value: float) -> float:
 
 
 def _half(value: results.Interval, fewest: float = _FEWEST) -> float:
-    """Return what is drawn of an interval to each side of its mean."""
+    """Return the half width of an interval; 0 where it has fewer values than `fewest`."""
     return 0.0 if len(value.values) < fewest or math.isnan(value.half_width) else value.half_width
 
 

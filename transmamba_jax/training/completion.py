@@ -53,7 +53,7 @@ def complete(
         console.say(f"writing samples of {config.train.sample_tokens} tokens")
         try:
             text = sample.sample_text(config, model, tokenizer, state, step)
-        except (OSError, ValueError) as error:  # of the text that is continued, or logits that are not finite
+        except (OSError, ValueError) as error:  # the text cannot be read, or logits are not finite
             console.alarm(f"no sample: {error}")
     if writer is not None and config.eval.every > 0 and data.has_baselines(config.data):
         _write_baselines(config, writer, step, console)
@@ -93,9 +93,9 @@ def _decodes(config: Config, model: nn.Module) -> bool:
 
 
 def _write_baselines(config: Config, writer: MetricsWriter, step: int, console: Console) -> None:
-    """Log the bits per byte of models that need no training, where the run has none of this step yet.
+    """Log the bits per byte of models that need no training, unless an earlier start did.
 
-    They read text that no step may have read, so they come after the last checkpoint.
+    They may read a broken document that no training step read. So they come after the last checkpoint.
     """
     if writer.has(step, "baseline/gzip_bits_per_byte"):
         return

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from transmamba_jax import config_io, data, sharding
 from transmamba_jax.checkpoint import Checkpointer, SaveError
-from transmamba_jax.checkpoint.steps import set_loss
+from transmamba_jax.checkpoint import manifest as manifests
 from transmamba_jax.config import Config, KernelsConfig
 from transmamba_jax.data import registry
 from transmamba_jax.evaluate import EvaluationStopped, Evaluator
@@ -277,9 +277,9 @@ class _Run:
 
     @contextlib.contextmanager
     def _saved_first(self, state: TrainState, step: int, log: StepLog) -> Iterator[None]:
-        """Save the steps so far where data cannot be read or evaluated, which is no fault of theirs.
+        """Save the state before an error of the data or of an evaluation ends the run.
 
-        Of several processes the others do not know of it: there the last checkpoint is what remains.
+        With several processes nothing is saved: the others do not know of the error.
         """
         try:
             yield
@@ -290,10 +290,10 @@ class _Run:
             raise
 
     def _note_loss(self, step: int, loss: float | None) -> None:
-        """Give a checkpoint the held-out loss that was measured after its save: the best ones are kept."""
+        """Write a held-out loss that was measured after the save into the checkpoint, for `checkpoint.keep_best`."""
         if loss is not None and hosts.is_first():
             try:
-                set_loss(self.workdir / "checkpoints", step, loss)
+                manifests.set_loss(self.workdir / "checkpoints" / str(step), loss)
             except (OSError, ValueError) as error:
                 self.console.alarm(f"checkpoint {step} does not know its held-out loss: {error}")
 

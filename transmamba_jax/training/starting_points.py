@@ -36,7 +36,7 @@ class _Source:
     tokenizer_json: str | None
     """None: the source names no tokenizer, or one of another format."""
     given_model: str | None = None
-    """The model that a program had given to the run; None: the plain one of its config."""
+    """`train.given_model` of the run."""
 
 
 def with_origin(config: Config, workdir: Path) -> Config:
