@@ -211,8 +211,11 @@ class TransMamba(nn.Module):
         # Over a mesh: the whole vocabulary for some of the tokens, on every device.
         spread = ("rows", "spread_time", None) if hidden.ndim == 3 else ("rows", None)
         kernel, hidden = sharding.constrain(kernel, (None, None)), sharding.constrain(hidden, spread)
-        logits = jnp.matmul(hidden, kernel.astype(self.config.dtype), preferred_element_type=jnp.float32)
-        return sharding.constrain(logits, spread)
+        rows = hidden
+        if hidden.ndim == 3 and sharding.parts("spread_time", hidden.shape[1]) == 1:
+            rows = hidden.reshape(-1, hidden.shape[-1])  # one axis of tokens, for the reason in `over_tokens`
+        logits = jnp.matmul(rows, kernel.astype(self.config.dtype), preferred_element_type=jnp.float32)
+        return sharding.constrain(logits.reshape(*hidden.shape[:-1], -1), spread)
 
     def extend(
         self,
