@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HEAVY = (
+    "jax.experimental.pallas.tpu",
     "orbax",
     "grain",
     "pyarrow",

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from pallas_kernels import target
-from pallas_kernels.causal_conv1d import pallas_tpu
 from transmamba_jax.shapes import Array, SegmentIds, known
 
 _BLOCK = 64
@@ -72,6 +71,8 @@ def causal_conv(
 def _kernels_serve(x: Array, kernel: Array) -> bool:
     if target.platform() != "tpu" or not target.unpartitioned() or not known(*x.shape):
         return False
+    from pallas_kernels.causal_conv1d import pallas_tpu  # a tenth of a second, which only a TPU needs
+
     return x.shape[1] >= _LEAST and pallas_tpu.unsupported_reason(x, kernel) is None
 
 
@@ -79,6 +80,8 @@ def _convolve_by_kernels(
     x: Array, kernel: Array, bias: Array, readable: tuple[Array, ...] | None, history: Array | None, silu: bool
 ) -> Array:
     """Give history to the kernels as tokens of the row, and drop the outputs at these tokens."""
+    from pallas_kernels.causal_conv1d import pallas_tpu
+
     reach = kernel.shape[0] - 1
     bits = None
     if readable is not None:

@@ -3,7 +3,8 @@
 Grid cells of a TPU core run in order, so the float32 state stays in VMEM while a kernel walks a row. HBM holds the
 inputs, the outputs and, for the backward pass, one state per block of up to 1024 tokens. `forward.py` and `backward.py`
 have the equations, `block_sizes.py` the sizes of the cells. The kernels lower for a TPU whatever the default backend
-is, and run on a CPU under `jax.experimental.pallas.tpu.force_tpu_interpret_mode()`.
+is, and run on a CPU under `jax.experimental.pallas.tpu.force_tpu_interpret_mode()`. Pallas for TPUs is imported by the
+first call.
 """
 
 import jax
@@ -12,8 +13,6 @@ import jax.numpy as jnp
 from pallas_kernels import target
 from pallas_kernels.ssd import kernel_vjp
 from pallas_kernels.ssd.pallas_tpu import block_sizes
-from pallas_kernels.ssd.pallas_tpu.backward import run_backward
-from pallas_kernels.ssd.pallas_tpu.forward import run_forward
 from pallas_kernels.ssd.pallas_tpu.tiles import Tiles
 from pallas_kernels.ssd.protocol import SsdInputs
 
@@ -72,6 +71,8 @@ def _view(tiles: Tiles, inputs: SsdInputs) -> SsdInputs:
 
 def _run(tiles: Tiles, inputs: SsdInputs, save: bool) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
     """Run the forward kernel on arrays of the public shapes; see `run_forward` (saved states: a view)."""
+    from pallas_kernels.ssd.pallas_tpu.forward import run_forward
+
     views = _view(tiles, inputs)._replace(initial_state=tiles.view_state(inputs.initial_state))
     y, final, saved = run_forward(tiles, views, save)
     # Tokens are sliced while heads are side by side in memory: on a TPU, slices of [B, T, H, P] are copies.
@@ -98,6 +99,8 @@ def _group_gradient(tiles: Tiles, gradient: jax.Array, dtype: jax.typing.DTypeLi
 
 def _gradients(tiles: Tiles, inputs: SsdInputs, saved: jax.Array, dy: jax.Array | None, dfinal: jax.Array) -> SsdInputs:
     """Run the backward kernel on arrays of the public shapes, `saved` as the forward kernel left it."""
+    from pallas_kernels.ssd.pallas_tpu.backward import run_backward
+
     found = run_backward(
         tiles,
         _view(tiles, inputs),
