@@ -217,6 +217,15 @@ def test_other_files_are_refused(tmp_path: Path, text: str, message: str):
         load_tokenizer(str(path))
 
 
+def test_a_tokenizer_that_drops_merges_at_random_is_refused():
+    tree = json.loads(BPE.to_json())
+    tree["model"]["dropout"] = 0.25
+    with pytest.raises(ValueError, match=r"t\.json drops merges at random \(dropout of its model: 0\.25\).*to null"):
+        JsonTokenizer(json.dumps(tree), "t.json")
+    tree["model"]["dropout"] = None
+    assert JsonTokenizer(json.dumps(tree), "t.json").encode(TEXT) == BPE.encode(TEXT)
+
+
 def test_a_tokenizer_without_an_end_is_refused():
     tokenizer = with_added("<pad>")
     tree = json.loads(tokenizer.to_str())

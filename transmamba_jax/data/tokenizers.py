@@ -125,7 +125,7 @@ class JsonTokenizer:
         """Read the JSON `text`; `where` names it in error messages.
 
         Raises:
-            ValueError: `text` is not a tokenizer, has no tokens, or none that can end a document.
+            ValueError: `text` is not a tokenizer, drops merges at random, has no tokens, or none ends a document.
         """
         self._tokenizer = _parse(text, where)
         self._tokenizer.encode_special_tokens = True
@@ -273,9 +273,15 @@ def _parse(text: str, where: str) -> tokenizers.Tokenizer:
             f"needed, found {found}"
         )
     try:
-        return tokenizers.Tokenizer.from_str(text)
+        parsed = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more special
         raise ValueError(f"{where} is not a tokenizer.json that the tokenizers library can read: {error}") from None
+    if dropout := getattr(parsed.model, "dropout", None):
+        raise ValueError(
+            f"{where} drops merges at random (dropout of its model: {dropout}): a document has other tokens each time "
+            f"that it is read, and a resumed run other rows. Set model.dropout to null in the file"
+        )
+    return parsed
 
 
 def _appended(post_processor: dict[str, Any] | None) -> str | None:
