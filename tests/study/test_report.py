@@ -150,6 +150,40 @@ def test_a_seed_that_diverged_leaves_a_gap_in_the_curve(study, out):
     assert finite.tolist() == [True] * (len(finite) - 1) + [False]
 
 
+def test_seeds_that_failed_are_counted(study, out):
+    records, choices = results.read_results(study, out), results.choose_rates(study, out)
+    for record in records:
+        if record["stage"] == "report" and record["arm"] == "ssm/n4" and record["seed"] in (10, 12):
+            record["error"] = "NonFiniteError: the loss is nan"
+    header, rows = report.table(study, records, choices)
+    by_arm = {tuple(row[:2]): dict(zip(header, row, strict=True)) for row in rows}
+    assert by_arm["ssm", "n4"]["seeds"] == "3 of 5"
+    assert by_arm["ssm", "n4"]["examples to 0.9"] == "16 (3 of 5 seeds)"
+    assert by_arm["ssm", "n2"]["seeds"] == "5"
+
+
+def test_examples_are_those_to_the_target_of_the_file(study, out):
+    lower = dataclasses.replace(study, target=0.4)
+    header, rows = report.table(lower, results.read_results(study, out), results.choose_rates(study, out))
+    assert {dict(zip(header, row, strict=True))["examples to 0.4"] for row in rows} == {"8"}
+
+
+def test_questions_at_one_place_are_not_drawn_by_place(study, out):
+    records = json.loads(json.dumps(results.read_results(study, out)))
+    for record in records:
+        if record["error"] is None:
+            record["metrics"]["eval/answers_by_query"] = [[32, 63, 0.5, 10]]
+    assert not figures.DRAWINGS["positions"](Figure().add_subplot(), study, records, {})
+
+
+def test_arms_beyond_the_colours_have_another_line():
+    axes = Figure().add_subplot()
+    for place in range(12):
+        figures._line(axes, [(1, [0.1]), (2, [0.2])], str(place), place)
+    lines = [container[0] for container in axes.containers]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
+
+
 def test_only_shares_have_bars_from_zero(study, out):
     records = results.read_results(study, out)
     for better, bars in (("higher", True), ("lower", False)):
@@ -169,6 +203,16 @@ def test_a_half_done_study_says_what_is_missing(study, tmp_path):
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "The search is not complete for attention/n2, attention/n4, ssm/n4" in text
     assert "5 reported cells have no result yet" in text
+
+
+def test_an_arm_whose_rates_all_failed_is_named(study, tmp_path):
+    trainer = Trainer()
+    trainer.failures |= {cell.name: OSError("no space") for cell in study.search_cells() if cell.arm == "ssm/n2"}
+    run_study(study, tmp_path, Selection(only="ssm/n2/search*"), train_cell=trainer)
+    report.write_report(dataclasses.replace(study, figures=()), tmp_path)
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "Every learning rate has a failed cell for ssm/n2; --retry-failed runs them again" in text
+    assert "The search is not complete for attention/n2, attention/n4, ssm/n4." in text
 
 
 def test_a_single_value_has_no_interval():

@@ -9,6 +9,7 @@ import pytest
 
 from tests.study.support import CHOSEN, Trainer, accuracy, without_search, write_study
 from tests.training.support import Little
+from transmamba_jax import config_io
 from transmamba_jax.report import read_metrics
 from transmamba_jax.runtime import logs
 from transmamba_jax.study import __main__ as study_command
@@ -21,6 +22,10 @@ from transmamba_jax.training.metrics import TIMING
 from transmamba_jax.training.preemption import EXIT_PREEMPTED
 from transmamba_jax.training.step_log import NonFiniteError
 
+_WIDER = {
+    "schedule": {"attention": {"model": {"transpoints": ["T"]}}, "ssm": {"model": {"transpoints": [0]}}},
+    "state": {"n2": {"model": {"state_dim": 4}}, "n4": {"model": {"state_dim": 4}}},
+}
 FIRST = "attention/n2/search-rate0.001-seed0"
 
 
@@ -192,6 +197,22 @@ def test_reported_cells_wait_for_the_search_of_other_shards(tmp_path):
     assert len(first | second) == 80
 
 
+@pytest.mark.slow
+def test_a_shard_numbers_reported_cells_alike_before_and_after_rates_are_chosen(tmp_path):
+    study, trained = write_study(tmp_path), []
+    for shard in (7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6):  # the first one searches alone, and then waits
+        trainer = Trainer()
+        run_study(study, tmp_path / "out", Selection(shard=shard, shards=8), train_cell=trainer)
+        trained += trainer.trained
+    assert len(trained) == len(set(trained)) == 80
+
+
+def test_shards_divide_the_cells_of_a_pattern(tmp_path):
+    cells = write_study(tmp_path).search_cells()
+    parts = [Selection("*-seed1", shard, 4).of(cells) for shard in range(4)]
+    assert [len(part) for part in parts] == [5, 5, 5, 5]
+
+
 def test_only_names_cells_by_pattern(tmp_path, trainer):
     run_study(write_study(tmp_path), tmp_path / "out", Selection(only="ssm/n2/*seed1*"), train_cell=trainer)
     assert trainer.trained == [f"ssm/n2/search-rate{rate}-seed1" for rate in ("0.001", "0.003", "0.01", "0.03", "0.1")]
@@ -212,6 +233,40 @@ def test_a_result_of_another_config_is_refused(tmp_path, trainer):
     )
     with pytest.raises(ValueError, match=r"another config: model.d_model: 8 -> 16; choose another --out"):
         run_study(changed, tmp_path / "out", Selection(only=FIRST), train_cell=trainer)
+
+
+def test_the_beginning_of_a_cell_with_another_config_is_refused(tmp_path, trainer):
+    study = write_study(tmp_path)
+    begun = results.cell_folder(tmp_path / "out", study.search_cells()[0]) / "config.yaml"
+    begun.parent.mkdir(parents=True)
+    config = study.cell_config(study.search_cells()[0], begun.parent)
+    begun.write_text(config_io.to_yaml(config), encoding="utf-8")
+    assert run_study(study, tmp_path / "out", Selection(only=FIRST), train_cell=trainer) == COMPLETE
+    assert trainer.trained == [FIRST]
+    (begun.parent / results.RESULT).unlink()
+    other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.25))
+    begun.write_text(config_io.to_yaml(other), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"begun with another config: optimizer.weight_decay: 0.25 -> .*or delete"):
+        run_study(study, tmp_path / "out", Selection(only=FIRST), train_cell=trainer)
+    assert trainer.trained == [FIRST]
+
+
+@pytest.mark.parametrize("change", [{"metric": "eval/loss"}, {"better": "lower", "metric": "eval/loss"}])
+def test_a_result_of_another_metric_is_refused(tmp_path, trainer, change):
+    run_study(write_study(tmp_path), tmp_path / "out", Selection(only=FIRST), train_cell=trainer)
+    with pytest.raises(ValueError, match=r"another config: metric: eval/accuracy -> eval/loss; choose another --out"):
+        run_study(write_study(tmp_path, **change), tmp_path / "out", Selection(only=FIRST), train_cell=trainer)
+
+
+def test_a_failed_cell_of_another_config_is_run_again_on_request(tmp_path, trainer):
+    trainer.failures[FIRST] = ValueError("no")
+    run_study(write_study(tmp_path), tmp_path / "out", Selection(only=FIRST), train_cell=trainer)
+    trainer.failures.clear()
+    tree = {"model": {"transpoints": ["T"], "d_model": 16}}
+    changed = write_study(tmp_path, axes={"schedule": {"attention": tree}, "state": {"n2": {}}})
+    runner.check_results(changed, tmp_path / "out", retry=True)
+    assert run_study(changed, tmp_path / "out", Selection(only=FIRST), True, train_cell=trainer) == COMPLETE
+    assert trainer.trained == [FIRST, FIRST]
 
 
 def test_a_result_of_another_rounding_is_kept(tmp_path, trainer):
@@ -297,9 +352,13 @@ def test_finished_cells_are_taken_from_an_earlier_part(tmp_path):
     report.write_report(study, first)
     report.publish(study, first, tmp_path / "published")
     records = len((tmp_path / "published" / "results.jsonl").read_text(encoding="utf-8").splitlines())
+    changed = write_study(tmp_path / "first", budget_hours=1, axes=_WIDER)
+    with pytest.raises(ValueError, match=r"state_dim: 2 -> 4.*results\.jsonl is of another version of little"):
+        runner.take_results(changed, tmp_path / "other", tmp_path / "published" / "results.jsonl")
+    assert not (tmp_path / "other").exists()
 
-    assert results.take_results(study, second, tmp_path / "published" / "results.jsonl") == records - 1
-    assert results.take_results(study, second, tmp_path / "published" / "results.jsonl") == 0
+    assert runner.take_results(study, second, tmp_path / "published" / "results.jsonl") == records - 1
+    assert runner.take_results(study, second, tmp_path / "published" / "results.jsonl") == 0
     trainer = Trainer()
     run_study(study, second, Selection("attention/n2/search*"), train_cell=trainer)
     assert trainer.trained == [failing]
@@ -313,7 +372,7 @@ def test_results_of_another_study_are_not_taken(tmp_path, change):
     file = tmp_path / "results.jsonl"
     file.write_text(json.dumps({**record, **change}) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"results\.jsonl, line 1: a cell of .*, not of little"):
-        results.take_results(study, tmp_path / "new", file)
+        runner.take_results(study, tmp_path / "new", file)
     file.write_text("{}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"results\.jsonl, line 1: no record of a cell"):
-        results.take_results(study, tmp_path / "new", file)
+        runner.take_results(study, tmp_path / "new", file)

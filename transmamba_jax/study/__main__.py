@@ -87,10 +87,10 @@ def _run(study: Study, out: Path, options: argparse.Namespace) -> int:
     shard, shards = options.shard
     selection = runner.Selection(options.only, shard, shards, options.stage)
     if options.finished is not None or not options.list:
-        runner.check_results(study, out)  # first: results stand beside the file that they are of
+        runner.check_results(study, out, options.retry_failed)  # first: results stand beside the file that they are of
         keep_file(options.file, study, out)
     if options.finished is not None:
-        logs.write_line(f"{results.take_results(study, out, options.finished)} cells taken from {options.finished}")
+        logs.write_line(f"{runner.take_results(study, out, options.finished)} cells taken from {options.finished}")
     if options.list:
         _list(study, out, selection)
         return 0

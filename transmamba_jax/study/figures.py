@@ -24,6 +24,8 @@ _COLOURS = (
     "#8a6d3b",
     "#22272e",
 )
+_LINES = ("-", "--", ":")
+"""Arms beyond the colours have them again, in another style."""
 _FEWEST = 3
 """Least number of seeds for which an interval is drawn. With two, Student's t makes it useless."""
 
@@ -154,7 +156,7 @@ def _positions(axes: Any, study: Study, records: Sequence[Record], _: dict[str, 
     metrics = next(iter(arms.values()))[0]["metrics"]
     field = "eval/answers_by_query" if "eval/answers_by_query" in metrics else "eval/by_position"
     marks: set[int] = set()
-    length, first = 1, math.inf
+    length, places = 1, set[float]()
     for place, (arm, found) in enumerate(arms.items()):
         points: dict[float, list[float]] = {}
         for record in found:
@@ -163,11 +165,13 @@ def _positions(axes: Any, study: Study, records: Sequence[Record], _: dict[str, 
             model, length = record["config"]["model"], record["config"]["data"]["seq_len"]
             marks.update(schedule.expand(model["transpoints"], model["num_layers"]))
         _line(axes, sorted(points.items()), arm, place)
-        first = min(first, *points)
+        places |= points.keys()
+    if len(places) < 2:
+        return False  # questions at one place say nothing about places
     for mark in marks:
         axes.axvline(min(mark, length) + 0.5, color="#c3c8cc", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(0.8 * first, length + 1)
+    axes.set_xlim(0.8 * min(places), length + 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     name = "answers that are right" if field == "eval/answers_by_query" else "held-out loss, nats per token"
     axes.set(xlabel="tokens read (position + 1); dashed: TransPoints", ylabel=name, title=f"{study.name}: by position")
@@ -181,7 +185,7 @@ def _measures(axes: Any, study: Study, records: Sequence[Record], _: dict[str, C
     fields = {name: f"measure/{name}/{study.metric.removeprefix('eval/')}" for name in study.measure}
     for place, (arm, found) in enumerate(arms.items()):
         aside = 0.6 * ((place + 0.5) / len(arms) - 0.5)
-        values = [[record["metrics"][field] for record in found] for field in fields.values()]
+        values = [[record["metrics"].get(field) for record in found] for field in fields.values()]
         points = [(at + aside, each) for at, each in enumerate(values) if None not in each]
         _line(axes, points, arm, place, linestyle="none")  # the evaluations have no order of their own
     axes.set_xticks(range(len(fields)), list(fields), rotation=20, ha="right")
@@ -216,7 +220,7 @@ def _line(
     points: Sequence[tuple[float, list[float]]],
     label: str,
     place: int,
-    linestyle: str = "-",
+    linestyle: str | None = None,
     fewest: float = _FEWEST,
 ) -> None:
     """Draw a line through the means; at each place an interval, or a dot for each of fewer values than `fewest`.
@@ -230,7 +234,8 @@ def _line(
     places = [at for at, _ in points]
     colour = _COLOURS[place % len(_COLOURS)]
     options: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 4}
-    options |= {"label": label, "capsize": 3, "linewidth": 1.5, "linestyle": linestyle}
+    options |= {"label": label, "capsize": 3, "linewidth": 1.5}
+    options["linestyle"] = linestyle or _LINES[place // len(_COLOURS) % len(_LINES)]
     axes.errorbar(places, [_shown(value.mean) for value in values], halves, **options)
     dots = [(at, _shown(each)) for at, found in points if 1 < len(found) < fewest for each in found]
     if dots:

@@ -97,15 +97,16 @@ def table(study: Study, records: Sequence[Record], choices: dict[str, Choice]) -
     rows = []
     for arm, found in results.reported(study, records).items():
         first, choice = found[0], choices[arm]
+        ended = sum(record["stage"] == "report" and record["arm"] == arm for record in records)  # failed ones too
         value = results.interval([results.metric_of(study, record) for record in found])
         rows.append(
             [
                 *first["variants"].values(),
                 format_interval(value),
                 *(_also(found, field) for field in study.also),
-                str(len(found)),
+                str(len(found)) if len(found) == ended else f"{len(found)} of {ended}",
                 f"{choice.rate:g}{' (edge of the grid)' if choice.at_edge else ''}",
-                *([] if study.target is None else [_examples(found)]),
+                *([] if study.target is None else [_examples(found, study.target, study.better, ended)]),
                 f"{first['parameters']:,}",
                 f"{first['state_bytes']:,}",
                 f"{first['training_flops']:.3g}" if first["training_flops"] is not None else "–",
@@ -165,12 +166,13 @@ def _speed(found: Sequence[Record]) -> str:
     return f"{statistics.fmean(speeds):,.0f}" if speeds and None not in speeds else ""
 
 
-def _examples(found: Sequence[Record]) -> str:
-    """Write the median of the seeds that reached the target, and how many did."""
-    reached = [record["examples_to_target"] for record in found if record["examples_to_target"] is not None]
+def _examples(found: Sequence[Record], target: float, better: str, ended: int) -> str:
+    """Write the median of the seeds that reached the target, and how many of all that ended, failed ones too, did."""
+    needed = [results.examples_to_target(record["curve"], target, better) for record in found]
+    reached = [examples for examples in needed if examples is not None]
     if not reached:
         return "not reached"
-    share = "" if len(reached) == len(found) else f" ({len(reached)} of {len(found)} seeds)"
+    share = "" if len(reached) == ended else f" ({len(reached)} of {ended} seeds)"
     return f"{statistics.median(reached):,.0f}{share}"
 
 
@@ -184,8 +186,12 @@ def _notes(study: Study, records: Sequence[Record], choices: dict[str, Choice]) 
         notes.append(
             f"The best learning rate lies at the edge of the grid for {', '.join(edges)}: a better one may lie outside."
         )
-    waiting = ["/".join(arm) for arm in study.arms() if "/".join(arm) not in choices]
-    if waiting:
+    without = ["/".join(arm) for arm in study.arms() if "/".join(arm) not in choices]
+    searched = {arm: sum(record["stage"] == "search" and record["arm"] == arm for record in records) for arm in without}
+    grid = len(study.learning_rates) * len(study.search_seeds)
+    if failed := [arm for arm in without if searched[arm] == grid]:
+        notes.append(f"Every learning rate has a failed cell for {', '.join(failed)}; --retry-failed runs them again.")
+    if waiting := [arm for arm in without if searched[arm] < grid]:
         notes.append(f"The search is not complete for {', '.join(waiting)}.")
     missing = len(study.report_cells({arm: choice.rate for arm, choice in choices.items()}))
     missing -= sum(record["stage"] == "report" for record in records)

@@ -38,7 +38,7 @@ class Choice:
 
     rate: float
     at_edge: bool
-    """The rate is the smallest or the largest of the grid: a better one may lie outside."""
+    """The rate is the smallest or the largest of those that did not fail: a better one may lie outside."""
     means: tuple[tuple[float, float], ...]
     """(rate, mean of the metric over the search's seeds) of every rate without a failed cell; none: chosen earlier."""
 
@@ -63,16 +63,14 @@ def write_result(out: Path, cell: Cell, record: Record) -> None:
     os.replace(part, path)
 
 
-def take_results(study: Study, out: Path, file: Path) -> int:
-    """Take the cells that a results.jsonl has and the folder `out` has not, and return their number.
-
-    Failed cells stay behind. What a record's config must equal is checked when its cell is due.
+def read_file(study: Study, file: Path) -> list[tuple[Cell, Record]]:
+    """Return the cells and records of a results.jsonl.
 
     Raises:
         ValueError: the file is none of this study.
         OSError: it cannot be read.
     """
-    taken = 0
+    read = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
@@ -85,10 +83,8 @@ def take_results(study: Study, out: Path, file: Path) -> int:
                 f"{file}, line {number}: a cell of {found[0]}{' --quick' * found[1]}, not of "
                 f"{study.name}{' --quick' * study.quick}"
             )
-        if record["error"] is None and read_result(out, cell) is None:
-            write_result(out, cell, record)
-            taken += 1
-    return taken
+        read.append((cell, record))
+    return read
 
 
 def read_results(study: Study, out: Path) -> list[Record]:
@@ -124,7 +120,7 @@ def choose_rates(study: Study, out: Path) -> dict[str, Choice]:
             continue
         sign = 1 if study.better == "higher" else -1
         rate = max(means, key=lambda pair: (sign * pair[1], -pair[0]))[0]
-        edges = (study.learning_rates[0], study.learning_rates[-1])
+        edges = min(rate for rate, _ in means), max(rate for rate, _ in means)  # of those that did not fail
         choices[arm] = Choice(rate, rate in edges, tuple(means))
     return choices
 

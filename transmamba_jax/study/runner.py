@@ -50,14 +50,14 @@ class Selection:
     """Shell pattern of the cells' names, such as `mamba2/*`."""
     shard: int = 0
     shards: int = 1
-    """Of the cells in order, this call runs those whose number modulo `shards` is `shard`."""
+    """Of the cells with such names, in order, this call runs those whose number modulo `shards` is `shard`."""
     stage: Stage | None = None
     """None: both."""
 
     def of(self, cells: Sequence[Cell]) -> list[Cell]:
         """Return the selected ones of all cells of a stage."""
-        mine = [cell for number, cell in enumerate(cells) if number % self.shards == self.shard]
-        return [cell for cell in mine if fnmatch.fnmatchcase(cell.name, self.only)]
+        named = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, self.only)]
+        return [cell for number, cell in enumerate(named) if number % self.shards == self.shard]
 
 
 def run_study(
@@ -86,7 +86,7 @@ def run_study(
     hours = study.budget_hours if hours is None else hours
     out.mkdir(parents=True, exist_ok=True)
     for stage in ("search", "report") if selection.stage is None else (selection.stage,):
-        cells = [cell for cell in selection.of(stage_cells(study, out, stage)) if _is_due(study, out, cell, retry)]
+        cells = [cell for cell in _selected(study, out, stage, selection) if _is_due(study, out, cell, retry)]
         # The runs' own lines are hidden, except what needs a person, until the stage ends in whatever way.
         with logs.shown(logging.ERROR), _bar(cells, stage) as bar:
             for _, of_arm in itertools.groupby(cells, key=lambda cell: cell.arm):
@@ -142,15 +142,34 @@ def run_cell(study: Study, out: Path, cell: Cell, retry: bool, train_cell: Train
     return True
 
 
-def check_results(study: Study, out: Path) -> None:
-    """Check that the results of a folder are of the study's configs.
+def check_results(study: Study, out: Path, retry: bool = False) -> None:
+    """Check that the results of a folder are of the study's configs; those of failed cells not where they run again.
 
     Raises:
         ValueError: one is of another config.
     """
     for stage in ("search", "report"):
         for cell in stage_cells(study, out, stage):
-            _is_due(study, out, cell, retry=False)
+            _is_due(study, out, cell, retry)
+
+
+def take_results(study: Study, out: Path, file: Path) -> int:
+    """Take the cells that a results.jsonl has and the folder `out` has not, and return their number.
+
+    Failed cells stay behind. Nothing is taken where a record is of another config.
+
+    Raises:
+        ValueError: the file is none of this study, or a record is of another config.
+        OSError: it cannot be read.
+    """
+    found = [(cell, record) for cell, record in results.read_file(study, file) if record["error"] is None]
+    for cell, record in found:
+        if cell.arm in map("/".join, study.arms()):
+            refuse_other_config(study, cell, record, f"{file} is of another version of {study.name}")
+    new = [(cell, record) for cell, record in found if results.read_result(out, cell) is None]
+    for cell, record in new:
+        results.write_result(out, cell, record)
+    return len(new)
 
 
 def estimate(study: Study, out: Path, cells: Sequence[Cell]) -> list[float]:
@@ -165,29 +184,64 @@ def estimate(study: Study, out: Path, cells: Sequence[Cell]) -> list[float]:
 
 
 def _is_due(study: Study, out: Path, cell: Cell, retry: bool) -> bool:
-    """Tell whether a cell has to run; refuse a result of another config than the study's.
-
-    `train.loss_chunk` decides how sums are rounded and nothing else.
-    """
-    record = results.read_result(out, cell)
-    if record is None:
+    """Tell whether a cell has to run; refuse a result, or the beginning of one, of another config than the study's."""
+    record, folder = results.read_result(out, cell), results.cell_folder(out, cell)
+    if record is not None and record["error"] is not None and retry:
         return True
-    was, now = config_io.from_tree(record["config"]), study.cell_config(cell, Path(record["config"]["workdir"]))
-    changes = [line for line in config_io.differences(was, now) if not line.startswith("train.loss_chunk:")]
+    begun = folder / "config.yaml"
+    if record is not None:
+        refuse_other_config(study, cell, record, f"choose another --out, or delete {folder}")
+    elif begun.exists():
+        was = config_io.read_config_file(begun)
+        changes = _changes(study, cell, was)
+        if changes:
+            raise ValueError(
+                f"cell {cell.name} was begun with another config: {'; '.join(changes)}; choose another --out, or "
+                f"delete {folder}"
+            )
+    return record is None
+
+
+def refuse_other_config(study: Study, cell: Cell, record: Record, advice: str) -> None:
+    """Refuse a record of another config than the study's, or with another metric or other evaluations after training.
+
+    Raises:
+        ValueError: it is one; the message ends with `advice`.
+    """
+    changes = _changes(study, cell, config_io.from_tree(record["config"]))
+    for name, now in (("metric", study.metric), ("measure", study.measure if cell.stage == "report" else {})):
+        if name in record and record[name] != now:
+            changes.append(f"{name}: {record[name]} -> {now}")
     if changes:
-        raise ValueError(
-            f"cell {cell.name} has a result of another config: {'; '.join(changes)}; choose another --out, or delete "
-            f"{results.cell_folder(out, cell)}"
-        )
-    return retry and record["error"] is not None
+        raise ValueError(f"cell {cell.name} has a result of another config: {'; '.join(changes)}; {advice}")
+
+
+def _changes(study: Study, cell: Cell, was: Config) -> list[str]:
+    """Return what differs from the study's config; `train.loss_chunk` decides how sums are rounded and nothing else."""
+    now = study.cell_config(cell, Path(was.workdir))
+    return [line for line in config_io.differences(was, now) if not line.startswith("train.loss_chunk:")]
+
+
+def _selected(study: Study, out: Path, stage: Stage, selection: Selection) -> list[Cell]:
+    """Return the selected cells of a stage; reported ones only of arms whose learning rate is chosen."""
+    ready = {cell.arm for cell in stage_cells(study, out, stage)}
+    every = study.search_cells() if stage == "search" else _all_reported(study, out)
+    return [cell for cell in selection.of(every) if cell.arm in ready]
+
+
+def _all_reported(study: Study, out: Path) -> list[Cell]:
+    """Return the reported cells of every arm, so that shards number them alike before and after a rate is chosen.
+
+    An arm whose rate is not chosen has the smallest one.
+    """
+    rates = {"/".join(arm): rate for arm in study.arms() for rate in study.learning_rates[:1]}
+    return study.report_cells(rates | {arm: choice.rate for arm, choice in results.choose_rates(study, out).items()})
 
 
 def _waiting(study: Study, out: Path, selection: Selection) -> bool:
     """Tell whether reported cells are missing because another shard's search is not finished."""
     searching = {cell.arm for cell in study.search_cells() if results.read_result(out, cell) is None}
-    # Whichever rate will be chosen, the pattern decides by the name.
-    rates = {arm: study.learning_rates[0] for arm in searching}
-    arms = sorted({cell.arm for cell in selection.of(study.report_cells(rates))})
+    arms = sorted(searching & {cell.arm for cell in selection.of(_all_reported(study, out))})
     if arms:
         logs.write_line(f"the search of {', '.join(arms)} is not finished; run the same command again afterwards")
     return bool(arms)
@@ -219,6 +273,8 @@ def _record(
         "stage": cell.stage,
         "learning_rate": cell.learning_rate,
         "seed": cell.seed,
+        "metric": study.metric,
+        "measure": study.measure if cell.stage == "report" else {},
         "error": error,
         "seconds": seconds,
         "config": config_io.to_tree(config),
