@@ -53,6 +53,16 @@ def test_the_table_has_the_runs_own_numbers(runs: list[Path], tmp_path: Path, ca
     assert second[4:] == ["3.0", "", "", "384.0"]
 
 
+def test_a_run_that_diverged_is_not_shown_by_an_earlier_step(tmp_path: Path) -> None:
+    last = {"step": 20, "loss": None, "eval/loss": None, "eval/bits_per_byte": None, "tokens_per_second": 128.0}
+    run = write_run(tmp_path / "run", [{"step": 10, "loss": 4.0}, evaluation(10, 2.5), last])
+    row = compare.results("run", compare.read_run(run))
+    assert row[1] == 20
+    assert row[4:7] == ("not finite",) * 3
+    text = compare.write_comparison([run, run], tmp_path / "both").read_text()
+    assert text.count("not finite") >= 3
+
+
 def test_the_page_shows_three_curves_and_what_differs(runs: list[Path], tmp_path: Path) -> None:
     text = compare.write_comparison(runs, tmp_path / "both").read_text()
     page = Page(text)

@@ -1,6 +1,7 @@
 """Compare runs on one page: `transmamba report RUN RUN ... --output DIR` writes DIR/index.html and DIR/results.csv."""
 
 import csv
+import math
 import statistics
 from collections.abc import Sequence
 from html import escape
@@ -51,7 +52,11 @@ def run_names(workdirs: Sequence[Path]) -> list[str]:
 
 def results(name: str, run: Run) -> tuple[str | float, ...]:
     """Return a row of COLUMNS; empty where a run has no such number."""
-    last = lambda key: found[-1][1] if (found := page.numbers(run.records, key)) else ""
+
+    def last(key: str) -> str | float:
+        value = page.last(run.records, key)
+        return "" if value is None else value if math.isfinite(value) else "not finite"
+
     step = max(record["step"] for record in run.records)
     speeds = [value for _, value in page.numbers(run.records, "tokens_per_second")]
     hours = _seconds(run, [step])[0] / 3600 if speeds else ""
