@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests import programs
-from transmamba_jax.runtime import compile_cache
+from transmamba_jax.runtime import compile_cache, hardware
 
 TRAIN = """
 import sys, jax
@@ -172,6 +172,14 @@ def test_a_deserialized_executable_is_not_serialized_again(tmp_path, monkeypatch
         assert lower.count == 3
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+def test_programs_for_other_cores_have_a_folder_of_their_own(monkeypatch):
+    folders = set()
+    for cores in ([0], [0, 1], [3]):
+        monkeypatch.setattr(hardware, "usable_cores", lambda cores=cores: cores)
+        folders.add(compile_cache._processor())
+    assert len(folders) == 2  # one core is as good as another
 
 
 def test_programs_without_a_key_are_not_kept(lower, tmp_path):

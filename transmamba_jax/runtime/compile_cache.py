@@ -22,6 +22,7 @@ import jax
 from jax.experimental import serialize_executable
 
 from transmamba_jax import _IMPORTED
+from transmamba_jax.runtime import hardware
 from transmamba_jax.runtime.paths import user_cache
 
 _MAX_BYTES = 2 * 2**30
@@ -45,7 +46,7 @@ def keep_programs() -> None:
     if settings["jax_compilation_cache_dir"] is not None or not settings["jax_enable_compilation_cache"]:
         return
     try:
-        folder = user_cache() / "programs" / _instruction_set()
+        folder = user_cache() / "programs" / _processor()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # JAX runs what it finds there
         tempfile.TemporaryFile(dir=folder).close()  # it can be written to, and the disk is not full
         _remove_incomplete(folder)
@@ -198,9 +199,12 @@ def _remove_incomplete(folder: Path) -> None:
         _LOGGER.debug("another process writes to %s: incomplete programs are left", folder)
 
 
-def _instruction_set() -> str:
-    """Name the instructions that a CPU program may use: a home folder is often shared by machines of several kinds."""
+def _processor() -> str:
+    """Name the instructions and the number of cores that a CPU program may use, which it is compiled for.
+
+    A home folder is often shared by machines of several kinds, and a machine by jobs with some of its cores each.
+    """
     flags = Path("/proc/cpuinfo")
     lines = flags.read_text(encoding="utf-8").splitlines() if flags.exists() else [platform.processor()]
     features = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0] if lines else "")
-    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}-{len(hardware.usable_cores())}"
