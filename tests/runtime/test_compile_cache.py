@@ -217,6 +217,16 @@ def test_the_least_recently_used_go_first(lower, tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_program_above_the_limit_removes_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_cache, "_MAX_KEYED_BYTES", 10)
+    for used, (name, size) in enumerate([("old", 4), ("recent", 6), ("large", 11)]):
+        file = tmp_path / f"{name}.program"
+        file.write_bytes(b"0" * size)
+        os.utime(file, (used, used))
+    compile_cache._remove_oldest(tmp_path)
+    assert {file.stem for file in tmp_path.iterdir()} == {"old", "recent"}
+
+
 def test_a_folder_that_is_gone_costs_nothing_else(lower, tmp_path, monkeypatch):
     monkeypatch.setattr(compile_cache, "_folder", tmp_path / "gone")
     assert run(lower, "double") == run(lower, "double") == [0.0, 2.0, 4.0]

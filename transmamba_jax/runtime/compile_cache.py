@@ -179,8 +179,9 @@ def _remove_oldest(folder: Path) -> None:
     left = _MAX_KEYED_BYTES
     stats = [(file.stat(), file) for file in folder.glob(f"*{_SUFFIX}*")]
     for stat, file in sorted(stats, key=lambda pair: pair[0].st_mtime, reverse=True):
-        left -= stat.st_size
-        if left < 0:
+        if stat.st_size <= left:
+            left -= stat.st_size
+        else:
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 file.unlink()
 
