@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from transmamba_jax.calibrate import trials
+from transmamba_jax.calibrate import worker as real_worker
 from transmamba_jax.calibrate.candidates import Job
 from transmamba_jax.config import KernelsConfig
 from transmamba_jax.runtime.calibration import Record, Result
@@ -84,6 +85,23 @@ def test_one_that_dies_while_it_is_timed_is_left_out_and_the_others_are_timed_ag
     assert found["dies_late"].message.startswith("exit code 9")
     assert found["dies_late"].seconds == {}
     assert set(found["sequential"].seconds["state"]) == {256, 64}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(AssertionError(), "an assertion without a message"), (AssertionError("\ny: nan\nmore"), "y: nan")],
+)
+def test_an_assertion_of_any_text_is_a_wrong_result(
+    error: AssertionError, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*_: object) -> None:
+        raise error
+
+    said: list[tuple[str, dict[str, str]]] = []
+    monkeypatch.setattr(real_worker, "check", check)
+    monkeypatch.setattr(real_worker, "say", lambda event, **fields: said.append((event, fields)))
+    real_worker._check(JOB, Result("ssd", "sequential", None, "passed"))
+    assert said == [("wrong", {"message": message})]
 
 
 def test_a_device_that_cannot_be_asked(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def _check(job: Job, candidate: Result) -> None:
     try:
         check(job, candidate)
     except AssertionError as error:
-        say("wrong", message=str(error).splitlines()[0])
+        say("wrong", message=(str(error).strip().splitlines() or ["an assertion without a message"])[0])
         return
     say("right")
 
