@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from transmamba_jax import schedule
@@ -160,6 +161,13 @@ def test_layers_and_steps_run_on_this_machine(objective: Any) -> None:
         assert set(watch.parts(8)) == {"attention"}
         parts = watch.parts(4)
         assert set(parts) == {"attention", "convert", "SSD"}
+        assert all(call() > 0 for call in parts.values())
+
+
+def test_operators_alone_run_where_float64_is_the_default() -> None:
+    data = DataConfig(seq_len=8, batch_size=2)
+    with jax.enable_x64(True):
+        parts = stopwatch.Stopwatch(Config(model=LITTLE, data=data), KernelsConfig(), "prefill").parts(4)
         assert all(call() > 0 for call in parts.values())
 
 

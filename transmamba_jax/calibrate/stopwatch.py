@@ -153,7 +153,9 @@ class Stopwatch:
         normal = lambda *shape: jax.random.normal(jax.random.key(len(shape)), shape).astype(model.dtype)
         v = normal(rows, length, model.num_heads, model.head_dim)
         k = q = normal(rows, length, model.num_groups, model.state_dim)
-        dt, a = jnp.full(v.shape[:3], 0.01), -jnp.linspace(1.0, 16.0, model.num_heads)
+        # JAX_ENABLE_X64 would make them float64, which SSD does not take.
+        dt = jnp.full(v.shape[:3], 0.01, jnp.float32)
+        a = -jnp.linspace(1.0, 16.0, model.num_heads, dtype=jnp.float32)
         options: dict[str, Any] = {"chunk_size": self.kernels.chunk_size, "implementation": self.kernels.ssd_choice}
         run: Callable[..., jax.Array] = lambda v, k, q: causal_attention(
             q, k, v, implementation=self.kernels.attention_choice
