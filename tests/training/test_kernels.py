@@ -105,6 +105,15 @@ def test_another_device_looks_up_its_own_record(
     assert "on another chip" in line
 
 
+def test_names_that_stay_on_another_device_are_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"ssd": "sequential", "attention": "blockwise"}
+    start(tmp_path / "run", caplog, **names)
+    monkeypatch.setattr(calibration, "device_name", lambda: "another chip")
+    assert start(tmp_path / "run", caplog, **names)[1] == []
+
+
 @pytest.mark.parametrize("text", ["{", "{}", '{"device": "x", "kernels": {"no": 1}}', "[]"])
 def test_a_file_that_cannot_be_read_is_ignored(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / kernels.FILE).write_text(text)

@@ -64,7 +64,8 @@ def _choose(model: ModelConfig, options: KernelsConfig, workdir: Path) -> dict[s
                 f"delete {workdir / FILE} to have them"
             )
         return calibration.to_tree(kernels)
-    if device != here or before != now:
+    named = options.ssd is not None and options.attention is not None
+    if before != now or (device != here and not named):
         hosts.log_first(
             f"warning: kernels may change from those that this run was started with: {before} on {device}; now {now} "
             f"on {here}. Results agree to a tolerance, not to the bit; --kernels.ssd and --kernels.attention name them",
