@@ -116,6 +116,13 @@ def test_what_the_options_name_wins() -> None:
     assert chosen.ssd_choice.order(64) == (Candidate("sequential"), Candidate("associative"))
 
 
+@pytest.mark.usefixtures("cache")
+def test_measurements_that_are_given_stay() -> None:
+    keep()
+    chosen = calibration.kernels(MODEL, KernelsConfig(), "read")
+    assert calibration.kernels(MODEL, chosen, "train") is chosen
+
+
 def test_without_a_record_the_options_stay_as_they_are(cache: Path) -> None:
     assert not cache.exists()
     assert calibration.kernels(MODEL, KernelsConfig(), "train") == KernelsConfig()

@@ -185,10 +185,10 @@ def kernels(model: ModelConfig, options: KernelsConfig, purpose: Purpose) -> Ker
 
     Args:
         model: its heads and dtype are part of the record's key.
-        options: names given win over any measurement.
+        options: names given win over any measurement; those that already have measurements are returned as they are.
         purpose: "train" looks at the times of forward and backward pass, "read" at those of the forward pass.
     """
-    if options.ssd is not None and options.attention is not None:
+    if isinstance(options, MeasuredKernels) or (options.ssd is not None and options.attention is not None):
         return options
     record = find(model)
     if record is None:
