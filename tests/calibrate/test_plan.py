@@ -123,6 +123,16 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.Capt
     assert "P* = 256" in (tmp_path / "plan.svg").read_text()
 
 
+@pytest.mark.usefixtures("machine")
+def test_files_that_cannot_be_written_lose_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    files = ["--output", str(tmp_path / "file" / "plan.json"), "--figure", str(tmp_path / "file" / "plan.png")]
+    assert command.main(["--plan", "--config", "tiny", "--model.num-layers", "8", "--seq-len", str(T), *files]) == 1
+    printed = capsys.readouterr()
+    assert "speed-optimal common TransPoint" in printed.out
+    assert printed.err.count(" is not written: ") == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -137,6 +147,9 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.Capt
         (["--plan", "--config", "tiny", "--topology", "v9z:1"], "cannot be had"),
         (["--plan", "--config", "tiny", "--topology", "cpu:1"], "must be of a chip with a data sheet"),
         (["--config", "tiny", "--limit", "0"], "--limit must be positive"),
+        (["--config", "tiny", "--limit", "nan"], "seconds, found nan"),
+        (["--config", "tiny", "--limit", "inf"], "seconds, found inf"),
+        (["--config", "tiny", "--limit", "1e300"], "seconds, found 1e+300"),
         (["--plan"], "--config is required"),
         (["--config", "tiny", "--model.no-such", "1"], "no-such"),
     ],

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from transmamba_jax.calibrate import __main__ as command
 from transmamba_jax.calibrate import trials
 from transmamba_jax.calibrate import worker as real_worker
 from transmamba_jax.calibrate.candidates import Job
 from transmamba_jax.config import KernelsConfig
+from transmamba_jax.runtime import calibration
 from transmamba_jax.runtime.calibration import Record, Result
 
 from . import worker
@@ -109,3 +111,72 @@ def test_a_device_that_cannot_be_asked(tmp_path: Path) -> None:
     program.write_text("raise SystemExit('no such device')")
     with pytest.raises(RuntimeError, match=r"the device cannot be asked for its kind: died: .* no such device"):
         trials.make_record(JOB, (sys.executable, str(program)))
+
+
+@pytest.fixture(name="measured")
+def _measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the command take a record that is there, and return its arguments; `tmp_path/file` can be no folder."""
+    key = {"device": "a chip", "driver": "7", "jax": "0.11", "transmamba_jax": "0.1", "shapes": {"head_dim": 64}}
+    results = (Result("ssd", "sequential", 32, "passed", "", {"forward": {64: 0.002}}),)
+    monkeypatch.setattr(trials, "make_record", lambda _: Record(key, "2026-01-01 00:00:00", 4, results))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "file").touch()
+    return ["--config", "tiny", "--output"]
+
+
+def kept(folder: Path) -> list[Path]:
+    return [*folder.glob("cache/transmamba_jax/calibration/*.json")]
+
+
+def test_a_cache_that_cannot_be_written_loses_neither_table_nor_output(
+    measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert command.main([*measured, str(tmp_path / "copy.json")]) == 1
+    printed = capsys.readouterr()
+    assert "2.000*" in printed.out
+    assert printed.err.count(" is not written: ") == 1
+    assert calibration.read(tmp_path / "copy.json").rows == 4
+    assert command.main([*measured, str(tmp_path / "file" / "copy.json")]) == 1
+    assert capsys.readouterr().err.count(" is not written: ") == 2
+
+
+def test_an_output_that_cannot_be_written_loses_neither_table_nor_record(
+    measured: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "file" / "copy.json"
+    assert command.main([*measured, str(output)]) == 1
+    printed = capsys.readouterr()
+    assert "2.000*" in printed.out
+    assert f"transmamba calibrate: {output} is not written: " in printed.err
+    assert len(kept(tmp_path)) == 1
+
+
+def test_without_a_home_folder_the_output_is_written(
+    measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def folder() -> Path:
+        raise ValueError("there is no home folder")
+
+    monkeypatch.setattr(calibration, "folder", folder)
+    assert command.main([*measured, str(tmp_path / "copy.json")]) == 1
+    printed = capsys.readouterr()
+    assert "2.000*" in printed.out
+    assert printed.err == "transmamba calibrate: the record is not kept: there is no home folder\n"
+    assert calibration.read(tmp_path / "copy.json").rows == 4
+    assert command.main(["show"]) == 2
+    assert capsys.readouterr().err == "transmamba calibrate: there is no home folder\n"
+
+
+def test_an_output_whose_reader_left_keeps_the_record(
+    measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def left(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(command, "print", left, raising=False)
+    assert command.main([*measured, str(tmp_path / "copy.json")]) == 0
+    assert len(kept(tmp_path)) == 1
+    assert (tmp_path / "copy.json").exists()
+    assert command.main(["show"]) == 0
+    assert capsys.readouterr().err == ""

@@ -7,15 +7,18 @@ python -m transmamba_jax.calibrate --plan --config FILE --seq-len T             
 
 import argparse
 import dataclasses
+import functools
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from transmamba_jax import config_io
 from transmamba_jax.calibrate import show, trials
 from transmamba_jax.calibrate.candidates import make_job
 from transmamba_jax.config import Config
 from transmamba_jax.runtime import calibration, hardware, host_memory, logs
-from transmamba_jax.runtime.paths import option_path
+from transmamba_jax.runtime.paths import option_path, show_path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,10 +51,10 @@ _PLAN_ONLY = ("seq_len", "objective", "budget", "topology", "figure")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and keep a record, or print the records."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["show"]:
-        return _show(arguments[1:])
-    options, overrides = _parser().parse_known_args(arguments)
     try:
+        if arguments[:1] == ["show"]:
+            return _show(arguments[1:])
+        options, overrides = _parser().parse_known_args(arguments)
         with logs.shown():
             if options.plan:
                 return _plan(options, overrides)
@@ -62,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"transmamba calibrate: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader left, as `head` does: no error
+        raise
     except (OSError, RuntimeError) as error:
         print(f"transmamba calibrate: {error}", file=sys.stderr)
         return 1
@@ -80,8 +85,10 @@ def _show(arguments: Sequence[str]) -> int:
 def _config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
     if options.config is None:
         raise ValueError(f"--config is required: a YAML file or one of {', '.join(config_io.config_names())}")
-    if options.limit <= 0:
-        raise ValueError(f"--limit must be positive, found {options.limit:g}")
+    if not 0 < options.limit <= threading.TIMEOUT_MAX:  # nan, too
+        raise ValueError(
+            f"--limit must be positive and at most {threading.TIMEOUT_MAX:g} seconds, found {options.limit:g}"
+        )
     return config_io.load_config(options.config, overrides)
 
 
@@ -100,26 +107,54 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.figure is not None:
         figure.check_name(options.figure)
     found = plan.make_plan(config, options.objective or "train", budget, options.topology, options.quick)
-    print("\n".join(plan.text(found)))
-    if options.output is not None:
-        plan.write(found, options.output)
-    if options.figure is not None:
-        figure.draw(found, options.figure)
+    _print_and_write(
+        plan.text(found),
+        [
+            (options.output, functools.partial(plan.write, found)),
+            (options.figure, functools.partial(figure.draw, found)),
+        ],
+    )
     return 0
 
 
 def _calibrate(config: Config, options: argparse.Namespace) -> int:
     record = trials.make_record(make_job(config, options.quick, options.limit))
-    file = calibration.file_of(record.key)
-    for output in dict.fromkeys((file, options.output)):
-        if output is not None:
-            calibration.write(record, output)
-            print(f"record {output}")
-    record = dataclasses.replace(record, source=str(file))
-    print("\n".join(show.table(record)))
+    file: Path | None = None
+    failures: list[str] = []
+    try:
+        file = calibration.file_of(record.key)
+        record = dataclasses.replace(record, source=str(file))
+    except ValueError as error:  # there is no home folder
+        failures.append(f"the record is not kept: {error}")
+    lines = [*show.table(record)]
     for purpose in ("train", "read"):
-        print(f"{purpose}: {calibration.describe(record.kernels(config.kernels, purpose))}")
+        lines.append(f"{purpose}: {calibration.describe(record.kernels(config.kernels, purpose))}")
+    write = functools.partial(calibration.write, record)
+    _print_and_write(lines, [(output, write) for output in dict.fromkeys((file, options.output))], failures)
     return 0
+
+
+def _print_and_write(
+    lines: Iterable[str], writes: Iterable[tuple[Path | None, Callable[[Path], None]]], earlier: Iterable[str] = ()
+) -> None:
+    """Print a result and write it to the files that are given: it took minutes, and no failure loses the rest.
+
+    Raises:
+        RuntimeError: files cannot be written, or there are earlier failures; it names all.
+    """
+    failures = [*earlier]
+    try:
+        print("\n".join(lines), flush=True)
+    finally:
+        for file, write in writes:
+            if file is None:
+                continue
+            try:
+                write(file)
+            except (OSError, ValueError, RuntimeError) as error:
+                failures.append(f"{show_path(file)} is not written: {error}")
+    if failures:
+        raise RuntimeError("; ".join(failures))
 
 
 if __name__ == "__main__":
