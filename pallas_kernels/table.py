@@ -32,6 +32,8 @@ class Table:
     """Of whole calls, by length."""
     states: tuple[Measured, ...] = ()
     """Of calls that return the final state alone, by length. None: as `calls`."""
+    excluded: tuple[tuple[str, str], ...] = ()
+    """Implementations that did not pass, and why: the choice by platform leaves them out."""
 
     def order(self, length: object, state_alone: bool = False) -> tuple[Candidate, ...]:
         """Return the order at the measured length that is nearest by ratio; a symbolic length takes the longest."""

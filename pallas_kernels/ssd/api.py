@@ -197,6 +197,11 @@ def _select(
         if not reasons:
             return candidate, passed_over
         passed_over.setdefault(name, "; ".join(reasons))
+    last = order[-1][0]
+    if isinstance(implementation, Table) and last.name in dict(implementation.excluded):
+        # It supports every call, and a run must not end because of a record.
+        _warn(f"SSD runs as {last.name!r}, though {passed_over[last.name]}: no other implementation can serve the call")
+        return last, passed_over
     names = ", ".join(dict.fromkeys(candidate.name for candidate, _ in order))
     every = "; ".join(f"{name!r}: {reason}" for name, reason in passed_over.items())
     raise ValueError(f"no implementation of {names} can serve this call: {every}")
@@ -209,7 +214,8 @@ def _order(implementation: Choice, length: object, state_alone: bool) -> list[tu
         if measured:
             _check_names(tuple(candidate.name for candidate in measured), implementation)
         by_platform = _ORDER.get(target.platform(), _ELSEWHERE)
-        unmeasured = [(Candidate(name), _BY_NAME_ONLY.get(name)) for name in by_platform]
+        against = _BY_NAME_ONLY | (dict(implementation.excluded) if implementation is not None else {})
+        unmeasured = [(Candidate(name), against.get(name)) for name in by_platform]
         return [*((candidate, None) for candidate in measured), *unmeasured]
     names = implementation if isinstance(implementation, tuple) else ()
     _check_names(names, implementation)
@@ -227,6 +233,12 @@ def _check_names(names: tuple[str, ...], given: object) -> None:
 def _log_choice(choice: str) -> None:
     """Log each distinct choice once per process."""
     _LOGGER.info("%s", choice)
+
+
+@functools.cache
+def _warn(warning: str) -> None:
+    """Log each distinct warning once per process."""
+    _LOGGER.warning("%s", warning)
 
 
 def _state(x: jax.Array, b: jax.Array, initial_state: jax.Array | None) -> jax.Array:

@@ -264,3 +264,15 @@ def test_a_table_of_measurements(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert fallback.startswith("attention runs as 'blockwise', chosen for 'cpu'; passed over 'cudnn': it needs ")
     found, wanted = (causal_attention(q, q, v, implementation=name) for name in (table, "reference"))
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_one_that_did_not_pass_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    (q, _, v, _), _ = Spec(40).arrays()
+    monkeypatch.setattr(api, "_AUTOMATIC", {"cpu": ("reference", "blockwise")})
+    monkeypatch.setattr(api, "_warn", api._warn.__wrapped__)
+    reasons = ("reference", "it is wrong"), ("blockwise", "it hung")
+    assert api._choose(q, v, None, Table("", (), excluded=reasons[:1])) == "blockwise"
+    assert not caplog.records
+    assert api._choose(q, v, None, Table("", (), excluded=reasons)) == "blockwise"
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.endswith("passed over 'reference': it is wrong; passed over 'blockwise': it hung")

@@ -156,6 +156,17 @@ def test_a_table_of_measurements(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         ssd(**_arguments(), implementation=Table("", (Measured(1, (Candidate("other"),)),)))
 
 
+def test_one_that_did_not_pass_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(api, "_ORDER", {"cpu": ("associative", "sequential")})
+    monkeypatch.setattr(api, "_warn", api._warn.__wrapped__)
+    reasons = ("associative", "it is wrong"), ("sequential", "it hung")
+    assert _logged(caplog, implementation=Table("", (), excluded=reasons[:1])) == [
+        "SSD runs as 'sequential', chosen for 'cpu'; passed over 'associative': it is wrong"
+    ]
+    warning = _logged(caplog, implementation=Table("", (), excluded=reasons))[0]
+    assert warning == "SSD runs as 'sequential', though it hung: no other implementation can serve the call"
+
+
 def test_the_length_of_a_table_is_the_nearest_by_ratio() -> None:
     a, b = (Candidate("associative"),), (Candidate("sequential"),)
     table = Table("", (Measured(16, a), Measured(256, b)))

@@ -116,6 +116,24 @@ def test_what_the_options_name_wins() -> None:
     assert chosen.ssd_choice.order(64) == (Candidate("sequential"), Candidate("associative"))
 
 
+def test_what_ran_and_did_not_pass_is_excluded() -> None:
+    for outcome in ("wrong", "failed", "hung", "died"):
+        results = (
+            result("sequential", 32, 1.0, 1.0, outcome),
+            result("associative", 64, 1.0, 1.0, outcome),
+            result("associative", 128, 1.0, 1.0),
+            result("triton", None, 1.0, 1.0, "passed over"),
+            result("cudnn", None, 1.0, 1.0, outcome),
+        )
+        chosen = Record({}, "", 1, results, "here.json").kernels(KernelsConfig(), "read")
+        assert chosen.ssd_table is not None
+        assert chosen.attention_table is not None
+        assert chosen.ssd_table.excluded == (("sequential", f"it is {outcome!r} in the record here.json"),)
+        assert [name for name, _ in chosen.attention_table.excluded] == ["cudnn"]
+        assert calibration.describe(chosen).endswith("attention by device and shape without cudnn")
+        assert calibration.from_tree(json.loads(json.dumps(calibration.to_tree(chosen)))) == chosen
+
+
 @pytest.mark.usefixtures("cache")
 def test_measurements_that_are_given_stay() -> None:
     keep()

@@ -119,9 +119,10 @@ def _choose(q: Array, v: Array, segment_ids: Array | None, implementation: Choic
 def _first(reasons: dict[str, Callable[[], str | None]], length: object, table: Table | None) -> Implementation:
     """Return the first implementation of a table, then of the platform, that can serve the call; log it."""
     measured = () if table is None else tuple(candidate.name for candidate in table.order(length))
+    excluded = {} if table is None else dict(table.excluded)
     platform, passed_over = target.platform(), ""
     for name in (*measured, *_AUTOMATIC.get(platform, ("blockwise",))):
-        reason = reasons[name]()
+        reason = excluded.get(name) or reasons[name]()
         if reason is None:
             why = f"chosen for {platform!r}"
             if table is not None and name in measured:
@@ -129,10 +130,18 @@ def _first(reasons: dict[str, Callable[[], str | None]], length: object, table: 
             _log_choice(f"attention runs as {name!r}, {why}{passed_over}")
             return cast(Implementation, name)
         passed_over += f"; passed over {name!r}: {reason}"
-    raise AssertionError("blockwise serves every call")
+    # Blockwise serves every call, and a run must not end because of a record.
+    _warn(f"attention runs as 'blockwise', though no implementation is left{passed_over}")
+    return "blockwise"
 
 
 @functools.cache
 def _log_choice(choice: str) -> None:
     """Log each distinct choice once per process."""
     _LOGGER.info("%s", choice)
+
+
+@functools.cache
+def _warn(warning: str) -> None:
+    """Log each distinct warning once per process."""
+    _LOGGER.warning("%s", warning)

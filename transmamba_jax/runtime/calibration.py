@@ -72,6 +72,19 @@ class Record:
         fastest_first = lambda found: tuple(candidate for _, candidate in sorted(found, key=lambda pair: pair[0]))
         return tuple(Measured(length, fastest_first(found)) for length, found in sorted(timed.items()))
 
+    def excluded(self, operator: str) -> tuple[tuple[str, str], ...]:
+        """Return the implementations that ran and did not pass with any chunk size, each with the reason."""
+        found: dict[str, list[Result]] = {}
+        for result in self.results:
+            if result.operator == operator:
+                found.setdefault(result.name, []).append(result)
+        reasons = []
+        for name, results in found.items():
+            ran = [result for result in results if result.outcome != "passed over"]
+            if ran and all(result.outcome != "passed" for result in ran):
+                reasons.append((name, f"it is {ran[0].outcome!r} in the record {self.source}"))
+        return tuple(reasons)
+
     def kernels(self, options: KernelsConfig, purpose: Purpose) -> MeasuredKernels:
         """Return the options with this record's tables behind those that are None.
 
@@ -82,10 +95,13 @@ class Record:
         if options.chunk_size != KernelsConfig().chunk_size:
             calls, states = _names_alone(calls), _names_alone(states)
         attention = self.table("attention", operation)
+        no_ssd, no_attention = self.excluded("ssd"), self.excluded("attention")
         return MeasuredKernels(
             **dataclasses.asdict(options),
-            ssd_table=Table(self.source, calls, states) if calls else None,
-            attention_table=Table(self.source, attention) if attention else None,
+            ssd_table=Table(self.source, calls, states, no_ssd) if calls or no_ssd else None,
+            attention_table=(
+                Table(self.source, attention, excluded=no_attention) if attention or no_attention else None
+            ),
         )
 
 
@@ -214,6 +230,8 @@ def _fastest(operator: str, table: Table) -> str:
     for row in table.calls:
         found.setdefault(row.order[0], []).append(row.length)
     chunk = lambda candidate: "" if candidate.chunk_size is None else f" (chunks of {candidate.chunk_size})"
+    if not found:
+        return f"{operator} by device and shape without {', '.join(name for name, _ in table.excluded)}"
     shown = [f"{c.name}{chunk(c)} at {'/'.join(map(str, lengths))} tokens" for c, lengths in found.items()]
     return f"{operator} {', '.join(shown)}"
 
@@ -234,12 +252,15 @@ def from_tree(tree: dict[str, Any]) -> KernelsConfig:
         return tuple(Measured(int(row["length"]), tuple(Candidate(*each) for each in row["order"])) for row in found)
 
     def table(found: dict[str, Any] | None) -> Table | None:
-        return None if found is None else Table(found["source"], rows(found["calls"]), rows(found["states"]))
+        if found is None:
+            return None
+        excluded = tuple((str(name), str(reason)) for name, reason in found.get("excluded", ()))
+        return Table(found["source"], rows(found["calls"]), rows(found["states"]), excluded)
 
     try:
         if "ssd_table" not in tree:
             return KernelsConfig(**tree)
         tables = {name: table(tree[name]) for name in ("ssd_table", "attention_table")}
         return MeasuredKernels(**{**tree, **tables})
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"kernels are not of the form that is read here: {error}") from None
