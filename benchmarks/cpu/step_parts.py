@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks import timing
-from benchmarks.cpu.train_step import MODEL, SHAPES, _shape
+from benchmarks.cpu.train_step import MODEL, SHAPES, parse_shape
 from transmamba_jax import rotary
 from transmamba_jax.attention import api as attention
 from transmamba_jax.convolution import causal_conv
@@ -28,7 +28,8 @@ from transmamba_jax.norm import rms_norm
 from transmamba_jax.runtime import host_memory
 from transmamba_jax.runtime.token_loss import chunked_cross_entropy, tokens_at_a_time
 
-LAYERS, HEADS, CHANNELS, MLP_DIM, VOCABULARY = 8, 4, 256, 704, 8192
+LAYERS, HEADS, CHANNELS = MODEL.num_layers, MODEL.num_heads, MODEL.d_model
+MLP_DIM, VOCABULARY = MODEL.mlp_dim, MODEL.vocab_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,8 @@ def parts(batch: int, length: int) -> dict[str, Part]:
     tokens = batch * length
     wide, hidden, heads = (tokens, CHANNELS), (tokens, MLP_DIM), (batch, length, HEADS, CHANNELS // HEADS)
     positions, targets = np.arange(length), np.random.default_rng(1).integers(0, VOCABULARY, (batch, length))
-    angle = torch.from_numpy(positions[:, None] * 1e4 ** (-np.arange(32) / 32)).float()
+    half = CHANNELS // HEADS // 2
+    angle = torch.from_numpy(positions[:, None] * 1e4 ** (-np.arange(half) / half)).float()
     cos, sin = (torch.cat([turn, turn], -1)[None, :, None] for turn in (angle.cos(), angle.sin()))
 
     def rotated(x: torch.Tensor) -> torch.Tensor:
@@ -80,9 +82,9 @@ def parts(batch: int, length: int) -> dict[str, Part]:
         return x @ weight
 
     return {
-        "projections 256 x 256": Part(4 * LAYERS, (wide, (CHANNELS, CHANNELS)), matmul, matmul),
-        "projections 256 x 704": Part(2 * LAYERS, (wide, (CHANNELS, MLP_DIM)), matmul, matmul),
-        "projections 704 x 256": Part(LAYERS, (hidden, (MLP_DIM, CHANNELS)), matmul, matmul),
+        f"projections {CHANNELS} x {CHANNELS}": Part(4 * LAYERS, (wide, (CHANNELS, CHANNELS)), matmul, matmul),
+        f"projections {CHANNELS} x {MLP_DIM}": Part(2 * LAYERS, (wide, (CHANNELS, MLP_DIM)), matmul, matmul),
+        f"projections {MLP_DIM} x {CHANNELS}": Part(LAYERS, (hidden, (MLP_DIM, CHANNELS)), matmul, matmul),
         "convolution and SiLU": Part(
             3 * LAYERS,
             ((batch, length, CHANNELS), (4, CHANNELS), (CHANNELS,)),
@@ -174,15 +176,11 @@ def optimizer_step(seconds: float) -> dict[str, timing.Timing]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=list(SHAPES), metavar="BxT", help="such as 4x512")
+    parser.add_argument(
+        "--shapes", nargs="+", type=parse_shape, default=list(SHAPES), metavar="BxT", help="such as 4x512"
+    )
     parser.add_argument("--seconds", type=float, default=5, help="of timed rounds, a part; default: 5")
     options = parser.parse_args()
-    assert (MODEL.num_layers, MODEL.d_model, MODEL.mlp_dim, MODEL.vocab_size) == (
-        LAYERS,
-        CHANNELS,
-        MLP_DIM,
-        VOCABULARY,
-    )
     host_memory.keep_freed()
     print(timing.heading("jax", "torch"))
     for batch, length in options.shapes:

@@ -159,7 +159,8 @@ def memory(name: str, batch: int, length: int) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def _shape(text: str) -> tuple[int, int]:
+def parse_shape(text: str) -> tuple[int, int]:
+    """Return rows and tokens of a shape such as 4x512."""
     batch, _, length = text.partition("x")
     return int(batch), int(length)
 
@@ -168,7 +169,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     peers = list(PEERS) if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch") else []
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=list(SHAPES), metavar="BxT", help="such as 4x512")
+    parser.add_argument(
+        "--shapes", nargs="+", type=parse_shape, default=list(SHAPES), metavar="BxT", help="such as 4x512"
+    )
     parser.add_argument("--only", nargs="+", choices=[*OURS, *peers], default=[*OURS, *peers], help="contenders")
     parser.add_argument(
         "--unrolled", nargs="+", type=int, default=[], help="layers per iteration of the loop over layers"

@@ -1,7 +1,6 @@
 """Compare runs on one page: `transmamba report RUN RUN ... --output DIR` writes DIR/index.html and DIR/results.csv."""
 
 import csv
-import math
 import statistics
 from collections.abc import Sequence
 from html import escape
@@ -54,8 +53,8 @@ def results(name: str, run: Run) -> tuple[str | float, ...]:
     """Return a row of COLUMNS; empty where a run has no such number."""
 
     def last(key: str) -> str | float:
-        value = page.last(run.records, key)
-        return "" if value is None else value if math.isfinite(value) else "not finite"
+        values = [record[key] for record in run.records if key in record]
+        return "" if not values else "not finite" if values[-1] is None else values[-1]
 
     step = max(record["step"] for record in run.records)
     speeds = [value for _, value in page.numbers(run.records, "tokens_per_second")]

@@ -4,7 +4,6 @@ Its content security policy lets a browser load nothing, so what the page shows 
 """
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Sequence
 from html import escape
@@ -110,12 +109,6 @@ def numbers(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
     """Return (step, value) where there is a finite one; null is one that was not."""
     pairs = [(record["step"], record[name]) for record in records if name in record]
     return [(step, value) for step, value in pairs if value is not None and np.isfinite(value)]
-
-
-def last(records: Sequence[Record], name: str) -> float | None:
-    """Return the last value, NaN for one that was not finite; None where there is none."""
-    values = [record[name] for record in records if name in record]
-    return None if not values else math.nan if values[-1] is None else values[-1]
 
 
 def _header(name: str, config: Config, records: Sequence[Record]) -> str:

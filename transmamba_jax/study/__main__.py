@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transmamba_jax.runtime import compile_cache, hardware, host_memory, logs, storage
 from transmamba_jax.runtime.checks import require
 from transmamba_jax.runtime.paths import option_path
-from transmamba_jax.study.spec import Cell, Study, find_study, keep_file, load_study
+from transmamba_jax.study.spec import Cell, Stage, Study, find_study, keep_file, load_study
 
 if TYPE_CHECKING:
     from transmamba_jax.study.runner import Selection
@@ -118,7 +118,7 @@ def _run_jobs(study: Study, out: Path, options: argparse.Namespace, hours: float
         shards = [[*command, "--shard", f"{number}/{options.jobs}"] for number in range(options.jobs)]
         children = [subprocess.Popen(shard) for shard in shards]
         _divide_cores([child.pid for child in children])
-        cells = runner.Selection(options.only).of(runner.stage_cells(study, out, stage))
+        cells = runner.selected_cells(study, out, stage, runner.Selection(options.only))
         with (
             _ended_together(children),
             tqdm(total=len(cells), desc=stage, unit="cell", dynamic_ncols=True, disable=None) as bar,
@@ -166,7 +166,8 @@ def _list(study: Study, out: Path, selection: "Selection") -> None:
     from transmamba_jax.study import results, runner
 
     left = 0.0
-    cells: list[Cell] = [*selection.of(study.search_cells()), *selection.of(runner.stage_cells(study, out, "report"))]
+    stages: tuple[Stage, ...] = ("search", "report")
+    cells: list[Cell] = [cell for stage in stages for cell in runner.selected_cells(study, out, stage, selection)]
     for cell, seconds in zip(cells, runner.estimate(study, out, cells), strict=True):
         record = results.read_result(out, cell)
         state = "to run" if record is None else "failed" if record["error"] else "finished"

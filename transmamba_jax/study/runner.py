@@ -86,7 +86,7 @@ def run_study(
     hours = study.budget_hours if hours is None else hours
     out.mkdir(parents=True, exist_ok=True)
     for stage in ("search", "report") if selection.stage is None else (selection.stage,):
-        cells = [cell for cell in _selected(study, out, stage, selection) if _is_due(study, out, cell, retry)]
+        cells = [cell for cell in selected_cells(study, out, stage, selection) if _is_due(study, out, cell, retry)]
         # The runs' own lines are hidden, except what needs a person, until the stage ends in whatever way.
         with logs.shown(logging.ERROR), _bar(cells, stage) as bar:
             for _, of_arm in itertools.groupby(cells, key=lambda cell: cell.arm):
@@ -107,6 +107,13 @@ def stage_cells(study: Study, out: Path, stage: Stage) -> list[Cell]:
     if stage == "search":
         return study.search_cells()
     return study.report_cells({arm: choice.rate for arm, choice in results.choose_rates(study, out).items()})
+
+
+def selected_cells(study: Study, out: Path, stage: Stage, selection: Selection) -> list[Cell]:
+    """Return the selected cells of a stage; reported ones only of arms whose learning rate is chosen."""
+    ready = {cell.arm for cell in stage_cells(study, out, stage)}
+    every = study.search_cells() if stage == "search" else _all_reported(study, out)
+    return [cell for cell in selection.of(every) if cell.arm in ready]
 
 
 def run_cell(study: Study, out: Path, cell: Cell, retry: bool, train_cell: Train = train) -> bool:
@@ -222,19 +229,12 @@ def _changes(study: Study, cell: Cell, was: Config) -> list[str]:
     return [line for line in config_io.differences(was, now) if not line.startswith("train.loss_chunk:")]
 
 
-def _selected(study: Study, out: Path, stage: Stage, selection: Selection) -> list[Cell]:
-    """Return the selected cells of a stage; reported ones only of arms whose learning rate is chosen."""
-    ready = {cell.arm for cell in stage_cells(study, out, stage)}
-    every = study.search_cells() if stage == "search" else _all_reported(study, out)
-    return [cell for cell in selection.of(every) if cell.arm in ready]
-
-
 def _all_reported(study: Study, out: Path) -> list[Cell]:
     """Return the reported cells of every arm, so that shards number them alike before and after a rate is chosen.
 
     An arm whose rate is not chosen has the smallest one.
     """
-    rates = {"/".join(arm): rate for arm in study.arms() for rate in study.learning_rates[:1]}
+    rates = dict.fromkeys(map("/".join, study.arms()), min(study.learning_rates, default=0.0))
     return study.report_cells(rates | {arm: choice.rate for arm, choice in results.choose_rates(study, out).items()})
 
 
