@@ -42,6 +42,72 @@ print(before, host_memory.peak_bytes())
 """
 
 
+GAPS = """
+import ctypes, json
+from transmamba_jax.runtime import host_memory
+
+glibc = ctypes.CDLL("libc.so.6")
+glibc.mallopt(-4, 0)
+glibc.malloc.restype, glibc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+sizes = [2000 + 32 * (i * 7919 % 1800) for i in range(20_000)]
+blocks = [glibc.malloc(size) for size in sizes]
+for i, (block, size) in enumerate(zip(blocks, sizes)):
+    ctypes.memset(block, i % 251, size)
+for block in blocks[::2]:
+    glibc.free(block)
+counts = [host_memory.gap_count()]
+host_memory.close_gaps()
+counts.append(host_memory.gap_count())
+kept = list(zip(range(20_000), blocks, sizes))[1::2]
+intact = all(ctypes.string_at(block, size) == bytes([i % 251]) * size for i, block, size in kept)
+host_memory.open_gaps()
+counts.append(host_memory.gap_count())
+print(json.dumps([intact, counts]))
+"""
+
+COMPILED = """
+import sys
+from transmamba_jax.runtime import host_memory
+
+host_memory._LONG_COMPILATION, host_memory._LONG_LOWERING = float(sys.argv[1]), 0.0
+assert host_memory.keep_freed()
+import jax, jax.numpy as jnp
+
+@jax.jit
+def program(x):
+    for size in range(2, 200):
+        x = jnp.sin(jnp.pad(x, (0, 1))) @ jnp.ones((x.size + 1, size))
+    return x
+
+for size in (1, 2):
+    program(jnp.ones(size)).block_until_ready()
+print(host_memory.gap_count())
+"""
+
+
+@pytest.mark.hardware
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_gaps_are_closed_and_opened_and_what_lies_between_them_stays() -> None:
+    result = subprocess.run([sys.executable, "-c", GAPS], capture_output=True, text=True, check=True)
+    intact, (before, closed, opened) = json.loads(result.stdout)
+    assert intact
+    assert before > 9000
+    assert closed < 100
+    assert opened > 9000
+
+
+@pytest.mark.hardware
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_gaps_of_a_compilation_are_closed() -> None:
+    command = [sys.executable, "-c", COMPILED]
+    closed, left = (
+        int(subprocess.run([*command, seconds], capture_output=True, text=True, check=True).stdout)
+        for seconds in ("0", "inf")
+    )
+    assert left > 100
+    assert closed < 30
+
+
 def test_the_peak_is_that_of_the_program_and_not_of_what_started_it() -> None:
     command = [sys.executable, "-c", PEAK, "start"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PROGRAM": PEAK})
@@ -62,7 +128,7 @@ def test_freed_memory_is_kept() -> None:
     arranged, kept = run("keep")
     _, given_back = run("not")
     assert arranged
-    # The first steps may take a block more each: glibc splits what an aligned request leaves over, so that a freed block
-    # can be some bytes too short for the same request. Blocks that lie side by side grow together within a dozen steps.
+    # The first steps may take a block more each: glibc splits what an aligned request leaves over, so that a freed
+    # block can be some bytes too short for the same request. Neighbours grow together within a dozen steps.
     assert min(given_back[15:]) > 8000  # pages of 4096 bytes, at every step
     assert statistics.median(kept[15:]) < 1000
