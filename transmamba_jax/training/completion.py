@@ -1,5 +1,6 @@
 """The end of a complete run: samples and the report, written where they are missing or of an earlier step."""
 
+import concurrent.futures
 import contextlib
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,20 @@ def complete(
     """
     report = workdir / "report"
     samples, index = report / "sample.txt", report / "index.html"
-    text = None
-    if _decodes(config, model) and hosts.broadcast_from_first(trained or not sample.is_written(samples, step)):
-        console.say(f"writing samples of {config.train.sample_tokens} tokens")
-        try:
-            text = sample.sample_text(config, model, tokenizer, state, step)
-        except (OSError, ValueError) as error:  # the text cannot be read, or logits are not finite
-            console.alarm(f"no sample: {error}")
-    if writer is not None and config.eval.every > 0 and data.has_baselines(config.data):
-        _write_baselines(config, writer, step, console)
+    text, baselines = None, None
+    with concurrent.futures.ThreadPoolExecutor(
+        max_workers=1
+    ) as beside:  # the compiler leaves a core idle
+        if writer is not None and config.eval.every > 0 and data.has_baselines(config.data):
+            baselines = beside.submit(_write_baselines, config, writer, step, console)
+        if _decodes(config, model) and hosts.broadcast_from_first(trained or not sample.is_written(samples, step)):
+            console.say(f"writing samples of {config.train.sample_tokens} tokens")
+            try:
+                text = sample.sample_text(config, model, tokenizer, state, step)
+            except (OSError, ValueError) as error:  # the text cannot be read, or logits are not finite
+                console.alarm(f"no sample: {error}")
+    if baselines is not None:
+        baselines.result()
     logged = writer is not None and writer.written
     # The others wait: JAX takes a process that waits at the end of the program for one that was left alone.
     with hosts.collective_errors(OSError):
