@@ -105,7 +105,7 @@ def test_gaps_of_a_compilation_are_closed() -> None:
         for seconds in ("0", "inf")
     )
     assert left > 100
-    assert closed < 30
+    assert closed < left / 4  # what is freed after the compilation, such as garbage of tracing, is left in any case
 
 
 def test_the_peak_is_that_of_the_program_and_not_of_what_started_it() -> None:
