@@ -6,8 +6,9 @@ can keep them in its main arena alone, the one that can grow without limit, whic
 process. So that thread has to run the steps itself. The arenas of other threads let the compiler's threads work side
 by side: with one arena for all, compilation takes a half more time.
 
-Compilation leaves ten thousands of gaps between what it keeps. malloc sorts them by size and walks through them at each
-request of a step, with the lock held that other threads wait for: up to a fifth of the time of a small model's step.
+Compilation fragments the heap: it leaves tens of thousands of free chunks, here gaps, between what it keeps. malloc
+sorts them by size and walks through them at each request of a step, with the lock held that other threads wait for: up
+to a fifth of the time of a small model's step.
 """
 
 import ctypes

@@ -50,9 +50,8 @@ def complete(
     report = workdir / "report"
     samples, index = report / "sample.txt", report / "index.html"
     text, baselines = None, None
-    with concurrent.futures.ThreadPoolExecutor(
-        max_workers=1
-    ) as beside:  # the compiler leaves a core idle
+    # Beside the samples, whose compilation leaves a core idle.
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as beside:
         if writer is not None and config.eval.every > 0 and data.has_baselines(config.data):
             baselines = beside.submit(_write_baselines, config, writer, step, console)
         if _decodes(config, model) and hosts.broadcast_from_first(trained or not sample.is_written(samples, step)):
